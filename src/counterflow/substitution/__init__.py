@@ -1,0 +1,129 @@
+"""The triangular system of an autoregressive map, solved in one pass: forward and back substitution.
+
+A body is a module with the two functions of the contract below. `reference` is the definition; every other
+body gives the same numbers, faster. Bodies know nothing of autograd: the one rule for gradients stands here.
+
+    forward_substitution(system, y)                       -> Solution
+    back_substitution(system, solution, v, w)             -> Adjoints
+
+Source: the solve of MADE flows with gradients by the implicit function theorem is Counterflow's own. Caching
+the past of an autoregressive network: Ramachandran et al. 2017, "Fast generation for convolutional
+autoregressive models".
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from counterflow.made import Activation
+from counterflow.univariate import Univariate
+
+SOLVERS = ("auto", "reference", "sliced")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What stays the same from call to call: the staircase (see `MADE.ends`), the activation, the feature's map."""
+
+    ends: tuple[tuple[int, ...], ...]
+    activation: Activation
+    univariate: Univariate
+
+    @property
+    def groups(self) -> int:
+        """G, the number of degrees."""
+        return len(self.ends[0]) - 1
+
+
+@dataclass(frozen=True)
+class System:
+    """y = g(x; params(x)), for N rows of D features sorted by degree.
+
+    weights: masked, (H1, D), (H2, H1), ..., (D P, HL). biases: (H1,) or, with a context, (N, H1); then (H2,),
+    ..., (D P,).
+    """
+
+    layout: Layout
+    weights: tuple[Tensor, ...]
+    biases: tuple[Tensor, ...]
+
+
+class Solution(NamedTuple):
+    """A point of the system: x with f(x) = y, and what the network holds there."""
+
+    x: Tensor  # (N, D)
+    log_det: Tensor  # (N,), of the map from y to x
+    params: Tensor  # (N, D, P)
+    hidden: tuple[Tensor, ...]  # before activation, (N, H) each
+
+
+class Adjoints(NamedTuple):
+    """u with J^T u = v - w dlog_det/dx, J = dy/dx, and the adjoints that cotangents (u, w) of (y, log_det) leave."""
+
+    u: Tensor  # (N, D)
+    params: Tensor  # (N, D, P)
+    hidden: tuple[Tensor, ...]  # of the values before activation, (N, H) each
+
+
+class Body(Protocol):
+    """One way to compute both substitutions."""
+
+    def forward_substitution(self, system: System, y: Tensor) -> Solution:
+        """Solve f(x) = y for x, y (N, D)."""
+
+    def back_substitution(self, system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
+        """Solve J^T u = v - w dlog_det/dx at the solution, v (N, D), w (N,); log_det is that of x to y."""
+
+
+def body_named(solver: str) -> Body:
+    """The body that a solver's name stands for; "auto" is the fastest one that there is for the system."""
+    if solver not in SOLVERS:
+        raise ValueError(f"expected solver as one of {', '.join(SOLVERS)}, got {solver!r}")
+    name = "sliced" if solver == "auto" else solver
+    return import_module(f"{__name__}.{name}")  # type: ignore[return-value]  # a module with the two functions
+
+
+def solve(body: Body, system: System, y: Tensor) -> tuple[Tensor, Tensor]:
+    """x with f(x) = y and log|det dx/dy|, differentiable once in y, the weights and the biases.
+
+    The gradient is the implicit function theorem's: one back substitution gives u = J^-T (...), which is the
+    gradient for y; minus the adjoints that it leaves, times what each layer was fed, is that for the weights.
+    """
+    return _Solve.apply(body, system.layout, y, *system.biases, *system.weights)  # type: ignore[no-any-return]
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, body: Body, layout: Layout, y: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+        L = len(tensors) // 2
+        solution = body.forward_substitution(System(layout, tensors[L:], tensors[:L]), y)
+        ctx.body, ctx.layout = body, layout
+        ctx.save_for_backward(solution.x, solution.log_det, solution.params, *solution.hidden, *tensors)
+        return solution.x, solution.log_det
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, x_bar: Tensor, log_det_bar: Tensor) -> tuple[Tensor | None, ...]:
+        x, log_det, params, *rest = ctx.saved_tensors
+        L = (len(rest) + 1) // 3  # L - 1 hidden layers, L biases, L weights
+        hidden, biases, weights = rest[: L - 1], rest[L - 1 : 2 * L - 1], rest[2 * L - 1 :]
+        system = System(ctx.layout, tuple(weights), tuple(biases))
+        solution = Solution(x, log_det, params, tuple(hidden))
+        adjoints = ctx.body.back_substitution(system, solution, x_bar, log_det_bar)
+
+        needed = ctx.needs_input_grad[3:]
+        into = (*adjoints.hidden, adjoints.params.flatten(1))  # what each layer's output receives
+        grads: list[Tensor | None] = [None] * (2 * L)
+        for k in range(L):
+            if needed[k]:
+                grads[k] = -into[k] if biases[k].dim() == 2 else -into[k].sum(0)
+            if needed[L + k]:
+                fed = x if k == 0 else ctx.layout.activation.f(hidden[k - 1])
+                grads[L + k] = -into[k].T @ fed
+        return None, None, adjoints.u, *grads
