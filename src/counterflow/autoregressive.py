@@ -123,12 +123,16 @@ class Autoregressive(Transform):
             params, hidden = self.made.run(flat, rows)
             y, log_slope = self.univariate.forward(flat, params)
             log_det = log_slope.sum(1)
-            u = body_named(self._solver).back_substitution(
-                self._system(x, c),
-                Solution(flat, -log_det, params, hidden),
-                self._sort(score.expand(x.shape)).reshape(flat.shape),
-                torch.ones_like(log_det),
-            ).u
+            u = (
+                body_named(self._solver)
+                .back_substitution(
+                    self._system(x, c),
+                    Solution(flat, -log_det, params, hidden),
+                    self._sort(score.expand(x.shape)).reshape(flat.shape),
+                    torch.ones_like(log_det),
+                )
+                .u
+            )
         return self._unsort(y.reshape(x.shape)), log_det.reshape(x.shape[:-1]), self._unsort(u.reshape(x.shape))
 
     def _forward(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -138,8 +142,8 @@ class Autoregressive(Transform):
 
     def _system(self, like: Tensor, c: Tensor | None) -> System:
         """The system for the rows of `like` (..., D), its batch shape flattened."""
-        layers = self.made.layers
-        biases = [layer.bias for layer in layers]
+        layers = self.made.masked_layers()
+        biases: list[Tensor] = [layer.bias for layer in layers]
         if self.made.context is not None:
             shift = biases[0] + self.made.context(c)
             biases[0] = shift.expand(*like.shape[:-1], -1).reshape(-1, shift.shape[-1])

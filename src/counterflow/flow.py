@@ -133,9 +133,9 @@ class FlowDistribution(Distribution):
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples (S..., B..., D) through which gradients flow."""
-        return self.transform(self.base.rsample(Size(sample_shape)), self.context)[0]  # type: ignore[no-any-return]
+        return self.transform(self.base.rsample(Size(sample_shape)), self.context)[0]
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:  # type: ignore[override]
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples (S..., B..., D) without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape)

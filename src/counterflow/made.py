@@ -125,11 +125,13 @@ class MADE(nn.Module):
         d = [torch.tensor(level) for level in levels]
         masks = [after[:, None] >= before[None, :] for before, after in pairwise(d)]
         outputs = (d[0][:, None] > d[-1][None, :]).repeat_interleave(parameters, dim=0)
-        self.layers = nn.ModuleList(
-            MaskedLinear(mask, more_inputs=0 if k else context) for k, mask in enumerate(masks)
-        )
+        self.layers = nn.ModuleList(MaskedLinear(mask, more_inputs=0 if k else context) for k, mask in enumerate(masks))
         self.layers.append(MaskedLinear(outputs, gain=1e-3))
         self.context = nn.Linear(context, sizes[0], bias=False) if context else None
+
+    def masked_layers(self) -> list[MaskedLinear]:
+        """The layers in order, the last one giving the parameters."""
+        return list(self.layers)  # type: ignore[arg-type]  # that is all that it holds
 
     def run(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Parameters (..., D, P), and what each hidden layer holds before its activation, (..., H) each."""

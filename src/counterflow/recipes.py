@@ -167,9 +167,7 @@ def NSF(
         torch.Size([])
     """
     univariate = univariate or RationalQuadraticSpline(bins, bound)
-    return MAF(
-        features, context, layers, hidden, univariate=univariate, activation=activation, order=order, seed=seed
-    )
+    return MAF(features, context, layers, hidden, univariate=univariate, activation=activation, order=order, seed=seed)
 
 
 def Coupling(

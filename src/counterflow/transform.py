@@ -94,9 +94,7 @@ def prepare(transform: Transform, x: Tensor, c: Tensor | None, name: str = "x") 
             )
         return x
     if not C:
-        raise ValueError(
-            f"expected no context, got c of shape {tuple(c.shape)}; this {kind} was built with context=0"
-        )
+        raise ValueError(f"expected no context, got c of shape {tuple(c.shape)}; this {kind} was built with context=0")
     if c.dim() == 0 or c.shape[-1] != C:
         raise ValueError(
             f"expected c of shape (..., {C}), got {tuple(c.shape)}; this {kind} was built with context={C}"
@@ -302,9 +300,7 @@ class Standardize(Transform):
         super().__init__()
         mean, std = (v if isinstance(v, Tensor) else torch.tensor(v) for v in (mean, std))
         if mean.dim() != 1 or mean.shape != std.shape or not len(mean):
-            raise ValueError(
-                f"expected mean and std of one shape (D,), got {tuple(mean.shape)} and {tuple(std.shape)}"
-            )
+            raise ValueError(f"expected mean and std of one shape (D,), got {tuple(mean.shape)} and {tuple(std.shape)}")
         bad = torch.nonzero(~(torch.isfinite(mean) & torch.isfinite(std) & (std > 0)))[:, 0].tolist()
         if bad:
             raise ValueError(

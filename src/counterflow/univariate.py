@@ -49,7 +49,7 @@ class Univariate(ABC):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return asdict(self)  # type: ignore[call-overload,no-any-return]  # every final class here is a dataclass
+        return asdict(self)  # type: ignore[call-overload]  # every final class here is a dataclass
 
 
 def _check_positive(value: float, name: str) -> None:

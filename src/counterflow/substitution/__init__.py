@@ -86,7 +86,7 @@ def body_named(solver: str) -> Body:
     if solver not in SOLVERS:
         raise ValueError(f"expected solver as one of {', '.join(SOLVERS)}, got {solver!r}")
     name = "sliced" if solver == "auto" else solver
-    return import_module(f"{__name__}.{name}")  # type: ignore[return-value]  # a module with the two functions
+    return import_module(f"{__name__}.{name}")
 
 
 def solve(body: Body, system: System, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,7 +95,7 @@ def solve(body: Body, system: System, y: Tensor) -> tuple[Tensor, Tensor]:
     The gradient is the implicit function theorem's: one back substitution gives u = J^-T (...), which is the
     gradient for y; minus the adjoints that it leaves, times what each layer was fed, is that for the weights.
     """
-    return _Solve.apply(body, system.layout, y, *system.biases, *system.weights)  # type: ignore[no-any-return]
+    return _Solve.apply(body, system.layout, y, *system.biases, *system.weights)
 
 
 class _Solve(torch.autograd.Function):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def forward_substitution(system: System, y: Tensor) -> Solution:
     """One pass for each degree; a pass makes the features of its degree known."""
     ends, univariate = system.layout.ends[0], system.layout.univariate
     x = torch.zeros_like(y)
-    for first, last in zip(ends[:-1], ends[1:], strict=True):
+    for first, last in pairwise(ends):
         params, _ = network(system, x)
         known, _ = univariate.inverse(y[:, first:last], params[:, first:last])
         x = torch.cat([x[:, :first], known, x[:, last:]], 1)
@@ -38,12 +40,8 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
     x = solution.x.detach().requires_grad_()
     params, hidden = network(system, x)
     y, log_slope = system.layout.univariate.forward(x, params)
-    jacobian = torch.stack(
-        [torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0] for i in range(x.shape[1])], 1
-    )
-    (log_det_x,) = torch.autograd.grad(
-        (w * log_slope.sum(1)).sum(), x, retain_graph=True, materialize_grads=True
-    )
+    jacobian = torch.stack([torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0] for i in range(x.shape[1])], 1)
+    (log_det_x,) = torch.autograd.grad((w * log_slope.sum(1)).sum(), x, retain_graph=True, materialize_grads=True)
     u = torch.linalg.solve(jacobian.transpose(1, 2), v - log_det_x)
     inputs = (params, *hidden)
     adjoints = torch.autograd.grad((u * y).sum() + (w * log_slope.sum(1)).sum(), inputs, materialize_grads=True)

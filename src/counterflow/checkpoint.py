@@ -1,0 +1,119 @@
+"""Save and load: weights as safetensors, the constructor's arguments as JSON in the file's header. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from counterflow.autoregressive import Autoregressive
+from counterflow.flow import DiagonalNormal, Flow, StandardNormal
+from counterflow.transform import Compose, Inverse, Permute, Standardize
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
+from counterflow.vae import VAE
+
+# Only these are ever built from a file.
+TYPES: dict[str, type] = {
+    t.__name__: t
+    for t in (
+        Affine,
+        Autoregressive,
+        Compose,
+        DiagonalNormal,
+        Flow,
+        Gated,
+        Inverse,
+        Permute,
+        RationalQuadraticSpline,
+        StandardNormal,
+        Standardize,
+        VAE,
+    )
+}
+KEY = "counterflow"  # in the header of the file
+
+
+def save(module: nn.Module, path: str | Path) -> None:
+    """Write a flow, a transform or a VAE to one safetensors file, whole or not at all.
+
+    Raises:
+        TypeError: the module, or a part of it, is of a class that `load` does not know.
+
+    Example:
+        >>> import counterflow as cf, tempfile, os
+        >>> flow = cf.MAF(features=3, layers=1, hidden=(8,))
+        >>> path = os.path.join(tempfile.mkdtemp(), "flow.safetensors")
+        >>> cf.save(flow, path)
+        >>> cf.load(path).features
+        3
+    """
+    header = json.dumps(encode(module))
+    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+    os.close(handle)
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata={KEY: header})
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | Path, device: str = "cpu") -> Any:
+    """Build again what `save` wrote: the same class, the same numbers, the same dtype.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not safetensors, was not written by `save`, or holds other tensors than its header says.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a file written by counterflow.save, got {path}, which does not exist")
+    try:
+        with safe_open(path, "pt", device) as file:
+            header = (file.metadata() or {}).get(KEY)
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118  # not a dict
+    except SafetensorError as error:
+        raise ValueError(f"expected a safetensors file, got {path}, which does not read as one ({error})") from None
+    if header is None:
+        raise ValueError(f"expected a file written by counterflow.save, got {path}, whose header has no {KEY!r} entry")
+    try:
+        module = decode(json.loads(header))
+        # Tensors take the place of the fresh ones, dtype and all; buffers that are not saved follow their dtype.
+        dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
+        module.to(device=device, dtype=dtypes.pop() if len(dtypes) == 1 else None)
+        module.load_state_dict(tensors)
+    except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
+        raise ValueError(f"expected {path} to hold what its header describes, got: {error}") from None
+    return module.eval()
+
+
+def encode(value: Any) -> Any:
+    """The constructor's arguments of a module or univariate map, all the way down, as JSON knows them."""
+    if isinstance(value, nn.Module | Univariate):
+        name = type(value).__name__
+        if TYPES.get(name) is not type(value):
+            raise TypeError(f"expected a class that counterflow can load again ({', '.join(TYPES)}), got {name}")
+        arguments: dict[str, Any] = value.config()  # type: ignore[operator]  # every class of TYPES has it
+        return {"type": name, "arguments": {k: encode(v) for k, v in arguments.items()}}
+    if isinstance(value, list | tuple | torch.Size):
+        return [encode(v) for v in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"expected arguments that JSON can hold, got {type(value).__name__}")
+
+
+def decode(value: Any) -> Any:
+    """What `encode` wrote, built again."""
+    if isinstance(value, dict):
+        return TYPES[value["type"]](**{k: decode(v) for k, v in value["arguments"].items()})
+    return [decode(v) for v in value] if isinstance(value, list) else value

@@ -1,0 +1,44 @@
+"""The command line: puts the commands together, and turns what goes wrong into one line."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0 when all went well, 2 for bad input, 130 after Ctrl-C."""
+    try:
+        import tyro
+
+        from counterflow.commands import console
+        from counterflow.commands.sample import Sample
+        from counterflow.commands.score import Score
+        from counterflow.commands.vae import Vae
+    except ImportError as error:
+        print(f"counterflow: {error.name} is not installed; pip install 'counterflow[all]'", file=sys.stderr)
+        return 2
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"vae": Vae, "sample": Sample, "score": Score},
+        prog="counterflow",
+        description="Variational inference and density estimation with autoregressive normalizing flows.",
+        args=arguments,
+    )
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: console.err.print(
+            f"counterflow: {message}", style="yellow", markup=False
+        )
+        try:
+            return command.run()
+        except (ValueError, OSError, ImportError) as error:
+            console.err.print(
+                f"counterflow: {' '.join(str(error).split())}", soft_wrap=True, markup=False, highlight=False
+            )
+            return 2
+        except KeyboardInterrupt:
+            console.err.print("interrupted")
+            return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

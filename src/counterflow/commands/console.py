@@ -1,0 +1,57 @@
+"""What the commands share: the console, the run folder, the progress bar."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+out = Console()
+err = Console(stderr=True)
+
+
+def new_run(folder: Path | None, kind: str) -> Path:
+    """Make the run folder; one that exists is never written into.
+
+    Raises:
+        FileExistsError: the folder exists and holds something.
+    """
+    if folder is None:
+        folder = Path("runs") / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"expected a new folder for the run, got {folder}, which exists; give another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def new_file(path: Path) -> Path:
+    """Make sure that a file to write is not there yet.
+
+    Raises:
+        FileExistsError: it is.
+    """
+    if path.exists():
+        raise FileExistsError(f"expected a new file, got {path}, which exists; give another --out")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def write_json(path: Path, value: Any) -> None:
+    """One JSON file, indented, ending in a newline."""
+    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
+
+
+def progress(kind: str) -> Progress:
+    """A bar over training steps: which model, epoch, ELBO, rows per second, time left."""
+    return Progress(
+        TextColumn("[bold]{task.description:<9}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("epoch {task.fields[epoch]}  ELBO {task.fields[elbo]}  {task.fields[rate]} " + kind + "/s"),
+        TimeRemainingColumn(compact=True),
+        console=err,
+    )

@@ -1,0 +1,65 @@
+"""counterflow score: how well a trained model explains data."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from counterflow.commands import console
+from counterflow.commands.model import trained_vae
+from counterflow.commands.vae import observed
+from counterflow.data import load
+from counterflow.objectives import evaluate
+from counterflow.vae import Bernoulli, DiscretizedLogistic
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score data under a trained VAE: ELBO and log-likelihood, in nats, of each datum, to a CSV file."""
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """run folder of counterflow vae, or one of its .safetensors files"""
+    data: Annotated[str, tyro.conf.Positional]
+    """what counterflow vae takes as --data; all of it is scored"""
+    key: str | None = None
+    """which array of an .npz"""
+    levels: int | None = None
+    """states that an array holds whole numbers 0..levels-1 (256 for 8-bit images)"""
+    samples: int = 500
+    """draws of z for each datum"""
+    seed: int = 0
+    """of the draws and of the binarisation"""
+    device: str = "cpu"
+    """cpu, cuda or mps"""
+    out: Path | None = None
+    """the CSV file, which must be new; scores.csv in the run folder when not given"""
+
+    def run(self) -> int:
+        """Write the scores."""
+        model, folder = trained_vae(self.run_folder)
+        path = console.new_file(self.out or folder / "scores.csv")
+        logistic = isinstance(model.likelihood, DiscretizedLogistic)
+        dataset = observed(load(self.data, self.key, self.levels), "discretized_logistic" if logistic else "other")
+        values = dataset.values if dataset.test is None else torch.cat([dataset.values, dataset.test])
+        model.check(values)
+        torch.manual_seed(self.seed)
+        x = model.likelihood.observe(values.float())
+        with console.err.status(f"scoring {len(x)} data with {self.samples} samples each"):
+            reached = evaluate(model.to(self.device), x.to(self.device), self.samples)
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["row", "elbo", "log_likelihood", "kl"])
+            columns = (part.tolist() for part in reached)
+            writer.writerows([row, *numbers] for row, numbers in enumerate(zip(*columns, strict=True)))
+        binary = " (pixels binarised once)" if isinstance(model.likelihood, Bernoulli) else ""
+        console.out.print(
+            f"{len(x)} data{binary}: mean ELBO {reached.elbo.mean():.2f}, mean log-likelihood "
+            f"{reached.log_likelihood.mean():.2f} nats; wrote {path}",
+            soft_wrap=True,
+        )
+        return 0

@@ -1,0 +1,277 @@
+"""counterflow vae: train VAEs that differ in their posterior, test them, and draw what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from rich.table import Table
+from torch import Tensor
+
+from counterflow import __version__, plots
+from counterflow.checkpoint import save
+from counterflow.commands import console
+from counterflow.data import Dataset, Splits, load, split
+from counterflow.diagnostics import effective_sample_size, resample
+from counterflow.fit import Epoch, FitConfig, Record, fit
+from counterflow.objectives import Evaluation, elbo, evaluate, warm_up
+from counterflow.vae import VAE, DiscretizedLogistic
+
+FORMAT = 1  # of the run folder
+
+
+@dataclass(frozen=True)
+class Vae:
+    """Train a VAE with a Gaussian and one with an IAF posterior on the same data, and compare them.
+
+    The data are cut into training, validation and test parts by the seed; the test part is used once, at the end. Each
+    posterior writes its weights to the run folder, with metrics.jsonl, summary.json and plots/. Ctrl-C keeps the best
+    weights so far.
+    """
+
+    data: str = "digits"
+    """digits (8x8, from scikit-learn), a folder of MNIST-style IDX files or of images, .npy, .npz, .csv or .parquet"""
+    key: str | None = None
+    """which array of an .npz"""
+    levels: int | None = None
+    """states that an array holds whole numbers 0..levels-1 (256 for 8-bit images)"""
+    posterior: Literal["gaussian", "iaf"] | None = None
+    """of q(z|x); both, one after the other, when not given"""
+    likelihood: Literal["bernoulli", "gaussian", "discretized_logistic"] = "bernoulli"
+    """bernoulli: binarised anew at each step; gaussian: real numbers; discretized_logistic: 8-bit values"""
+    latent: int = 16
+    """size of z"""
+    network: Literal["auto", "conv", "mlp"] = "auto"
+    """auto takes gated convolutions for images, a gated MLP for rows"""
+    hidden: tuple[int, ...] = (512, 512)
+    """layers of the MLP"""
+    channels: int = 16
+    """of the first convolution; the paper's 28x28 network has 32"""
+    context: int = 128
+    """size of the encoder's output h"""
+    iaf_layers: int = 4
+    """IAF steps"""
+    iaf_hidden: tuple[int, ...] = (320, 320)
+    """layers of each IAF step's network"""
+    free_bits: float = 0.0
+    """nats that each group of latent features may cost for free"""
+    groups: int | None = None
+    """of latent features, for --free-bits; each feature its own when not given"""
+    warm_up: float = 10.0
+    """epochs until the KL has its full weight"""
+    samples: int = 1
+    """draws of z for each datum in training"""
+    test_samples: int = 500
+    """draws of z for each test datum in the importance sampling of its log-likelihood"""
+    out: Path | None = None
+    """run folder, which must be new; runs/vae-DATE-TIME when not given"""
+    fit: Annotated[FitConfig, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: FitConfig(epochs=120, batch_size=64)
+    )
+    """how to train"""
+
+    def run(self) -> int:
+        """Train, test, draw; 130 after Ctrl-C."""
+        dataset = load(self.data, self.key, self.levels)
+        values = observed(dataset, self.likelihood)
+        parts = split(values, seed=self.fit.seed)
+        wanted: list[str] = [self.posterior] if self.posterior else ["gaussian", "iaf"]
+        models = {name: self._model(name, dataset) for name in wanted}
+        for part in dataclasses.astuple(parts):
+            next(iter(models.values())).check(part)
+        if len(parts.train) < self.fit.batch_size:
+            raise ValueError(
+                f"expected at least a batch of {self.fit.batch_size} training rows, got {len(parts.train)} of "
+                f"{len(values.values)}; set --batch-size to at most {len(parts.train)}"
+            )
+        run = console.new_run(self.out, "vae")
+        console.write_json(
+            run / "config.json", {"format": FORMAT, "command": "vae", "version": __version__, **self._config()}
+        )
+        shape = " x ".join(map(str, parts.train.shape[1:]))
+        console.err.print(
+            f"{self.data}: {shape}, {len(parts.train)} to train, {len(parts.validation)} to validate, "
+            f"{len(parts.test)} to test; run folder {run}"
+        )
+        torch.manual_seed(self.fit.seed)
+        test = next(iter(models.values())).likelihood.observe(parts.test)
+        results, records = [], {}
+        for name, model in models.items():
+            record = records[name] = self._train(name, model, parts, run, last=name == wanted[-1])
+            if record.stopped == "interrupted":
+                kept = (
+                    f"the best weights so far are in {run / weights(name, wanted)}"
+                    if record.best
+                    else "no epoch was over"
+                )
+                console.err.print(f"interrupted in epoch {len(record.epochs) + 1} of {name}; {kept}")
+                return 130
+            with console.err.status(f"testing {name} with {self.test_samples} samples a datum"):
+                reached = evaluate(model, test.to(self.fit.device), self.test_samples)
+            results.append(self._result(name, model, record, reached))
+        summary = {"data": self.data, "rows": {k: len(v) for k, v in vars(parts).items()}, "results": results}
+        console.write_json(run / "summary.json", summary)
+        self._draw(run / "plots", models, records, test[:64].to(self.fit.device))
+        console.out.print(_table(results))
+        console.out.print(f"run folder: {run}  (pictures in {run / 'plots'})", soft_wrap=True)
+        return 0
+
+    def _model(self, posterior: str, dataset: Dataset) -> VAE:
+        torch.manual_seed(self.fit.seed)
+        return VAE(
+            dataset.values.shape[1:],
+            self.latent,
+            posterior,
+            self.likelihood,
+            levels=dataset.levels or 256,
+            network=self.network,
+            hidden=self.hidden,
+            channels=self.channels,
+            context=self.context,
+            posterior_layers=self.iaf_layers,
+            posterior_hidden=self.iaf_hidden,
+        )
+
+    def _config(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def _train(self, name: str, model: VAE, parts: Splits, run: Path, last: bool) -> Record:
+        file = run / ("model.safetensors" if last else f"model-{name}.safetensors")
+        unit = "images" if parts.train.dim() == 4 else "rows"
+
+        def objective(model: VAE, x: Tensor, beta: float = 1.0) -> Tensor:
+            x = model.likelihood.observe(x)
+            free = {"free_bits": self.free_bits, "groups": self.groups}
+            return elbo(model, x, self.samples, beta=beta, **free)  # type: ignore[arg-type]
+
+        def validate(model: VAE, x: Tensor) -> Tensor:
+            return elbo(model, model.likelihood.observe(x))
+
+        with console.progress(unit) as bar, (run / "metrics.jsonl").open("a") as metrics:
+            task = bar.add_task(name, total=None, epoch="1", elbo="...", rate="...")
+
+            def on_step(done: int, steps: int) -> None:
+                bar.update(task, completed=done, total=steps)
+
+            def on_epoch(row: Epoch, evaluated: torch.nn.Module) -> None:
+                print(json.dumps({"posterior": name, **dataclasses.asdict(row)}), file=metrics, flush=True)
+                if row.best:
+                    save(evaluated, file)
+                shown, rate = f"{row.epoch}/{self.fit.epochs}", f"{row.rows_per_second:,.0f}"
+                bar.update(task, epoch=shown, elbo=f"{row.validation:.2f}", rate=rate)
+
+            return fit(
+                model,
+                objective,
+                parts.train,
+                parts.validation,
+                self.fit,
+                validate=validate,
+                anneal=lambda epoch: {"beta": warm_up(epoch, self.warm_up)},
+                on_step=on_step,
+                on_epoch=on_epoch,
+            )
+
+    def _result(self, name: str, model: VAE, record: Record, reached: Evaluation) -> dict[str, Any]:
+        result: dict[str, Any] = {
+            "posterior": name,
+            "test_elbo": reached.elbo.mean().item(),
+            "test_log_likelihood": reached.log_likelihood.mean().item(),
+            "samples": self.test_samples,
+            "kl": reached.kl.mean().item(),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "seconds": round(record.seconds, 2),
+            "epochs": len(record.epochs),
+            "stopped": record.stopped,
+        }
+        if self.likelihood == "discretized_logistic":
+            result["bits_per_dim"] = -result["test_log_likelihood"] / (math.prod(model.data_shape) * math.log(2))
+        return result
+
+    def _draw(self, folder: Path, models: Mapping[str, VAE], records: Mapping[str, Record], test: Tensor) -> None:
+        curves = {n: ([e.train for e in r.epochs], [e.validation for e in r.epochs]) for n, r in records.items()}
+        plots.learning_curves(folder / "learning_curves.png", curves)
+        torch.manual_seed(self.fit.seed)
+        names = list(models)
+        first = models[names[0]]
+        if len(first.data_shape) == 3:
+            shown = {"data": picture(first, test[:12])}
+            shown |= {name: picture(model, model.reconstruct(test[:12])) for name, model in models.items()}
+            plots.image_rows(
+                folder / "reconstructions.png", shown, "held-out data, and the mean of p(x'|z), z ~ q(z|x)"
+            )
+            grids = {name: picture(model, model.sample(64, mean=True)) for name, model in models.items()}
+            plots.image_grids(folder / "samples.png", grids, "samples: the mean of p(x|z), z from the prior")
+        else:
+            tables = {"data": test.cpu().numpy()}
+            tables |= {name: model.reconstruct(test).cpu().numpy() for name, model in models.items()}
+            plots.pairs(folder / "reconstructions.png", tables, "held-out rows, and the mean of p(x'|z), z ~ q(z|x)")
+            tables |= {name: model.sample(512).cpu().numpy() for name, model in models.items()}
+            plots.pairs(folder / "samples.png", tables, "held-out rows, and samples of the model")
+        chosen = test[:: max(1, len(test) // 2)][:2]
+        panels = [[posterior_panel(name, model, x) for name, model in models.items()] for x in chosen]
+        data = picture(first, chosen) if len(first.data_shape) == 3 else chosen.cpu().numpy()
+        plots.posteriors(folder / "posterior.png", list(data), panels)
+
+
+def weights(name: str, wanted: list[str]) -> str:
+    """The file of a posterior's weights: the last one trained is the run's model."""
+    return "model.safetensors" if name == wanted[-1] else f"model-{name}.safetensors"
+
+
+def observed(dataset: Dataset, likelihood: str) -> Dataset:
+    """The data as float32: whole numbers for the discretized logistic, else in [0, 1] where levels are known."""
+    scaled = dataset if likelihood == "discretized_logistic" else dataset.unit()
+    test = None if scaled.test is None else scaled.test.float()
+    return dataclasses.replace(scaled, values=scaled.values.float(), test=test)
+
+
+def picture(model: VAE, x: Tensor) -> Any:
+    """Images (n, C, H, W) as an array in [0, 1]."""
+    top = model.likelihood.levels - 1 if isinstance(model.likelihood, DiscretizedLogistic) else 1
+    return (x / top).cpu().numpy()
+
+
+@torch.no_grad()
+def posterior_panel(name: str, model: VAE, x: Tensor, draws: int = 20_000, shown: int = 2_000) -> plots.PosteriorPanel:
+    """q(z|x) of one datum beside its importance-resampled truth, over the two coordinates most dependent in truth."""
+    x = x[None]
+    q = model.encode(x)
+    z, log_q = (part[:, 0] for part in q.rsample_and_log_prob((draws,)))
+    log_p = torch.cat([model.decode(part).log_prob(x) for part in z.split(4096)])
+    log_weights = log_p + model.prior().log_prob(z).sum(-1) - log_q
+    truth = resample(z, log_weights, shown)
+    active = truth.std(0) < 0.7  # of the prior's deviation 1: the others say nothing of x
+    correlation = torch.corrcoef(truth.T).nan_to_num().abs().triu(1) * (0.1 + (active[:, None] & active[None, :]))
+    i, j = divmod(int(correlation.argmax()), len(correlation))
+    ess = effective_sample_size(log_weights).item()
+    pick = torch.tensor([i, j])
+    return plots.PosteriorPanel(
+        name, z[:shown, pick].cpu().numpy(), truth[:, pick].cpu().numpy(), (i, j), f"ESS {ess:,.0f} of {draws:,}"
+    )
+
+
+def _table(results: list[dict[str, Any]]) -> Table:
+    table = Table(title="test part, nats a datum")
+    columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
+        ("posterior", lambda r: r["posterior"]),
+        ("test ELBO", lambda r: f"{r['test_elbo']:.2f}"),
+        (f"log-likelihood ({results[0]['samples']} samples)", lambda r: f"{r['test_log_likelihood']:.2f}"),
+        ("KL", lambda r: f"{r['kl']:.2f}"),
+        ("parameters", lambda r: f"{r['parameters']:,}"),
+        ("seconds", lambda r: f"{r['seconds']:.0f}"),
+    ]
+    if "bits_per_dim" in results[0]:
+        columns.insert(3, ("bits per dim", lambda r: f"{r['bits_per_dim']:.3f}"))
+    for name, _ in columns:
+        table.add_column(name, justify="left" if name == "posterior" else "right")
+    for result in results:
+        table.add_row(*(show(result) for _, show in columns))
+    return table

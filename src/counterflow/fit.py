@@ -1,0 +1,301 @@
+"""The one training loop: every training of the library is this function with another objective."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+Batch = Any  # a tensor (B, ...), or a tuple of tensors of B rows each
+Objective = Callable[..., Tensor]  # (model, batch, **annealed) -> terms in nats; the loss is their negative mean
+Stopped = Literal["finished", "settled", "interrupted", "not finite"]
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How to train."""
+
+    epochs: int = 100
+    batch_size: int = 128
+    optimizer: Literal["adam", "adamax", "adamw"] = "adamax"  # adamax is the calmest with flows (Kingma et al. 2016)
+    learning_rate: float = 2e-3
+    weight_decay: float = 0.0  # decoupled for adamw, an L2 penalty for the others
+    schedule: Literal["cosine", "constant"] = "cosine"  # cosine ends at a hundredth of the learning rate
+    warm_up_steps: int = 100  # of the learning rate: Adam's first moments are noise
+    clip_norm: float = 50.0  # of the whole gradient; in nats, so that only outliers are cut
+    ema: float = 0.999  # decay of the averaged weights, which are the ones evaluated and kept; 0 turns it off
+    patience: int = 0  # epochs without a better validation objective before stopping; 0 never stops
+    max_skipped: int = 20  # non-finite steps in a row that end the run
+    seed: int = 0  # of the order of rows and of all noise; torch's global generator stays as it was
+    device: str = "cpu"  # or "cuda", "mps"
+    precision: Literal["float32", "bf16"] = "float32"  # bf16 is autocast; substitution keeps to float32
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "batch_size", "max_skipped"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("learning_rate", "clip_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} above 0, got {getattr(self, name)}")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"expected ema in [0, 1), got {self.ema}")
+        for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"expected {name} as one of {', '.join(known)}, got {getattr(self, name)!r}")
+
+
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
+SCHEDULES = ("cosine", "constant")
+PRECISIONS = ("float32", "bf16")
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one epoch came to. Objectives are mean terms in nats: higher is better."""
+
+    epoch: int
+    train: float
+    validation: float
+    best: bool  # whether this validation objective is the highest so far
+    learning_rate: float
+    seconds: float
+    rows_per_second: float
+    skipped: int  # non-finite steps
+
+
+@dataclass
+class Record:
+    """The course of a training."""
+
+    epochs: list[Epoch] = field(default_factory=list)
+    stopped: Stopped = "finished"
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> Epoch | None:
+        """The epoch whose weights were kept."""
+        return next((e for e in reversed(self.epochs) if e.best), None)
+
+
+def fit(
+    model: nn.Module,
+    objective: Objective,
+    train: Batch,
+    validation: Batch,
+    config: FitConfig = FitConfig(),
+    *,
+    validate: Objective | None = None,
+    anneal: Callable[[float], dict[str, float]] | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+    on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
+) -> Record:
+    """Maximise the mean of an objective's terms; the model ends with the weights that validated best.
+
+    A step whose loss or gradient is not finite never reaches the weights: it is skipped and counted, and
+    max_skipped of them in a row end the run with a RuntimeWarning. Ctrl-C ends it as well. However it ends, the
+    best weights so far are restored and `Record.stopped` says why.
+
+    Args:
+        model: trained in place, and moved to the config's device.
+        objective: (model, batch, **annealed) -> terms.
+        train, validation: tensors of N rows, or tuples of such tensors (data and context); finite.
+        config: how to train.
+        validate: the objective of the validation rows, objective itself when not given. Its noise is the same
+            in every epoch.
+        anneal: epoch (a float) -> keywords for the objective, such as beta for a warm-up of the KL.
+        on_step: called with (steps done, steps in all).
+        on_epoch: called with the epoch and the model as evaluated (averaged weights).
+
+    Raises:
+        ValueError: fewer rows than a batch, or data that hold a NaN or an infinity.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> flow = cf.MAF(features=2, layers=1, hidden=(8,), seed=0)
+        >>> rows = 3 + torch.randn(400, 2)
+        >>> record = cf.fit(flow, cf.log_likelihood, rows[:300], rows[300:], cf.FitConfig(epochs=3, batch_size=50))
+        >>> len(record.epochs), record.stopped
+        (3, 'finished')
+    """
+    rows = _check_rows(train, "the training data", config.batch_size)
+    _check_rows(validation, "the validation data", 1)
+    device = torch.device(config.device)
+    model.to(device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    steps_per_epoch = rows // config.batch_size
+    steps = steps_per_epoch * config.epochs
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(config, step, steps))
+    averaged = AveragedModel(model, multi_avg_fn=_ema(config.ema)) if config.ema else None
+    evaluated = model if averaged is None else averaged.module
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
+
+    record, started = Record(), time.perf_counter()
+    best, best_weights, since_best, in_a_row = -math.inf, None, 0, 0
+    forked = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(forked):
+        torch.manual_seed(config.seed)
+        try:
+            for epoch in range(config.epochs):
+                model.train()
+                begun, total, counted, skipped = time.perf_counter(), 0.0, 0, 0
+                for k, batch in enumerate(_batches(train, rows, config.batch_size)):
+                    progress = epoch + k / steps_per_epoch
+                    optimizer.zero_grad(set_to_none=True)
+                    with autocast:
+                        terms = objective(model, _to(batch, device), **(anneal(progress) if anneal else {}))
+                    loss = -terms.float().mean()
+                    loss.backward()
+                    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+                    value = loss.item()
+                    if math.isfinite(value) and math.isfinite(norm.item()):
+                        optimizer.step()
+                        if averaged is not None:
+                            averaged.update_parameters(model)
+                        total, counted, in_a_row = total - value, counted + 1, 0
+                    else:
+                        skipped, in_a_row = skipped + 1, in_a_row + 1
+                        if in_a_row >= config.max_skipped:
+                            raise _NotFinite
+                    with warnings.catch_warnings():  # torch warns when the very first steps were skipped
+                        warnings.simplefilter("ignore", UserWarning)
+                        schedule.step()
+                    if on_step:
+                        on_step(epoch * steps_per_epoch + k + 1, steps)
+                seconds = time.perf_counter() - begun
+                reached = _validate(evaluated, validate or objective, validation, config, autocast)
+                better = reached > best
+                if better:
+                    best, since_best = reached, 0
+                    best_weights = {k: v.detach().clone() for k, v in evaluated.state_dict().items()}
+                else:
+                    since_best += 1
+                row = Epoch(
+                    epoch=epoch + 1,
+                    train=total / counted if counted else math.nan,
+                    validation=reached,
+                    best=better,
+                    learning_rate=float(schedule.get_last_lr()[0]),
+                    seconds=seconds,
+                    rows_per_second=steps_per_epoch * config.batch_size / seconds,
+                    skipped=skipped,
+                )
+                record.epochs.append(row)
+                if on_epoch:
+                    on_epoch(row, evaluated)
+                if config.patience and since_best >= config.patience:
+                    record.stopped = "settled"
+                    break
+        except KeyboardInterrupt:
+            record.stopped = "interrupted"
+        except _NotFinite:
+            record.stopped = "not finite"
+    if best_weights is not None:
+        model.load_state_dict(best_weights)
+    model.eval()
+    record.seconds = time.perf_counter() - started
+    if record.stopped == "not finite":
+        warnings.warn(
+            f"training ended: {config.max_skipped} steps in a row had a loss or gradient that is not finite; the "
+            "best weights so far are kept. Try a smaller learning_rate, a smaller clip_norm, or data on a scale near 1",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+    return record
+
+
+class _NotFinite(Exception):
+    """Too many steps in a row were not finite."""
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise ValueError when values (N, ...) hold a NaN or an infinity, naming the first one and how many there are.
+
+    Example:
+        >>> check_finite(torch.tensor([[1.0, 2.0], [float("nan"), 4.0]]), "table.csv")
+        Traceback (most recent call last):
+        ...
+        ValueError: expected finite numbers in table.csv, got 1 non-finite of 4, the first (nan) at row 1, column 0 \
+(counted from 0); drop or impute the 1 of 2 rows that hold them
+    """
+    bad = ~torch.isfinite(values)
+    if not bad.any():
+        return
+    row, *rest = bad.nonzero()[0].tolist()
+    place = f", column {rest[0]}" if len(rest) == 1 else f", index {tuple(rest)}" if rest else ""
+    rows = int(bad.flatten(1).any(1).sum()) if rest else int(bad.sum())
+    raise ValueError(
+        f"expected finite numbers in {what}, got {int(bad.sum())} non-finite of {values.numel()}, the first "
+        f"({values[(row, *rest)].item()}) at row {row}{place} (counted from 0); drop or impute the {rows} of "
+        f"{len(values)} rows that hold them"
+    )
+
+
+def _parts(data: Batch) -> tuple[Tensor, ...]:
+    return data if isinstance(data, tuple) else (data,)
+
+
+def _check_rows(data: Batch, what: str, least: int) -> int:
+    sizes = {len(part) for part in _parts(data)}
+    if len(sizes) > 1:
+        raise ValueError(f"expected as many rows in each part of {what}, got {sorted(sizes)}")
+    rows = sizes.pop()
+    if rows < least:
+        raise ValueError(
+            f"expected at least {least} rows in {what}, got {rows}; set batch_size to at most {rows} or bring more data"
+        )
+    for part in _parts(data):
+        check_finite(part, what)
+    return rows
+
+
+def _batches(data: Batch, rows: int, size: int) -> Iterator[Batch]:
+    """Full batches in a new random order; the last rows of an order that do not fill a batch wait for another one."""
+    for index in torch.randperm(rows)[: rows - rows % size].split(size):
+        picked = tuple(part[index] for part in _parts(data))
+        yield picked if isinstance(data, tuple) else picked[0]
+
+
+def _to(batch: Batch, device: torch.device) -> Batch:
+    moved = tuple(part.to(device) for part in _parts(batch))
+    return moved if isinstance(batch, tuple) else moved[0]
+
+
+def _learning_rate(config: FitConfig, step: int, steps: int) -> float:
+    """The factor of the learning rate at a step."""
+    rise = min(1.0, (step + 1) / config.warm_up_steps) if config.warm_up_steps else 1.0
+    fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else 1.0
+    return rise * fall
+
+
+def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
+    """An exponential average that forgets the first weights sooner: decay min(decay, (1 + n) / (10 + n)) at step n."""
+
+    def update(averaged: Any, current: Any, n: Any) -> None:
+        now = min(decay, (1 + int(n)) / (10 + int(n)))
+        get_ema_multi_avg_fn(now)(averaged, current, n)
+
+    return update
+
+
+@torch.no_grad()
+def _validate(model: nn.Module, objective: Objective, data: Batch, config: FitConfig, autocast: Any) -> float:
+    """The mean term over all rows, with the same noise at every call."""
+    model.eval()
+    device = torch.device(config.device)
+    total, rows = 0.0, len(_parts(data)[0])
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        for index in torch.arange(rows).split(config.batch_size):
+            picked = tuple(part[index].to(device) for part in _parts(data))
+            with autocast:
+                terms = objective(model, picked if isinstance(data, tuple) else picked[0])
+            total += terms.float().mean().item() * len(index)
+    return total / rows

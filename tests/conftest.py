@@ -1,0 +1,21 @@
+"""What holds for every test: the same seed, one thread, no window."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # also for the processes that a test starts
+
+
+@pytest.fixture(autouse=True)
+def same_start_for_every_test() -> Iterator[None]:
+    """Seed 0 and one thread: on tensors this small a second thread only costs, and sums keep their order.
+
+    The default dtype is nobody's to change: a test that wants float64 says so where it makes its tensors.
+    """
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "the test left another default dtype behind"

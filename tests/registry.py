@@ -1,0 +1,118 @@
+"""Every transform and flow that obeys the laws: name -> constructor. A new one is one line and inherits them all."""
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import counterflow as cf
+
+M = TypeVar("M", bound=nn.Module)
+SPLINE = cf.RationalQuadraticSpline(bins=5, bound=5.0)
+UNIVARIATES = {"affine": cf.Affine(), "gated": cf.Gated(), "spline": SPLINE}
+
+
+def stir(module: M, seed: int = 0, gain: float = 0.8) -> M:
+    """Random weights far from the start, where every map is the identity; float64."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.double().parameters():
+            p.normal_(std=gain / p.shape[-1] ** 0.5 if p.dim() > 1 else 0.3, generator=generator)
+    return module
+
+
+def autoregressive(
+    features: int, context: int = 0, hidden: Iterable[int] = (7, 5), univariate: str = "affine", **more: object
+) -> Callable[[], cf.Autoregressive]:
+    return lambda: stir(cf.Autoregressive(features, context, hidden, UNIVARIATES[univariate], **more))
+
+
+def _several() -> cf.Compose:
+    """Every kind of transform, solved layers in both directions, with and without a context."""
+    mean, std = torch.tensor([0.5, -1.0, 2.0]), torch.tensor([0.5, 2.0, 1.5])
+    layers = [
+        cf.Standardize(mean, std),
+        cf.Autoregressive(3, 2, (9,), activation="tanh"),
+        cf.Permute([2, 0, 1]),
+        cf.Inverse(cf.Autoregressive(3, 0, (8, 6), cf.Gated(), activation="silu")),
+        cf.Autoregressive(3, 2, (7,), SPLINE, (2, 1, 2)),
+    ]
+    return stir(cf.Compose(layers))
+
+
+TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
+    "affine 1": autoregressive(1),
+    "affine 1 context": autoregressive(1, 2, (4,), activation="tanh"),
+    "affine 2": autoregressive(2, 0, (9,), activation="silu"),
+    "affine 3 context": autoregressive(3, 2, (11, 7, 5), activation="softplus"),
+    "affine 17": autoregressive(17, 0, (29, 23)),
+    "affine 17 context": autoregressive(17, 3, (31,), activation="leaky_relu"),
+    "affine few hidden": autoregressive(17, 0, (3, 5, 4), activation="tanh"),
+    "affine few hidden context": autoregressive(17, 2, (6,), activation="sigmoid"),
+    "affine one hidden": autoregressive(3, 0, (1,), activation="elu"),
+    "gated 1 context": autoregressive(1, 2, (5, 3), "gated", activation="elu"),
+    "gated 3": autoregressive(3, 0, (10,), "gated", activation="softplus"),
+    "gated 17 context": autoregressive(17, 2, (19, 13, 18), "gated", activation="tanh"),
+    "spline 1": autoregressive(1, 0, (3,), "spline", activation="elu"),
+    "spline 2 context": autoregressive(2, 1, (7, 5), "spline", activation="sigmoid"),
+    "spline 3": autoregressive(3, 0, (8, 8, 8), "spline"),
+    "spline 17": autoregressive(17, 0, (21, 17), "spline", activation="silu"),
+    "shared degrees": autoregressive(5, 0, (9, 8), degrees=(1, 1, 2, 3, 3), activation="elu"),
+    "unsorted degrees": autoregressive(4, 2, (9,), "gated", degrees=(3, 1, 4, 2), activation="silu"),
+    "unsorted spline": autoregressive(5, 0, (6, 7), "spline", degrees=(2, 3, 1, 3, 2), activation="tanh"),
+    "coupling": autoregressive(5, 0, (8, 6), degrees=(1, 1, 2, 2, 2), activation="tanh"),
+    "coupling context": autoregressive(4, 2, (8,), degrees=(2, 1, 2, 1), activation="leaky_relu"),
+    "one degree": autoregressive(3, 0, (4,), degrees=(1, 1, 1), activation="softplus"),
+    "one degree context": autoregressive(3, 2, (4, 6), "gated", degrees=(1, 1, 1), activation="tanh"),
+    "permute": lambda: cf.Permute([3, 0, 2, 1]),
+    "standardize": lambda: cf.Standardize([0.5, -1.0, 2.0], [0.5, 2.0, 1.5]).double(),
+    "inverse": lambda: cf.Inverse(autoregressive(3, 2, (9,), activation="tanh")()),
+    "inverse spline": lambda: cf.Inverse(autoregressive(3, 0, (9,), "spline", activation="elu")()),
+    "compose": _several,
+    "inverse of compose": lambda: cf.Inverse(_several()),
+    "compose of compose": lambda: cf.Compose([cf.Inverse(_several()), cf.Permute([1, 0, 2]), _several()]),
+}
+
+MORE = {"layers": 2, "hidden": (9, 7), "activation": "tanh"}
+
+# D is 3 unless it is given; quadrature asks for 1 and 2.
+FLOWS: dict[str, Callable[..., cf.Flow]] = {
+    "IAF": lambda D=3: stir(cf.IAF(D, **MORE)),
+    "IAF context": lambda D=3: stir(cf.IAF(D, 2, **MORE)),
+    "IAF gated": lambda D=3: stir(cf.IAF(D, univariate=cf.Gated(), **MORE)),
+    "IAF spline context": lambda D=3: stir(cf.IAF(D, 2, univariate=SPLINE, **MORE)),
+    "MAF": lambda D=3: stir(cf.MAF(D, **MORE)),
+    "MAF context random": lambda D=3: stir(cf.MAF(D, 2, order="random", seed=1, **MORE)),
+    "MAF relu": lambda D=3: stir(cf.MAF(D, layers=2, hidden=(9, 7))),
+    "NSF": lambda D=3: stir(cf.NSF(D, bins=5, **MORE)),
+    "NSF context": lambda D=3: stir(cf.NSF(D, 2, bins=5, **MORE)),
+    "Coupling": lambda D=3: stir(cf.Coupling(D, **MORE)),
+    "Coupling context": lambda D=3: stir(cf.Coupling(D, 2, **MORE)),
+    "diagonal": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D), cf.IAF(D, **MORE).transform)),
+    "diagonal context": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.MAF(D, 2, **MORE).transform)),
+    "diagonal alone with context": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.IAF(D, **MORE).transform)),
+    "permuted diagonal": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.Permute(range(D)[::-1]))),
+    "both ways": lambda D=3: stir(
+        cf.Flow(cf.StandardNormal(D), cf.Compose([cf.IAF(D, 2, **MORE).transform, cf.MAF(D, **MORE).transform]))
+    ),
+}
+
+
+def over(names: Iterable[object], argument: str = "name") -> pytest.MarkDecorator:
+    """One test for each name."""
+    return pytest.mark.parametrize(argument, list(names), ids=str)
+
+
+def inputs(module: cf.Transform | cf.Flow, *batch: int, seed: int = 1, dtype: torch.dtype = torch.float64):
+    """Normal x (batch, D), and c (batch, C) or None."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(*batch, module.features, generator=generator, dtype=dtype)
+    return x, torch.randn(*batch, module.context, generator=generator, dtype=dtype) if module.context else None
+
+
+def close(came: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
+    """Equal in shape and dtype, and in value within tolerance * (1 + the largest one expected)."""
+    size = expected.detach().abs().max().item() if expected.numel() else 0.0
+    torch.testing.assert_close(came, expected, rtol=0, atol=tolerance * (1 + size))

@@ -1,0 +1,133 @@
+"""The rules of the house: which module may import which, what an import costs, who prints."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import counterflow
+
+ROOT = Path(__file__).parents[1]
+SRC = ROOT / "src" / "counterflow"
+
+# From the mathematics to the command line. A room is a file or a folder, and imports only from rooms before
+# its own; the files of one folder may import each other.
+ROOMS = (
+    # mathematics: no training, no files
+    "transform",
+    "univariate",
+    "made",
+    "substitution",
+    "autoregressive",
+    # probability
+    "flow",
+    "recipes",
+    "vae",
+    # inference
+    "objectives",
+    "fit",
+    "diagnostics",
+    # what people call
+    "targets",
+    "posterior",
+    "density",
+    "distill",
+    "interop",
+    # the world
+    "data",
+    "checkpoint",
+    "plots",
+    "commands",
+    "cli",
+)
+LAZY = [
+    "PIL",
+    "arviz",
+    "jax",
+    "matplotlib",
+    "numba",
+    "pandas",
+    "pyarrow",
+    "pymc",
+    "pyro",
+    "rich",
+    "sklearn",
+    "tyro",
+]
+
+TREES = {path.relative_to(SRC): ast.parse(path.read_text("utf-8")) for path in sorted(SRC.rglob("*.py"))}
+
+
+def room(module: Path) -> str:
+    return module.with_suffix("").parts[0]
+
+
+def imports(module: Path) -> Iterator[tuple[int, list[str]]]:
+    """(line, dotted name in parts) of all that a module imports, wherever in the file the import stands."""
+    package = ["counterflow", *module.parts[:-1]]
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name.split(".")) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            base = base + (node.module.split(".") if node.module else [])
+            yield from ((node.lineno, [*base, alias.name]) for alias in node.names)
+
+
+def prints(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
+
+
+def test_every_module_has_its_place_in_the_list():
+    strangers = [str(module) for module in TREES if room(module) not in (*ROOMS, "__init__")]
+    assert not strangers, (
+        f"{strangers}: expected a room of the list ROOMS in {Path(__file__).name}; "
+        "add it there, after everything it imports and before everything that imports it"
+    )
+
+
+def test_imports_point_up_the_list():
+    arrows_down = []
+    for module in TREES:
+        if room(module) not in ROOMS:  # the package's own __init__ gathers the public names from everywhere
+            continue
+        allowed = {*ROOMS[: ROOMS.index(room(module))], "__version__"}
+        if len(module.parts) > 1:
+            allowed.add(room(module))
+        for line, name in imports(module):
+            if name[0] == "counterflow" and (len(name) == 1 or name[1] not in allowed):
+                arrows_down.append(f"{module}:{line} imports {'.'.join(name)}")
+    assert not arrows_down, f"expected imports from rooms before the module's own in ROOMS, got {arrows_down}"
+
+
+def test_importing_counterflow_imports_nothing_heavy_but_torch():
+    code = f"import counterflow, sys; print(*set({LAZY}) & set(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not ran.stdout.split()
+
+
+def test_only_the_commands_print():
+    offences = []
+    for module, tree in TREES.items():
+        if room(module) in ("commands", "cli"):
+            continue
+        offences += [f"{module}:{node.lineno} prints" for node in ast.walk(tree) if prints(node)]
+        offences += [f"{module}:{line} imports rich" for line, name in imports(module) if name[0] == "rich"]
+    assert not offences, f"expected print and rich in commands/ and cli.py alone, got {offences}"
+
+
+def test_errors_are_raised_not_asserted():
+    asserts = [
+        f"{module}:{node.lineno}"
+        for module, tree in TREES.items()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assert)
+    ]
+    assert not asserts, f"expected ValueError or TypeError, which -O keeps, got assert in {asserts}"
+
+
+def test_one_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    assert counterflow.__version__ == project["version"]

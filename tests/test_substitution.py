@@ -1,0 +1,223 @@
+"""Every body gives the numbers of `reference`, and `reference` those of plain autograd."""
+
+from itertools import cycle, product
+
+import pytest
+import torch
+from registry import UNIVARIATES, close, inputs, over, stir
+
+import counterflow as cf
+from counterflow.made import ACTIVATIONS
+from counterflow.substitution import SOLVERS, System, body_named, reference, solve
+
+BODIES = [name for name in SOLVERS if name not in ("auto", "reference")]
+DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+HIDDEN = [(7,), (13, 5), (3, 11), (11, 6, 9), (37, 70), (130,)]
+DEGREES = {  # of D features
+    "own": lambda D: None,
+    "shared": lambda D: [1 + i * ((D + 2) // 3) // D for i in range(D)],
+    "two, unsorted": lambda D: [1 + i % 2 for i in range(D)],
+}
+# Every activation meets every univariate map, and every size every kind of degrees, without the whole product.
+CASES = {
+    f"{D}, {univariate}, {activation}, {hidden}, {degrees}, context {context}": (
+        D,
+        context,
+        hidden,
+        UNIVARIATES[univariate],
+        DEGREES[degrees](D),
+        activation,
+    )
+    for (univariate, D, activation), hidden, degrees, context in zip(
+        product(UNIVARIATES, (1, 2, 3, 17, 64), ACTIVATIONS), cycle(HIDDEN), cycle([*DEGREES, "own"]), cycle((0, 2, 3))
+    )
+}
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Fresh buffers hold NaN, so that a value that a body forgets to write is seen. Their shapes."""
+    fresh = []
+
+    def with_nan(make):
+        def made(*args, **kwargs):
+            buffer = make(*args, **kwargs)
+            fresh.append(buffer.shape)
+            return buffer.fill_(torch.nan) if buffer.is_floating_point() else buffer
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, with_nan(getattr(owner, name)))
+    return fresh
+
+
+def made(case, device="cpu", dtype=torch.float64, rows=6):
+    """The transform of a case, y of which some lie far out, and c."""
+    t = stir(cf.Autoregressive(*CASES[case])).to(device, dtype)
+    y, c = (v if v is None else v.to(device, dtype) for v in inputs(t, rows))
+    y[::3] *= 3
+    return t, y, c
+
+
+def results(solver, t, y, c):
+    """x, log_det, and the gradients for y, c, each weight and each bias."""
+    t.solver = solver
+    leaves = [v.detach().requires_grad_() for v in (y, c) if v is not None]
+    x, log_det = t.inverse(*leaves)
+    generator = torch.Generator().manual_seed(3)
+    x_bar, log_det_bar = (torch.randn(v.shape, generator=generator).to(v) for v in (x, log_det))
+    return x, log_det, *torch.autograd.grad((x, log_det), [*leaves, *t.parameters()], (x_bar, log_det_bar))
+
+
+@over(CASES, "case")
+@over(BODIES, "body")
+@over(DEVICES, "device")
+def test_values_and_gradients_are_those_of_reference(case, body, device, poisoned):
+    t, y, c = made(case, device)
+    expected = results("reference", t, y, c)
+    poisoned.clear()
+    came = results(body, t, y, c)
+    assert poisoned, "no buffer of this body held NaN: poison the function that it allocates with"
+    for one, other in zip(came, expected, strict=True):
+        close(one, other)
+
+
+@over(CASES, "case")
+@over(BODIES, "body")
+@over(DEVICES, "device")
+def test_each_substitution_is_that_of_reference(case, body, device, poisoned):
+    """The adjoints of every hidden layer too, which weight gradients may hide."""
+    t, y, c = made(case, device)
+    body = body_named(body)
+    with torch.no_grad():
+        y, system = t._sort(y), t._system(y, c)
+        expected, came = (b.forward_substitution(system, y) for b in (reference, body))
+        v, w = torch.randn_like(y), torch.randn_like(y[:, 0])
+        # Both go back from the same point: a relu's slope may differ on two sides of a kink.
+        pairs = [
+            (came, expected),
+            (body.back_substitution(system, expected, v, w), reference.back_substitution(system, expected, v, w)),
+        ]
+    for ours, theirs in pairs:
+        for one, other in zip([*ours[:-1], *ours[-1]], [*theirs[:-1], *theirs[-1]], strict=True):
+            close(one, other)
+
+
+@over([case for k, case in enumerate(CASES) if k % 2 == 0], "case")
+@over(BODIES, "body")
+@over(DEVICES, "device")
+def test_float32_is_near_float64(case, body, device, poisoned):
+    exact = results("reference", *made(case, device))
+    for came, expected in zip(results(body, *made(case, device, torch.float32)), exact, strict=True):
+        close(came, expected.float(), 1e-4)
+
+
+@over([case for case in CASES if not case.startswith("64")], "case")
+def test_reference_has_the_gradients_of_plain_autograd(case):
+    """The implicit function theorem against a graph through all passes."""
+    t, y, c = made(case)
+    leaves = [v.requires_grad_() for v in (y, c) if v is not None] + list(t.parameters())
+    system, flat = t._system(y, c), t._sort(y)
+    through_the_loop = reference.forward_substitution(system, flat)
+    x, log_det = solve(reference, system, flat)
+    bars = torch.randn_like(x), torch.randn_like(log_det)
+    expected = torch.autograd.grad(through_the_loop[:2], leaves, bars, retain_graph=True)
+    for came, plain in zip(torch.autograd.grad((x, log_det), leaves, bars), expected, strict=True):
+        close(came, plain)
+
+
+@over(["reference", *BODIES], "solver")
+@over(UNIVARIATES, "univariate")
+@over([0, 2], "context")
+def test_gradcheck(solver, univariate, context):
+    t = stir(cf.Autoregressive(3, context, (4, 3), UNIVARIATES[univariate], (2, 1, 3), "tanh"))
+    t.solver = solver
+    names, parameters = zip(*t.named_parameters(), strict=True)
+    y, c = inputs(t, 2)
+    given = [y] if c is None else [y, c]
+
+    def inverse(*leaves):
+        state, args = leaves[: len(names)], leaves[len(names) :]
+        return torch.func.functional_call(Inverted(t), {f"t.{n}": p for n, p in zip(names, state, strict=True)}, args)
+
+    assert torch.autograd.gradcheck(inverse, [*parameters, *(v.requires_grad_() for v in given)])
+
+
+class Inverted(torch.nn.Module):
+    def __init__(self, t):
+        super().__init__()
+        self.t = t
+
+    def forward(self, y, c=None):
+        return self.t.inverse(y, c)
+
+
+@over(["reference", *BODIES], "solver")
+@over(UNIVARIATES, "univariate")
+@over(["after it", "within it"], "backward")
+def test_autocast_does_not_reach_the_solve(solver, univariate, backward):
+    t = stir(cf.Autoregressive(5, 2, (11, 7), UNIVARIATES[univariate])).float()
+    t.solver = solver
+    y, c = (v.requires_grad_() for v in inputs(t, 8, dtype=torch.float32))
+    leaves = y, c, *t.parameters()
+    expected = t.inverse(y, c)
+    expected += torch.autograd.grad(expected, leaves, expected, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert t(y, c)[0].dtype == t(y, c)[1].dtype == torch.float32
+        low = t.inverse(y.bfloat16(), c.bfloat16())
+        came = t.inverse(y, c)
+        if backward == "within it":
+            came += torch.autograd.grad(came, leaves, came)
+    if backward == "after it":
+        came += torch.autograd.grad(came, leaves, came)
+    for one, other in zip(came, expected, strict=True):
+        close(one, other, 1e-6)
+    for one, other in zip(low, t.inverse(y.bfloat16().float(), c.bfloat16().float()), strict=True):
+        assert torch.equal(one, other)
+
+
+@over(UNIVARIATES, "univariate")
+def test_push_score_and_forward_agree_under_autocast(univariate):
+    t = stir(cf.Autoregressive(5, 2, (11, 7), UNIVARIATES[univariate])).float()
+    x, c = inputs(t, 8, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        for came, expected in zip(t.push_score(x, x, c), t(x, c), strict=False):
+            close(came, expected.detach(), 1e-6)
+
+
+@over([s for s in SOLVERS if s != "reference"], "solver")
+def test_only_what_needs_a_gradient_gets_one(solver):
+    t = stir(cf.Autoregressive(3, 2, (5,)))
+    y, c = inputs(t, 4)
+    t.solver = solver
+    everything = torch.autograd.grad(t.inverse(y, c)[0].sum(), list(t.parameters()))
+    t.requires_grad_(False)
+    assert not t.inverse(y, c)[0].requires_grad
+    for parameter, expected in zip(t.parameters(), everything, strict=True):
+        parameter.requires_grad_()
+        (came,) = torch.autograd.grad(t.inverse(y, c)[0].sum(), parameter)
+        parameter.requires_grad_(False)
+        close(came, expected)
+
+
+@over(["x", "log_det"], "of")
+def test_a_second_derivative_is_refused_not_wrong(of):
+    t = stir(cf.Autoregressive(3, 0, (5,), activation="tanh"))
+    y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    x, log_det = t.inverse(y)
+    loss = (x.square() if of == "x" else log_det).sum() + y.pow(3).sum()
+    (slope,) = torch.autograd.grad(loss, y, create_graph=True)
+    with pytest.raises(RuntimeError, match="twice"):
+        torch.autograd.grad(slope.sum(), y)
+
+
+def test_the_system_is_the_network(poisoned):
+    """What substitution reads (`MADE.ends`, masked weights) against what forward runs."""
+    t, y, c = made(next(case for case in CASES if case.startswith("17") and "context 2" in case))
+    with torch.no_grad():
+        params, hidden = reference.network(t._system(y, c), y)
+        expected, layers = t.made.run(y, c)
+    assert isinstance(t._system(y, c), System)
+    for one, other in zip((params, *hidden), (expected, *layers), strict=True):
+        close(one, other, 1e-13)
