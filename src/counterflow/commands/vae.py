@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,8 +52,8 @@ class Vae:
     """auto takes gated convolutions for images, a gated MLP for rows"""
     hidden: tuple[int, ...] = (512, 512)
     """layers of the MLP"""
-    channels: int = 16
-    """of the first convolution; the paper's 28x28 network has 32"""
+    channels: int = 12
+    """of the first convolution; van den Berg et al. 2018 take 32 for 28x28"""
     context: int = 128
     """size of the encoder's output h"""
     iaf_layers: int = 4
@@ -64,16 +64,16 @@ class Vae:
     """nats that each group of latent features may cost for free"""
     groups: int | None = None
     """of latent features, for --free-bits; each feature its own when not given"""
-    warm_up: float = 10.0
-    """epochs until the KL has its full weight"""
+    warm_up: float = 0.4
+    """part of the training after which the KL has its full weight; it grows from 0 until then"""
     samples: int = 1
     """draws of z for each datum in training"""
     test_samples: int = 500
     """draws of z for each test datum in the importance sampling of its log-likelihood"""
     out: Path | None = None
     """run folder, which must be new; runs/vae-DATE-TIME when not given"""
-    fit: Annotated[FitConfig, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: FitConfig(epochs=120, batch_size=64)
+    fit: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(  # noqa: RUF009  # frozen
+        epochs=100, batch_size=64, learning_rate=4e-3, ema=0.995
     )
     """how to train"""
 
@@ -102,7 +102,12 @@ class Vae:
         )
         torch.manual_seed(self.fit.seed)
         test = next(iter(models.values())).likelihood.observe(parts.test)
-        results, records = [], {}
+        summary: dict[str, Any] = {
+            "data": self.data,
+            "rows": {k: len(v) for k, v in vars(parts).items()},
+            "results": [],
+        }
+        results, records = summary["results"], {}
         for name, model in models.items():
             record = records[name] = self._train(name, model, parts, run, last=name == wanted[-1])
             if record.stopped == "interrupted":
@@ -113,11 +118,13 @@ class Vae:
                 )
                 console.err.print(f"interrupted in epoch {len(record.epochs) + 1} of {name}; {kept}")
                 return 130
+            if record.best is None:
+                console.err.print(f"training of {name} ended before its first epoch was over: no weights are kept")
+                return 1
             with console.err.status(f"testing {name} with {self.test_samples} samples a datum"):
                 reached = evaluate(model, test.to(self.fit.device), self.test_samples)
             results.append(self._result(name, model, record, reached))
-        summary = {"data": self.data, "rows": {k: len(v) for k, v in vars(parts).items()}, "results": results}
-        console.write_json(run / "summary.json", summary)
+            console.write_json(run / "summary.json", summary)
         self._draw(run / "plots", models, records, test[:64].to(self.fit.device))
         console.out.print(_table(results))
         console.out.print(f"run folder: {run}  (pictures in {run / 'plots'})", soft_wrap=True)
@@ -174,7 +181,7 @@ class Vae:
                 parts.validation,
                 self.fit,
                 validate=validate,
-                anneal=lambda epoch: {"beta": warm_up(epoch, self.warm_up)},
+                anneal=lambda epoch: {"beta": warm_up(epoch, self.warm_up * self.fit.epochs)},
                 on_step=on_step,
                 on_epoch=on_epoch,
             )
