@@ -76,7 +76,7 @@ def main() -> None:
         f"Made by `python benchmarks/directions.py --rounds {args.rounds} --threads {args.threads}` "
         f"({platform.machine()}, torch {torch.__version__}); solver `sliced`, float32, medians in ms.",
         "",
-        "| D, H, B | one pass | solve | ratio | one pass + backward | solve + backward | ratio | D passes | over solve |",
+        "| D, H, B | one pass | solve | ratio | pass + backward | solve + backward | ratio | D passes | over solve |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for D, H, B in SIZES:

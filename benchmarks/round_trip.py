@@ -39,7 +39,10 @@ def nflows() -> Pair:
 
     parts: list[nn.Module] = []
     for _ in range(LAYERS):
-        parts += [MaskedAffineAutoregressiveTransform(D, H, num_blocks=2, use_residual_blocks=False), ReversePermutation(D)]
+        parts += [
+            MaskedAffineAutoregressiveTransform(D, H, num_blocks=2, use_residual_blocks=False),
+            ReversePermutation(D),
+        ]
     flow = CompositeTransform(parts)
     return flow, flow, lambda y: flow.inverse(y)[0]
 

@@ -62,11 +62,13 @@ def test_what_a_forbidden_weight_holds_does_not_matter():
 
 
 def test_weights_of_a_fresh_network_vary_by_how_many_inputs_their_row_sees():
-    """So that early features are not drowned. The last layer is a thousand times smaller."""
+    """So that early features are not drowned. The last layer is a thousand times smaller, or more."""
     made = MADE(range(1, 65), 2, (512, 512), "relu", 3)
-    for layer, context, gain in zip(made.layers, (3, 0, 0), (1, 1, 1e-3), strict=True):
-        variance = gain**2 / (layer.mask.sum(1, keepdim=True) + context)
-        standard = (layer.weight / variance.sqrt())[layer.mask]
+    for layer, context in zip(made.layers[:-1], (3, 0), strict=True):
+        seen = layer.mask.sum(1, keepdim=True) + context
+        standard = (layer.weight * seen.sqrt())[layer.mask]
         assert standard.var().item() == pytest.approx(1, abs=0.02)
         assert standard.abs().max() <= 3**0.5 + 1e-6
         assert (layer.bias == 0).all()
+    last = made.layers[-1]
+    assert last.masked_weight().abs().max() <= 1e-3 * 3**0.5 and (last.bias == 0).all()

@@ -27,6 +27,16 @@ ERRORS = {
     "y is whole": (lambda: plain().inverse(X.long()), TypeError, r"expected y as a floating-point tensor"),
     "c is whole": (lambda: conditional()(X, C.long()), TypeError, r"expected c as .*, got a tensor of torch.int64"),
     "c is a list": (lambda: conditional()(X, [1.0, 2.0]), TypeError, r"expected c as .*, got list"),
+    "x is float64": (
+        lambda: plain()(X.double()),
+        TypeError,
+        r"expected x of torch\.float32, got torch\.float64; convert it with \.to\(torch\.float32\), or the flow",
+    ),
+    "c is float64": (
+        lambda: conditional()(X, C.double()),
+        TypeError,
+        r"expected c of torch\.float32, got torch\.float64",
+    ),
     "x too wide": (
         lambda: plain()(torch.randn(64, 20)),
         ValueError,
@@ -49,9 +59,13 @@ ERRORS = {
     "c too wide": (
         lambda: conditional()(X, X),
         ValueError,
-        r"expected c of shape \(\.\.\., 2\), got \(5, 3\); this Autoregressive was built with context=2",
+        r"expected a context c of shape \(\.\.\., 2\), got c of shape \(5, 3\); this Autoregressive was built with context=2",
     ),
-    "c without axes": (lambda: conditional()(X, torch.tensor(1.0)), ValueError, r"expected c of shape .*, got \(\)"),
+    "c without axes": (
+        lambda: conditional()(X, torch.tensor(1.0)),
+        ValueError,
+        r"expected a context c of shape .*, got c of shape \(\)",
+    ),
     "c of another batch": (
         lambda: conditional().inverse(X, C[:4]),
         ValueError,
@@ -72,9 +86,13 @@ ERRORS = {
     "no hidden layers": (
         lambda: AR(3, hidden=()),
         ValueError,
-        r"expected at least one hidden layer, got hidden=\(\); for example hidden=\(64, 64\)",
+        r"expected the sizes of the hidden layers, such as hidden=\(64, 64\), got hidden=\(\)",
     ),
-    "no hidden layers in MADE": (lambda: MADE((1,), 2, (), "relu", 0), ValueError, r"expected at least one hidden"),
+    "no hidden layers in MADE": (
+        lambda: MADE((1,), 2, (), "relu", 0),
+        ValueError,
+        r"expected the sizes of the hidden layers",
+    ),
     "no such activation": (
         lambda: AR(3, activation="rleu"),
         ValueError,
@@ -98,7 +116,11 @@ ERRORS = {
         ValueError,
         r"expected solver as one of auto, reference, sliced.*, got 'fast'",
     ),
-    "empty Compose": (lambda: cf.Compose([]), ValueError, r"expected at least one transform in Compose, got none"),
+    "empty Compose": (
+        lambda: cf.Compose([]),
+        ValueError,
+        r"expected at least one transform in Compose, and transforms only, got \[\]",
+    ),
     "Compose of other features": (
         lambda: cf.Compose([plain(), cf.Permute([0, 1])]),
         ValueError,
@@ -177,12 +199,12 @@ ERRORS = {
     "flow with a wide context": (
         lambda: cf.IAF(3, 2)(X),
         ValueError,
-        r"expected c of shape \(\.\.\., 2\), got c of shape \(5, 3\); this flow was built with context=2",
+        r"expected a context c of shape \(\.\.\., 2\), got c of shape \(5, 3\); this flow was built with context=2",
     ),
     "value of a flow": (
         lambda: cf.IAF(3)().log_prob(C),
         ValueError,
-        r"expected value of shape \(\.\.\., 3\), got \(5, 2\); this Compose was built with features=3",
+        r"expected value of shape \(\.\.\., 3\), got \(5, 2\); this flow was built with features=3",
     ),
     "value of another batch": (
         lambda: cf.IAF(3, 2)(C).log_prob(X[:4]),

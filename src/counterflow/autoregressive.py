@@ -19,8 +19,7 @@ class Autoregressive(Transform):
 
     Forward is one pass through a masked network, log_det = sum_i log dy_i/dx_i. Inverse is forward substitution:
     feature by feature, each weight read once, about the cost of one pass as well. Both have gradients
-    for x or y, the context and every weight; the inverse's are of first order (the reference for second
-    derivatives is to write the flow the other way round).
+    for x or y, the context and every weight; those of the inverse cannot be differentiated a second time.
 
     Args:
         features: D.
@@ -94,12 +93,12 @@ class Autoregressive(Transform):
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y (..., D) and log|det dy/dx| (...). One pass."""
-        y, log_slope = self._forward(prepare(self, x, c), c)
+        y, log_slope = self._forward(self._prepare(x, c, "x"), c)
         return y, log_slope.sum(-1)
 
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Transform.forward_by_feature`."""
-        y, log_slope = self._forward(prepare(self, x, c), c)
+        y, log_slope = self._forward(self._prepare(x, c, "x"), c)
         return y, total + self._unsort(log_slope)
 
     def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -107,7 +106,7 @@ class Autoregressive(Transform):
 
         Under autocast it runs in float32: an error in an early feature would grow through all that follow.
         """
-        y = prepare(self, y, c, "y")
+        y = self._prepare(y, c, "y")
         with torch.autocast(y.device.type, enabled=False):
             y, c = _at_least_float32(y), None if c is None else _at_least_float32(c)
             flat = self._sort(y).reshape(-1, self.features)
@@ -116,24 +115,30 @@ class Autoregressive(Transform):
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Transform.push_score`: one pass, then one back substitution."""
-        x = prepare(self, x, c)
+        x = self._prepare(x, c, "x")
         with torch.no_grad():
             flat = self._sort(x).reshape(-1, self.features)
             rows = None if c is None else c.expand(*x.shape[:-1], self.context).reshape(-1, self.context)
             params, hidden = self.made.run(flat, rows)
+            params, hidden = params.to(flat.dtype), tuple(a.to(flat.dtype) for a in hidden)  # lower under autocast
             y, log_slope = self.univariate.forward(flat, params)
             log_det = log_slope.sum(1)
-            u = (
-                body_named(self._solver)
-                .back_substitution(
-                    self._system(x, c),
-                    Solution(flat, -log_det, params, hidden),
-                    self._sort(score.expand(x.shape)).reshape(flat.shape),
-                    torch.ones_like(log_det),
-                )
-                .u
-            )
+            with torch.autocast(x.device.type, enabled=False):
+                solution = Solution(flat, -log_det, params, hidden)
+                v, w = self._sort(score.expand(x.shape)).reshape(flat.shape), torch.ones_like(log_det)
+                u = body_named(self._solver).back_substitution(self._system(flat, rows), solution, v, w).u
         return self._unsort(y.reshape(x.shape)), log_det.reshape(x.shape[:-1]), self._unsort(u.reshape(x.shape))
+
+    def _prepare(self, x: Tensor, c: Tensor | None, name: str) -> Tensor:
+        """`prepare`, and a clear word when NumPy's float64 meets float32 weights."""
+        expanded = prepare(self, x, c, name)
+        dtype = self.made.dtype
+        for label, value in ((name, x), ("c", c)):
+            if value is not None and value.dtype != dtype and not torch.is_autocast_enabled(value.device.type):
+                raise TypeError(
+                    f"expected {label} of {dtype}, got {value.dtype}; convert it with .to({dtype}), or the flow"
+                )
+        return expanded
 
     def _forward(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self._sort(x)
@@ -183,8 +188,12 @@ def _at_least_float32(x: Tensor) -> Tensor:
 def _check_degrees(degrees: Sequence[int] | None, features: int) -> tuple[int, ...]:
     if degrees is None:
         return tuple(range(1, features + 1))
-    given = tuple(int(d) for d in degrees)
-    if len(given) != features or set(given) != set(range(1, max(given, default=0) + 1)):
+    given = tuple(degrees)
+    if (
+        any(d != int(d) for d in given)
+        or len(given) != features
+        or set(given) != set(range(1, max(given, default=0) + 1))
+    ):
         raise ValueError(
             f"expected {features} degrees that use every number of 1..G, got {given}; "
             "for example (1, 1, 2, 2) for a coupling layer of four features"

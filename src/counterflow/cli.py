@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 import warnings
 
+from counterflow import __version__
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0 when all went well, 2 for bad input, 130 after Ctrl-C."""
@@ -18,17 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
     except ImportError as error:
         print(f"counterflow: {error.name} is not installed; pip install 'counterflow[all]'", file=sys.stderr)
         return 2
-    command = tyro.extras.subcommand_cli_from_dict(
-        {"vae": Vae, "sample": Sample, "score": Score},
-        prog="counterflow",
-        description="Variational inference and density estimation with autoregressive normalizing flows.",
-        args=arguments,
-    )
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: console.err.print(
             f"counterflow: {message}", style="yellow", markup=False
         )
         try:
+            command = tyro.extras.subcommand_cli_from_dict(
+                {"vae": Vae, "sample": Sample, "score": Score},
+                prog="counterflow",
+                description=f"Autoregressive normalizing flows: VAEs with flow posteriors. Version {__version__}.",
+                args=arguments,
+            )
             return command.run()
         except (ValueError, OSError, ImportError) as error:
             console.err.print(

@@ -126,7 +126,7 @@ def fit(
     """
     rows = _check_rows(train, "the training data", config.batch_size)
     _check_rows(validation, "the validation data", 1)
-    device = torch.device(config.device)
+    device = _device(config.device)
     model.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -139,7 +139,7 @@ def fit(
 
     record, started = Record(), time.perf_counter()
     best, best_weights, since_best, in_a_row = -math.inf, None, 0, 0
-    forked = [device] if device.type == "cuda" else []
+    forked = list(range(torch.cuda.device_count()))  # manual_seed reaches every one
     with torch.random.fork_rng(forked):
         torch.manual_seed(config.seed)
         try:
@@ -238,6 +238,14 @@ def check_finite(values: Tensor, what: str) -> None:
     )
 
 
+def _device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"expected a device that is there (cpu, cuda, mps), got {name!r}: {reason}") from None
+
+
 def _parts(data: Batch) -> tuple[Tensor, ...]:
     return data if isinstance(data, tuple) else (data,)
 
@@ -291,7 +299,7 @@ def _validate(model: nn.Module, objective: Objective, data: Batch, config: FitCo
     model.eval()
     device = torch.device(config.device)
     total, rows = 0.0, len(_parts(data)[0])
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         torch.manual_seed(config.seed)
         for index in torch.arange(rows).split(config.batch_size):
             picked = tuple(part[index].to(device) for part in _parts(data))

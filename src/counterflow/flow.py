@@ -10,7 +10,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, Normal, constraints
 
-from counterflow.transform import Cost, Transform, positive, prepare
+from counterflow.transform import Cost, Transform, check_context, positive, prepare
 
 
 class Base(nn.Module, ABC):
@@ -125,11 +125,15 @@ class FlowDistribution(Distribution):
         Raises:
             ValueError: a wrong number of features, a batch shape that does not broadcast, or a NaN.
         """
-        value = prepare(self.transform, value, self.context, "value")
-        if self._validate_args:
+        value = prepare(self.transform, value, self.context, "value", "flow")
+        if self._validate_args and value.numel():
             self._validate_sample(value)
         eps, log_det = self.transform.inverse(value, self.context)
-        return self.base.log_prob(eps) + log_det
+        return self._log_base(eps).sum(-1) + log_det
+
+    def _log_base(self, eps: Tensor) -> Tensor:
+        """log q_0 by feature, (..., D); Independent's own sum does not take empty batches."""
+        return self.base.base_dist.log_prob(eps)  # type: ignore[attr-defined]  # every Base is an Independent
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Samples (S..., B..., D) through which gradients flow."""
@@ -144,7 +148,7 @@ class FlowDistribution(Distribution):
         """Samples z (S..., B..., D) and log q(z), from one run through the layers."""
         eps = self.base.rsample(Size(sample_shape))
         z, log_det = self.transform(eps, self.context)
-        return z, self.base.log_prob(eps) - log_det
+        return z, self._log_base(eps).sum(-1) - log_det
 
     def rsample_and_log_prob_by_feature(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Samples z, and log q(z) as a sum of one term for each feature of z, both (S..., B..., D).
@@ -153,9 +157,8 @@ class FlowDistribution(Distribution):
         diagonal Gaussian it is the feature's own log density. Permutations move the terms along.
         """
         eps = self.base.rsample(Size(sample_shape))
-        start = self.base.base_dist.log_prob(eps)  # type: ignore[attr-defined]  # every Base is an Independent
         # The base's terms travel with their features as well: what is carried is log_det - log q_0.
-        z, total = self.transform.forward_by_feature(eps, -start, self.context)
+        z, total = self.transform.forward_by_feature(eps, -self._log_base(eps), self.context)
         return z, -total
 
     def rsample_and_path_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
@@ -170,7 +173,7 @@ class FlowDistribution(Distribution):
         z, _ = self.transform(eps, self.context)
         with torch.enable_grad():
             leaf = eps.detach().requires_grad_()
-            log_base = self.base.log_prob(leaf)
+            log_base = self._log_base(leaf).sum(-1)
             (score,) = torch.autograd.grad(log_base.sum(), leaf)
         c = None if self.context is None else self.context.detach()
         _, log_det, score = self.transform.push_score(leaf.detach(), score, c)
@@ -213,16 +216,7 @@ class Flow(nn.Module):
 
     def forward(self, c: Tensor | None = None) -> FlowDistribution:
         """The distribution q(z | c), c (..., C) or None."""
-        if c is None and self.context:
-            raise ValueError(
-                f"expected a context c of shape (..., {self.context}), got None; "
-                f"this flow was built with context={self.context}"
-            )
-        if c is not None and (not self.context or c.dim() == 0 or c.shape[-1] != self.context):
-            wanted = f"c of shape (..., {self.context})" if self.context else "no context"
-            raise ValueError(
-                f"expected {wanted}, got c of shape {tuple(c.shape)}; this flow was built with context={self.context}"
-            )
+        check_context(c, self.context, "flow")
         base = self.base(c if self.base.context else None)
         if c is not None:
             base = base.expand(c.shape[:-1])

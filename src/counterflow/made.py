@@ -35,14 +35,18 @@ def _df_silu(a: Tensor) -> Tensor:
     return s * (1 + a * (1 - s))
 
 
+def _df_softplus(a: Tensor) -> Tensor:
+    return torch.where(a > 20, torch.ones_like(a), torch.sigmoid(a))  # torch's softplus is linear above 20
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, lambda a: (a > 0).to(a.dtype)),
-    "leaky_relu": Activation(F.leaky_relu, lambda a: torch.where(a > 0, 1.0, 0.01).to(a.dtype)),
+    "leaky_relu": Activation(F.leaky_relu, lambda a: torch.where(a > 0, torch.ones_like(a), 0.01)),
     "elu": Activation(F.elu, lambda a: torch.exp(a.clamp_max(0))),
     "tanh": Activation(torch.tanh, lambda a: 1 - torch.tanh(a).square()),
     "sigmoid": Activation(torch.sigmoid, lambda a: torch.sigmoid(a) * torch.sigmoid(-a)),
     "silu": Activation(F.silu, _df_silu),
-    "softplus": Activation(F.softplus, torch.sigmoid),
+    "softplus": Activation(F.softplus, _df_softplus),
 }
 
 
@@ -92,8 +96,8 @@ class MaskedLinear(nn.Linear):
 class MADE(nn.Module):
     """A masked network: features x (..., D), sorted by degree, and a context c (..., C) to parameters (..., D, P).
 
-    The context enters the first hidden layer unmasked. The output layer starts a thousand times smaller than
-    the others, so that a flow starts within 1e-2 of what its univariate map does with zero parameters.
+    The context enters the first hidden layer unmasked. The output layer starts at 3e-4 of the
+    others' size, so that a flow of five layers starts within 1e-2 of what its univariate map does with zero parameters.
 
     Args:
         degrees: D degrees in ascending order.
@@ -113,9 +117,9 @@ class MADE(nn.Module):
         super().__init__()
         self.activation = activation_named(activation)
         self.parameters_per_feature = parameters
+        if isinstance(hidden, int) or not hidden:
+            raise ValueError(f"expected the sizes of the hidden layers, such as hidden=(64, 64), got hidden={hidden!r}")
         sizes = [positive(size, f"hidden[{k}]") for k, size in enumerate(hidden)]
-        if not sizes:
-            raise ValueError("expected at least one hidden layer, got hidden=(); for example hidden=(64, 64)")
         G = max(degrees)
         # Units of degree 0 see the context alone: without one they would be constants.
         lowest = 0 if context or G == 1 else 1
@@ -126,8 +130,13 @@ class MADE(nn.Module):
         masks = [after[:, None] >= before[None, :] for before, after in pairwise(d)]
         outputs = (d[0][:, None] > d[-1][None, :]).repeat_interleave(parameters, dim=0)
         self.layers = nn.ModuleList(MaskedLinear(mask, more_inputs=0 if k else context) for k, mask in enumerate(masks))
-        self.layers.append(MaskedLinear(outputs, gain=1e-3))
+        self.layers.append(MaskedLinear(outputs, gain=3e-4))
         self.context = nn.Linear(context, sizes[0], bias=False) if context else None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        return self.masked_layers()[0].weight.dtype
 
     def masked_layers(self) -> list[MaskedLinear]:
         """The layers in order, the last one giving the parameters."""

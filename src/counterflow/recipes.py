@@ -47,7 +47,7 @@ def _seeded(seed: int | None) -> Iterator[None]:
     """Draw from a generator of one's own when a seed is given; torch's global one then stays as it was."""
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every GPU
         yield
 
 

@@ -71,34 +71,24 @@ class Transform(nn.Module, ABC):
         return y, log_det, score_y
 
 
-def prepare(transform: Transform, x: Tensor, c: Tensor | None, name: str = "x") -> Tensor:
+def prepare(transform: Transform, x: Tensor, c: Tensor | None, name: str = "x", kind: str | None = None) -> Tensor:
     """Check x (..., D) and c (..., C) against the transform and expand x to their common batch shape.
+
+    name and kind are what the messages call x and the transform.
 
     Raises:
         TypeError: x or c is not a floating-point tensor.
         ValueError: a wrong number of features, or a context that is missing, not wanted or of a wrong shape.
     """
-    kind, D, C = type(transform).__name__, transform.features, transform.context
-    for label, value in ((name, x), ("c", c)):
-        if value is not None and not (isinstance(value, Tensor) and value.is_floating_point()):
-            came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-            raise TypeError(f"expected {label} as a floating-point tensor, got {came}; convert it with .float()")
+    kind, D = kind or type(transform).__name__, transform.features
+    _check_tensor(x, name)
+    check_context(c, transform.context, kind)
     if x.dim() == 0 or x.shape[-1] != D:
         raise ValueError(
             f"expected {name} of shape (..., {D}), got {tuple(x.shape)}; this {kind} was built with features={D}"
         )
     if c is None:
-        if C:
-            raise ValueError(
-                f"expected a context c of shape (..., {C}), got None; this {kind} was built with context={C}"
-            )
         return x
-    if not C:
-        raise ValueError(f"expected no context, got c of shape {tuple(c.shape)}; this {kind} was built with context=0")
-    if c.dim() == 0 or c.shape[-1] != C:
-        raise ValueError(
-            f"expected c of shape (..., {C}), got {tuple(c.shape)}; this {kind} was built with context={C}"
-        )
     try:
         batch = torch.broadcast_shapes(x.shape[:-1], c.shape[:-1])
     except RuntimeError:
@@ -107,6 +97,22 @@ def prepare(transform: Transform, x: Tensor, c: Tensor | None, name: str = "x") 
             f"give c the batch shape of {name}, or one that torch broadcasts to it"
         ) from None
     return x.expand(*batch, D)
+
+
+def check_context(c: Tensor | None, context: int, kind: str) -> None:
+    """Raise unless c is (..., context), or None for context=0."""
+    if c is not None:
+        _check_tensor(c, "c")
+    if (c is None) != (context == 0) or (c is not None and (c.dim() == 0 or c.shape[-1] != context)):
+        wanted = f"a context c of shape (..., {context})" if context else "no context"
+        came = "None" if c is None else f"c of shape {tuple(c.shape)}"
+        raise ValueError(f"expected {wanted}, got {came}; this {kind} was built with context={context}")
+
+
+def _check_tensor(value: Tensor, name: str) -> None:
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"expected {name} as a floating-point tensor, got {came}; convert it with .float()")
 
 
 def positive(value: int, name: str) -> int:
@@ -129,8 +135,8 @@ class Compose(Transform):
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         super().__init__()
-        if not transforms:
-            raise ValueError("expected at least one transform in Compose, got none")
+        if not transforms or not all(isinstance(t, Transform) for t in transforms):
+            raise ValueError(f"expected at least one transform in Compose, and transforms only, got {transforms!r}")
         sizes = {t.features for t in transforms}
         contexts = {t.context for t in transforms if t.context}
         if len(sizes) > 1 or len(contexts) > 1:
@@ -141,8 +147,8 @@ class Compose(Transform):
         self.transforms = nn.ModuleList(transforms)
         self.features = sizes.pop()
         self.context = contexts.pop() if contexts else 0
-        self.forward_cost = _joint_cost([t.forward_cost for t in transforms])
-        self.inverse_cost = _joint_cost([t.inverse_cost for t in transforms])
+        costs = [(t.forward_cost, t.inverse_cost) for t in transforms]
+        self.forward_cost, self.inverse_cost = _joint_costs(costs)
 
     def __iter__(self) -> Any:
         return iter(self.transforms)
@@ -185,13 +191,15 @@ class Compose(Transform):
         """The constructor's arguments."""
         return {"transforms": list(self)}
 
+    def __repr__(self) -> str:
+        return "\n  ".join(["Compose(", *(repr(t).replace("\n", "\n  ") for t in self)]) + "\n)"
 
-def _joint_cost(costs: list[Cost]) -> Cost:
-    solved = {cost for cost in costs if cost != "one pass"}
-    if not solved:
-        return "one pass"
-    # Layers that hold no network (a permutation) cost one pass both ways and do not make a flow mixed.
-    return solved.pop() if len(solved) == 1 else "mixed"
+
+def _joint_costs(costs: list[tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
+    """What both directions of a chain cost; layers without a network are one pass both ways and do not count."""
+    counted = [pair for pair in costs if pair != ("one pass", "one pass")] or costs
+    forward, inverse = ({pair[side] for pair in counted} for side in (0, 1))
+    return forward.pop() if len(forward) == 1 else "mixed", inverse.pop() if len(inverse) == 1 else "mixed"
 
 
 class Inverse(Transform):
@@ -221,6 +229,9 @@ class Inverse(Transform):
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
         return {"transform": self.transform}
+
+    def __repr__(self) -> str:
+        return f"Inverse({self.transform!r})"
 
 
 class Permute(Transform):
@@ -298,7 +309,8 @@ class Standardize(Transform):
 
     def __init__(self, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> None:
         super().__init__()
-        mean, std = (v if isinstance(v, Tensor) else torch.tensor(v) for v in (mean, std))
+        mean, std = (torch.as_tensor(v) for v in (mean, std))
+        mean, std = (v if v.is_floating_point() else v.float() for v in (mean, std))
         if mean.dim() != 1 or mean.shape != std.shape or not len(mean):
             raise ValueError(f"expected mean and std of one shape (D,), got {tuple(mean.shape)} and {tuple(std.shape)}")
         bad = torch.nonzero(~(torch.isfinite(mean) & torch.isfinite(std) & (std > 0)))[:, 0].tolist()

@@ -201,7 +201,7 @@ class RationalQuadraticSpline(Univariate):
         s, up = height / width, t_y - y0
         mixed = up * (d0 + d1 - 2 * s)
         a, b, c = height * (s - d0) + mixed, height * d0 - mixed, -s * up
-        t = 2 * c / (-b - torch.sqrt((b * b - 4 * a * c).clamp_min(0)))
+        t = (2 * c / (-b - torch.sqrt((b * b - 4 * a * c).clamp_min(0)))).clamp(0, 1)
         u = t * (1 - t)
         log_slope = self._log_slope(s, t, u, d0, d1, s + (d0 + d1 - 2 * s) * u)
         return torch.where(inside, x0 + t * width, y), torch.where(inside, -log_slope, torch.zeros_like(y))

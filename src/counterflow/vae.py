@@ -62,7 +62,7 @@ class Bernoulli(Likelihood):
 
     def check(self, x: Tensor) -> None:
         """0 <= x <= 1."""
-        low, high = x.min().item(), x.max().item()
+        low, high = (v.item() for v in x.aminmax())
         if not 0 <= low <= high <= 1:
             raise ValueError(
                 f"expected values in [0, 1] for a Bernoulli likelihood, got {low:g} to {high:g}; rescale the data, "
@@ -71,6 +71,7 @@ class Bernoulli(Likelihood):
 
     def observe(self, x: Tensor) -> Tensor:
         """A draw of 0 and 1."""
+        self.check(x)
         return torch.bernoulli(x)
 
     def center(self, x: Tensor) -> Tensor:
@@ -123,7 +124,7 @@ class DiscretizedLogistic(Likelihood):
 
     def check(self, x: Tensor) -> None:
         """Whole numbers in 0..levels-1."""
-        low, high = x.min().item(), x.max().item()
+        low, high = (v.item() for v in x.aminmax())
         if low < 0 or high > self.levels - 1 or not torch.equal(x, x.round()):
             raise ValueError(
                 f"expected whole numbers in 0..{self.levels - 1} for a discretized logistic likelihood, got values "
@@ -350,11 +351,14 @@ class VAE(nn.Module):
                 f"expected data of shape (B, {', '.join(map(str, self.data_shape))}), got {tuple(x.shape)}; "
                 f"this VAE was built with data_shape={self.data_shape}"
             )
+        if not x.is_floating_point():
+            raise TypeError(f"expected data of a floating-point dtype, got {x.dtype}; convert them with .float()")
         if x.numel():
             self.likelihood.check(x)
 
     def encode(self, x: Tensor) -> FlowDistribution:
         """The posterior q(z|x) for x (B, *data_shape): a distribution of batch shape (B,)."""
+        self.check(x)
         return self.posterior(self.encoder(self.likelihood.center(x)))
 
     def decode(self, z: Tensor) -> Distribution:

@@ -13,13 +13,13 @@ autoregressive models".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from counterflow.made import Activation
 from counterflow.univariate import Univariate
@@ -108,22 +108,40 @@ class _Solve(torch.autograd.Function):
         return solution.x, solution.log_det
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, x_bar: Tensor, log_det_bar: Tensor) -> tuple[Tensor | None, ...]:
-        x, log_det, params, *rest = ctx.saved_tensors
+        needed = ctx.needs_input_grad[3:]
+        with torch.autocast(x_bar.device.type, enabled=False):
+            grads = _SolveBackward.apply(ctx.body, ctx.layout, needed, x_bar, log_det_bar, *ctx.saved_tensors)
+        return None, None, *grads
+
+
+class _SolveBackward(torch.autograd.Function):
+    """The backward pass as a function of its own, so that a second derivative is refused and never silently zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, body: Body, layout: Layout, needed: Sequence[bool], v: Tensor, w: Tensor, *saved: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        x, log_det, params, *rest = saved
         L = (len(rest) + 1) // 3  # L - 1 hidden layers, L biases, L weights
         hidden, biases, weights = rest[: L - 1], rest[L - 1 : 2 * L - 1], rest[2 * L - 1 :]
-        system = System(ctx.layout, tuple(weights), tuple(biases))
+        system = System(layout, tuple(weights), tuple(biases))
         solution = Solution(x, log_det, params, tuple(hidden))
-        adjoints = ctx.body.back_substitution(system, solution, x_bar, log_det_bar)
+        adjoints = body.back_substitution(system, solution, v, w)
 
-        needed = ctx.needs_input_grad[3:]
         into = (*adjoints.hidden, adjoints.params.flatten(1))  # what each layer's output receives
         grads: list[Tensor | None] = [None] * (2 * L)
         for k in range(L):
             if needed[k]:
                 grads[k] = -into[k] if biases[k].dim() == 2 else -into[k].sum(0)
             if needed[L + k]:
-                fed = x if k == 0 else ctx.layout.activation.f(hidden[k - 1])
+                fed = x if k == 0 else layout.activation.f(hidden[k - 1])
                 grads[L + k] = -into[k].T @ fed
-        return None, None, adjoints.u, *grads
+        return adjoints.u, *grads
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "expected first derivatives of the solved direction of an autoregressive map, got a second one; "
+            "build the flow the other way round, so that what you differentiate twice is the one-pass direction"
+        )
