@@ -59,7 +59,7 @@ ERRORS = {
     "c too wide": (
         lambda: conditional()(X, X),
         ValueError,
-        r"expected a context c of shape \(\.\.\., 2\), got c of shape \(5, 3\); this Autoregressive was built with context=2",
+        r"expected a context c of shape \(\.\.\., 2\), got c of shape \(5, 3\); this Autoregressive was built",
     ),
     "c without axes": (
         lambda: conditional()(X, torch.tensor(1.0)),

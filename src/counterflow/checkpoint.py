@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -55,16 +54,15 @@ def save(module: nn.Module, path: str | Path) -> None:
         3
     """
     header = json.dumps(encode(module))
-    tensors = {k: v.detach().cpu().contiguous() for k, v in module.state_dict().items()}
+    tensors = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}  # none shares memory
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        safetensors.torch.save_file(tensors, temporary, metadata={KEY: header})
+        temporary.write_bytes(safetensors.torch.save(tensors, metadata={KEY: header}))
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -88,10 +86,10 @@ def load(path: str | Path, device: str = "cpu") -> Any:
         raise ValueError(f"expected a file written by counterflow.save, got {path}, whose header has no {KEY!r} entry")
     try:
         module = decode(json.loads(header))
-        # Tensors take the place of the fresh ones, dtype and all; buffers that are not saved follow their dtype.
+        # The tensors take the place of the fresh ones, dtype and all; buffers that are not saved follow their dtype.
         dtypes = {t.dtype for t in tensors.values() if t.is_floating_point()}
         module.to(device=device, dtype=dtypes.pop() if len(dtypes) == 1 else None)
-        module.load_state_dict(tensors)
+        module.load_state_dict(tensors, assign=True)
     except (TypeError, KeyError, ValueError, RuntimeError, AttributeError) as error:
         raise ValueError(f"expected {path} to hold what its header describes, got: {error}") from None
     return module.eval()
@@ -115,5 +113,7 @@ def encode(value: Any) -> Any:
 def decode(value: Any) -> Any:
     """What `encode` wrote, built again."""
     if isinstance(value, dict):
+        if value.get("type") not in TYPES:
+            raise ValueError(f"unknown type {value.get('type')!r}; known are {', '.join(TYPES)}")
         return TYPES[value["type"]](**{k: decode(v) for k, v in value["arguments"].items()})
     return [decode(v) for v in value] if isinstance(value, list) else value

@@ -21,9 +21,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"counterflow: {error.name} is not installed; pip install 'counterflow[all]'", file=sys.stderr)
         return 2
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: console.err.print(
-            f"counterflow: {message}", style="yellow", markup=False
-        )
+        warnings.showwarning = lambda message, *_: console.note(f"counterflow: {message}")
         try:
             command = tyro.extras.subcommand_cli_from_dict(
                 {"vae": Vae, "sample": Sample, "score": Score},
@@ -33,12 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
             )
             return command.run()
         except (ValueError, OSError, ImportError) as error:
-            console.err.print(
-                f"counterflow: {' '.join(str(error).split())}", soft_wrap=True, markup=False, highlight=False
-            )
+            console.note(f"counterflow: {' '.join(str(error).split())}")
             return 2
         except KeyboardInterrupt:
-            console.err.print("interrupted")
+            console.note("interrupted")
             return 130
 
 

@@ -18,6 +18,14 @@ Objective = Callable[..., Tensor]  # (model, batch, **annealed) -> terms in nats
 Stopped = Literal["finished", "settled", "interrupted", "not finite"]
 
 
+def check_device(name: str) -> None:
+    """Raise ValueError unless tensors can be made on the device of that name."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # torch asserts that it was built with CUDA
+        raise ValueError(f"expected device as one that is here, such as cpu, got {name!r}") from None
+
+
 @dataclass(frozen=True)
 class FitConfig:
     """How to train."""
@@ -41,6 +49,9 @@ class FitConfig:
         for name in ("epochs", "batch_size", "max_skipped"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("weight_decay", "warm_up_steps", "patience"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"expected {name} of at least 0, got {getattr(self, name)}")
         for name in ("learning_rate", "clip_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"expected {name} above 0, got {getattr(self, name)}")
@@ -49,6 +60,7 @@ class FitConfig:
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"expected {name} as one of {', '.join(known)}, got {getattr(self, name)!r}")
+        check_device(self.device)
 
 
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
@@ -126,7 +138,7 @@ def fit(
     """
     rows = _check_rows(train, "the training data", config.batch_size)
     _check_rows(validation, "the validation data", 1)
-    device = _device(config.device)
+    device = torch.device(config.device)
     model.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
@@ -151,19 +163,15 @@ def fit(
                     optimizer.zero_grad(set_to_none=True)
                     with autocast:
                         terms = objective(model, _to(batch, device), **(anneal(progress) if anneal else {}))
-                    loss = -terms.float().mean()
-                    loss.backward()
-                    norm = nn.utils.clip_grad_norm_(parameters, config.clip_norm)
-                    value = loss.item()
-                    if math.isfinite(value) and math.isfinite(norm.item()):
-                        optimizer.step()
-                        if averaged is not None:
-                            averaged.update_parameters(model)
-                        total, counted, in_a_row = total - value, counted + 1, 0
-                    else:
+                    reached = _step(optimizer, -_mean(terms), parameters, config.clip_norm)
+                    if reached is None:
                         skipped, in_a_row = skipped + 1, in_a_row + 1
                         if in_a_row >= config.max_skipped:
                             raise _NotFinite
+                    else:
+                        total, counted, in_a_row = total - reached, counted + 1, 0
+                        if averaged is not None:
+                            averaged.update_parameters(model)
                     with warnings.catch_warnings():  # torch warns when the very first steps were skipped
                         warnings.simplefilter("ignore", UserWarning)
                         schedule.step()
@@ -238,14 +246,6 @@ def check_finite(values: Tensor, what: str) -> None:
     )
 
 
-def _device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # torch asserts that it was built with CUDA
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"expected a device that is there (cpu, cuda, mps), got {name!r}: {reason}") from None
-
-
 def _parts(data: Batch) -> tuple[Tensor, ...]:
     return data if isinstance(data, tuple) else (data,)
 
@@ -256,9 +256,8 @@ def _check_rows(data: Batch, what: str, least: int) -> int:
         raise ValueError(f"expected as many rows in each part of {what}, got {sorted(sizes)}")
     rows = sizes.pop()
     if rows < least:
-        raise ValueError(
-            f"expected at least {least} rows in {what}, got {rows}; set batch_size to at most {rows} or bring more data"
-        )
+        smaller = f"set batch_size to at most {rows} or " if rows else ""
+        raise ValueError(f"expected at least {least} rows in {what}, got {rows}; {smaller}bring more data")
     for part in _parts(data):
         check_finite(part, what)
     return rows
@@ -274,6 +273,23 @@ def _batches(data: Batch, rows: int, size: int) -> Iterator[Batch]:
 def _to(batch: Batch, device: torch.device) -> Batch:
     moved = tuple(part.to(device) for part in _parts(batch))
     return moved if isinstance(batch, tuple) else moved[0]
+
+
+def _step(
+    optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[nn.Parameter], clip_norm: float
+) -> float | None:
+    """One step down the loss, and its value; None, and no step, where the loss or its gradient is not finite."""
+    loss.backward()
+    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
+    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
+        return None
+    optimizer.step()
+    return loss.item()
+
+
+def _mean(terms: Tensor) -> Tensor:
+    """The mean in at least float32."""
+    return terms.mean(dtype=torch.promote_types(terms.dtype, torch.float32))
 
 
 def _learning_rate(config: FitConfig, step: int, steps: int) -> float:
@@ -305,5 +321,5 @@ def _validate(model: nn.Module, objective: Objective, data: Batch, config: FitCo
             picked = tuple(part[index].to(device) for part in _parts(data))
             with autocast:
                 terms = objective(model, picked if isinstance(data, tuple) else picked[0])
-            total += terms.float().mean().item() * len(index)
+            total += _mean(terms).item() * len(index)
     return total / rows

@@ -86,7 +86,8 @@ class DiagonalNormal(Base):
     def forward(self, c: Tensor | None = None) -> Distribution:
         """The distribution for each context."""
         both = self.constant if self.linear is None else self.linear(c)
-        mean, a = both.chunk(2, -1)  # type: ignore[union-attr]  # one of the two is always there
+        # One of the two is always there; under autocast the linear map gives a lower precision.
+        mean, a = (both if c is None else both.to(c.dtype)).chunk(2, -1)  # type: ignore[union-attr]
         return _normal(mean, torch.exp(self.bound * torch.tanh(a / self.bound)))
 
     def config(self) -> dict[str, Any]:

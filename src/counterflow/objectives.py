@@ -52,6 +52,8 @@ def elbo(
         torch.Size([4, 5])
     """
     _check_samples(samples)
+    if not free_bits >= 0:
+        raise ValueError(f"expected free_bits of at least 0 nats, got {free_bits}")
     if not free_bits:
         d = model.draw(x, samples)
         return d.log_likelihood - beta * (d.log_q - d.log_prior)

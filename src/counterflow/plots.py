@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,9 +106,9 @@ def pairs(path: Path, sets: Mapping[str, Array], title: str, most: int = 4) -> P
             axis = axes[i][j]
             for (name, table), color in zip(sets.items(), COLORS, strict=False):
                 if i == j:
-                    axis.hist(
-                        table[:, i], bins=40, range=limits[i], density=True, histtype="step", color=color, label=name
-                    )
+                    share = np.full(len(table), 1 / len(table))
+                    bins = {"bins": 40, "range": limits[i], "weights": share}
+                    axis.hist(table[:, i], **bins, histtype="step", color=color, label=name)
                 elif j < i:
                     axis.scatter(table[:, j], table[:, i], s=3, alpha=0.35, color=color, lw=0, rasterized=True)
             if j > i:
@@ -170,8 +170,3 @@ def _ellipse(axis: Any, points: Array) -> None:
     axis.plot(
         center[0] + 2 * spread[0] * np.cos(angle), center[1] + 2 * spread[1] * np.sin(angle), color="0.25", lw=0.8
     )
-
-
-def written(paths: Iterable[Path]) -> str:
-    """The names of pictures, for a message."""
-    return ", ".join(path.name for path in paths)

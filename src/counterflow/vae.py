@@ -62,7 +62,7 @@ class Bernoulli(Likelihood):
 
     def check(self, x: Tensor) -> None:
         """0 <= x <= 1."""
-        low, high = (v.item() for v in x.aminmax())
+        low, high = _range(x)
         if not 0 <= low <= high <= 1:
             raise ValueError(
                 f"expected values in [0, 1] for a Bernoulli likelihood, got {low:g} to {high:g}; rescale the data, "
@@ -124,7 +124,7 @@ class DiscretizedLogistic(Likelihood):
 
     def check(self, x: Tensor) -> None:
         """Whole numbers in 0..levels-1."""
-        low, high = (v.item() for v in x.aminmax())
+        low, high = _range(x)
         if low < 0 or high > self.levels - 1 or not torch.equal(x, x.round()):
             raise ValueError(
                 f"expected whole numbers in 0..{self.levels - 1} for a discretized logistic likelihood, got values "
@@ -160,6 +160,12 @@ class _DiscretizedLogistic(Distribution):
         with torch.no_grad():
             uniform = torch.rand((*sample_shape, *self.loc.shape), dtype=self.loc.dtype, device=self.loc.device)
             return (self.loc + self.scale * torch.logit(uniform, eps=1e-6)).round().clamp(0, self.levels - 1)
+
+
+def _range(x: Tensor) -> tuple[float, float]:
+    """The smallest and the largest value; 0 and 0 where there is none."""
+    low, high = x.aminmax() if x.numel() else (x.new_zeros(()), x.new_zeros(()))
+    return low.item(), high.item()
 
 
 def _by_channel(data_shape: Sequence[int]) -> tuple[int, ...]:
@@ -255,7 +261,7 @@ class VAE(nn.Module):
         posterior: "gaussian", "iaf", or a `Flow` with features=latent and context=context.
         likelihood: "bernoulli" (values in [0, 1]), "gaussian" (real) or "discretized_logistic" (whole numbers).
         levels: how many values the discretized logistic knows, 256 for 8-bit images.
-        network: "conv" or "mlp"; "auto" takes conv for images and mlp for rows.
+        network: "conv" or "mlp"; "auto" takes conv for images from 16x16 up, mlp for smaller ones and for rows.
         hidden: sizes of the mlp's hidden layers, mirrored in the decoder.
         channels: of the first convolution; the later ones have twice as many.
         context: the size of h.
@@ -268,7 +274,7 @@ class VAE(nn.Module):
 
     Example:
         >>> import torch, counterflow as cf
-        >>> vae = cf.VAE(data_shape=(1, 8, 8), latent=6, channels=4)
+        >>> vae = cf.VAE(data_shape=(1, 8, 8), latent=6, network="conv", channels=4)
         >>> x = torch.rand(5, 1, 8, 8).round()
         >>> cf.elbo(vae, x, samples=3).shape, vae.sample(2).shape
         (torch.Size([3, 5]), torch.Size([2, 1, 8, 8]))
@@ -297,21 +303,25 @@ class VAE(nn.Module):
         if len(self.data_shape) not in (1, 3):
             raise ValueError(f"expected data_shape as (features,) or (channels, height, width), got {self.data_shape}")
         if network == "auto":
-            network = "conv" if len(self.data_shape) == 3 else "mlp"
+            # On the 8x8 digits the MLP is ahead of the convolutions by 0.3 nats and several times as fast.
+            network = "conv" if len(self.data_shape) == 3 and min(self.data_shape[1:]) >= 16 else "mlp"
         if network not in ("conv", "mlp") or (network == "conv" and len(self.data_shape) == 1):
             raise ValueError(f"expected network as mlp, or conv for images, got {network!r}")
         if likelihood not in LIKELIHOODS:
             raise ValueError(f"expected likelihood as one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
 
         self.latent = positive(latent, "latent")
+        positive(context, "context")
+        positive(channels, "channels")
+        if levels < 2:
+            raise ValueError(f"expected levels of at least 2, got {levels}; 8-bit values have 256")
         self.likelihood = (
-            DiscretizedLogistic(self.data_shape, positive(levels, "levels"))
+            DiscretizedLogistic(self.data_shape, levels)
             if likelihood == "discretized_logistic"
             else LIKELIHOODS[likelihood](self.data_shape)
         )
-        positive(context, "context")
         if network == "conv":
-            self.encoder = conv_encoder(self.data_shape, positive(channels, "channels"), context)
+            self.encoder = conv_encoder(self.data_shape, channels, context)
             self.decoder = conv_decoder(latent, self.data_shape, channels)
         else:
             sizes = [positive(size, "hidden") for size in hidden]
@@ -353,18 +363,18 @@ class VAE(nn.Module):
             )
         if not x.is_floating_point():
             raise TypeError(f"expected data of a floating-point dtype, got {x.dtype}; convert them with .float()")
-        if x.numel():
-            self.likelihood.check(x)
+        self.likelihood.check(x)
 
     def encode(self, x: Tensor) -> FlowDistribution:
         """The posterior q(z|x) for x (B, *data_shape): a distribution of batch shape (B,)."""
         self.check(x)
-        return self.posterior(self.encoder(self.likelihood.center(x)))
+        return self.posterior(self.encoder(self.likelihood.center(x)).to(x.dtype))
 
     def decode(self, z: Tensor) -> Distribution:
         """The likelihood p(x|z) for z (..., latent): a distribution of batch shape (...) over data."""
-        out = self.decoder(z.reshape(-1, self.latent))
-        return self.likelihood(out.reshape(*z.shape[:-1], *self.data_shape))
+        batch = z.shape[:-1]
+        out = self.decoder(z.reshape(math.prod(batch), self.latent)).to(z.dtype)  # lower under autocast
+        return self.likelihood(out.reshape(*batch, *self.data_shape))
 
     def prior(self) -> Distribution:
         """N(0, I) over the latent features, each an element of the batch shape (latent,)."""
@@ -385,7 +395,8 @@ class VAE(nn.Module):
             run = q.rsample_and_path_log_prob if density == "path" else q.rsample_and_log_prob
             z, log_q = run((samples,))
             log_prior = self.prior().log_prob(z).sum(-1)
-        return Draws(self.decode(z).log_prob(x), log_prior, log_q)
+        each = self.decode(z).base_dist.log_prob(x)  # type: ignore[attr-defined]  # every Likelihood is an Independent
+        return Draws(each.flatten(-len(self.data_shape)).sum(-1), log_prior, log_q)
 
     @torch.no_grad()
     def sample(self, n: int, mean: bool = False) -> Tensor:

@@ -14,6 +14,16 @@ out = Console()
 err = Console(stderr=True)
 
 
+def say(text: str) -> None:
+    """A result, on stdout: as it is, neither coloured nor wrapped."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """What is going on or went wrong, on stderr."""
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
 def new_run(folder: Path | None, kind: str) -> Path:
     """Make the run folder; one that exists is never written into.
 
@@ -36,7 +46,6 @@ def new_file(path: Path) -> Path:
     """
     if path.exists():
         raise FileExistsError(f"expected a new file, got {path}, which exists; give another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
     return path
 
 

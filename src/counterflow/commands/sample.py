@@ -37,13 +37,15 @@ class Sample:
             raise ValueError(f"expected n of at least 1, got {self.n}")
         model, folder = trained_vae(self.run_folder)
         path = console.new_file(self.out or folder / "samples.npy")
+        if path.suffix != ".npy":
+            raise ValueError(f"expected --out to end in .npy, got {path}; the picture goes beside it, as .png")
+        image = console.new_file(path.with_suffix(".png")) if len(model.data_shape) == 3 else None
         torch.manual_seed(self.seed)
         x = torch.cat([model.sample(min(1024, self.n - first), self.mean) for first in range(0, self.n, 1024)])
-        with path.open("wb") as file:
-            np.save(file, x.numpy())
-        written = [path]
-        if len(model.data_shape) == 3:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, x.numpy())
+        if image is not None:
             grid = {f"{min(self.n, 256)} of {self.n} samples": picture(model, x[:256])}
-            written.append(plots.image_grids(path.with_suffix(".png"), grid, str(self.run_folder)))
-        console.out.print("wrote " + " and ".join(map(str, written)), soft_wrap=True)
+            plots.image_grids(image, grid, str(self.run_folder))
+        console.say(f"wrote {path}" + (f" and {image}" if image else ""))
         return 0

@@ -14,6 +14,7 @@ from counterflow.commands import console
 from counterflow.commands.model import trained_vae
 from counterflow.commands.vae import observed
 from counterflow.data import load
+from counterflow.fit import check_device
 from counterflow.objectives import evaluate
 from counterflow.vae import Bernoulli, DiscretizedLogistic
 
@@ -24,7 +25,7 @@ class Score:
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """run folder of counterflow vae, or one of its .safetensors files"""
-    data: Annotated[str, tyro.conf.Positional]
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
     """what counterflow vae takes as --data; all of it is scored"""
     key: str | None = None
     """which array of an .npz"""
@@ -41,6 +42,7 @@ class Score:
 
     def run(self) -> int:
         """Write the scores."""
+        check_device(self.device)
         model, folder = trained_vae(self.run_folder)
         path = console.new_file(self.out or folder / "scores.csv")
         logistic = isinstance(model.likelihood, DiscretizedLogistic)
@@ -51,15 +53,15 @@ class Score:
         x = model.likelihood.observe(values.float())
         with console.err.status(f"scoring {len(x)} data with {self.samples} samples each"):
             reached = evaluate(model.to(self.device), x.to(self.device), self.samples)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["row", "elbo", "log_likelihood", "kl"])
             columns = (part.tolist() for part in reached)
             writer.writerows([row, *numbers] for row, numbers in enumerate(zip(*columns, strict=True)))
         binary = " (pixels binarised once)" if isinstance(model.likelihood, Bernoulli) else ""
-        console.out.print(
+        console.say(
             f"{len(x)} data{binary}: mean ELBO {reached.elbo.mean():.2f}, mean log-likelihood "
-            f"{reached.log_likelihood.mean():.2f} nats; wrote {path}",
-            soft_wrap=True,
+            f"{reached.log_likelihood.mean():.2f} nats; wrote {path}"
         )
         return 0

@@ -46,19 +46,19 @@ class Vae:
     """of q(z|x); both, one after the other, when not given"""
     likelihood: Literal["bernoulli", "gaussian", "discretized_logistic"] = "bernoulli"
     """bernoulli: binarised anew at each step; gaussian: real numbers; discretized_logistic: 8-bit values"""
-    latent: int = 16
+    latent: int = 8
     """size of z"""
     network: Literal["auto", "conv", "mlp"] = "auto"
-    """auto takes gated convolutions for images, a gated MLP for rows"""
-    hidden: tuple[int, ...] = (512, 512)
+    """auto takes gated convolutions for images from 16x16 up, else a gated MLP"""
+    hidden: tuple[int, ...] = (256, 256)
     """layers of the MLP"""
-    channels: int = 12
+    channels: int = 16
     """of the first convolution; van den Berg et al. 2018 take 32 for 28x28"""
     context: int = 128
     """size of the encoder's output h"""
     iaf_layers: int = 4
     """IAF steps"""
-    iaf_hidden: tuple[int, ...] = (320, 320)
+    iaf_hidden: tuple[int, ...] = (128, 128)
     """layers of each IAF step's network"""
     free_bits: float = 0.0
     """nats that each group of latent features may cost for free"""
@@ -73,12 +73,16 @@ class Vae:
     out: Path | None = None
     """run folder, which must be new; runs/vae-DATE-TIME when not given"""
     fit: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(  # noqa: RUF009  # frozen
-        epochs=100, batch_size=64, learning_rate=4e-3, ema=0.995
+        epochs=150, batch_size=64, learning_rate=5e-3, ema=0.995
     )
     """how to train"""
 
     def run(self) -> int:
         """Train, test, draw; 130 after Ctrl-C."""
+        if self.test_samples < 1:
+            raise ValueError(f"expected test-samples of at least 1, got {self.test_samples}")
+        if not self.warm_up >= 0:
+            raise ValueError(f"expected warm-up of at least 0, got {self.warm_up}")
         dataset = load(self.data, self.key, self.levels)
         values = observed(dataset, self.likelihood)
         parts = split(values, seed=self.fit.seed)
@@ -91,43 +95,42 @@ class Vae:
                 f"expected at least a batch of {self.fit.batch_size} training rows, got {len(parts.train)} of "
                 f"{len(values.values)}; set --batch-size to at most {len(parts.train)}"
             )
+        for model in models.values():  # a rehearsal: what is refused is refused before there is a run folder
+            self._objective(model, parts.train[:2])
         run = console.new_run(self.out, "vae")
-        console.write_json(
-            run / "config.json", {"format": FORMAT, "command": "vae", "version": __version__, **self._config()}
-        )
+        config = {"format": FORMAT, "command": "vae", "version": __version__, **dataclasses.asdict(self)}
+        console.write_json(run / "config.json", config)
+        rows = {part: len(values) for part, values in vars(parts).items()}
         shape = " x ".join(map(str, parts.train.shape[1:]))
-        console.err.print(
-            f"{self.data}: {shape}, {len(parts.train)} to train, {len(parts.validation)} to validate, "
-            f"{len(parts.test)} to test; run folder {run}"
-        )
+        sizes = f"{rows['train']} to train, {rows['validation']} to validate, {rows['test']} to test"
+        console.note(f"{self.data}: {shape}, {sizes}; run folder {run}")
+        try:
+            return self._compare(models, parts, run, {"data": self.data, "rows": rows, "results": []})
+        except KeyboardInterrupt:
+            kept = ", ".join(str(file) for file in sorted(run.glob("*.safetensors")))
+            console.note("interrupted; " + (f"the best weights so far are in {kept}" if kept else "no epoch was over"))
+            return 130
+
+    def _compare(self, models: Mapping[str, VAE], parts: Splits, run: Path, summary: dict[str, Any]) -> int:
+        """Train and test one model after the other, then the table and the pictures."""
         torch.manual_seed(self.fit.seed)
-        test = next(iter(models.values())).likelihood.observe(parts.test)
-        summary: dict[str, Any] = {
-            "data": self.data,
-            "rows": {k: len(v) for k, v in vars(parts).items()},
-            "results": [],
-        }
-        results, records = summary["results"], {}
+        test = next(iter(models.values())).likelihood.observe(parts.test).to(self.fit.device)
+        records = {}
         for name, model in models.items():
-            record = records[name] = self._train(name, model, parts, run, last=name == wanted[-1])
+            last = name == list(models)[-1]
+            record = records[name] = self._train(name, model, parts, run, last)
             if record.stopped == "interrupted":
-                kept = (
-                    f"the best weights so far are in {run / weights(name, wanted)}"
-                    if record.best
-                    else "no epoch was over"
-                )
-                console.err.print(f"interrupted in epoch {len(record.epochs) + 1} of {name}; {kept}")
-                return 130
+                raise KeyboardInterrupt
             if record.best is None:
-                console.err.print(f"training of {name} ended before its first epoch was over: no weights are kept")
+                console.note(f"training of {name} ended before its first epoch was over: no weights are kept")
                 return 1
             with console.err.status(f"testing {name} with {self.test_samples} samples a datum"):
-                reached = evaluate(model, test.to(self.fit.device), self.test_samples)
-            results.append(self._result(name, model, record, reached))
+                reached = evaluate(model, test, self.test_samples)
+            summary["results"].append(self._result(name, model, record, reached))
             console.write_json(run / "summary.json", summary)
-        self._draw(run / "plots", models, records, test[:64].to(self.fit.device))
-        console.out.print(_table(results))
-        console.out.print(f"run folder: {run}  (pictures in {run / 'plots'})", soft_wrap=True)
+        self._draw(run / "plots", models, records, test[:64])
+        console.out.print(_table(summary["results"]))
+        console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
         return 0
 
     def _model(self, posterior: str, dataset: Dataset) -> VAE:
@@ -146,17 +149,13 @@ class Vae:
             posterior_hidden=self.iaf_hidden,
         )
 
-    def _config(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+    def _objective(self, model: VAE, x: Tensor, beta: float = 1.0) -> Tensor:
+        x = model.likelihood.observe(x)
+        return elbo(model, x, self.samples, beta=beta, free_bits=self.free_bits, groups=self.groups)
 
     def _train(self, name: str, model: VAE, parts: Splits, run: Path, last: bool) -> Record:
         file = run / ("model.safetensors" if last else f"model-{name}.safetensors")
         unit = "images" if parts.train.dim() == 4 else "rows"
-
-        def objective(model: VAE, x: Tensor, beta: float = 1.0) -> Tensor:
-            x = model.likelihood.observe(x)
-            free = {"free_bits": self.free_bits, "groups": self.groups}
-            return elbo(model, x, self.samples, beta=beta, **free)  # type: ignore[arg-type]
 
         def validate(model: VAE, x: Tensor) -> Tensor:
             return elbo(model, model.likelihood.observe(x))
@@ -176,7 +175,7 @@ class Vae:
 
             return fit(
                 model,
-                objective,
+                self._objective,
                 parts.train,
                 parts.validation,
                 self.fit,
@@ -228,11 +227,6 @@ class Vae:
         plots.posteriors(folder / "posterior.png", list(data), panels)
 
 
-def weights(name: str, wanted: list[str]) -> str:
-    """The file of a posterior's weights: the last one trained is the run's model."""
-    return "model.safetensors" if name == wanted[-1] else f"model-{name}.safetensors"
-
-
 def observed(dataset: Dataset, likelihood: str) -> Dataset:
     """The data as float32: whole numbers for the discretized logistic, else in [0, 1] where levels are known."""
     scaled = dataset if likelihood == "discretized_logistic" else dataset.unit()
@@ -256,7 +250,9 @@ def posterior_panel(name: str, model: VAE, x: Tensor, draws: int = 20_000, shown
     log_weights = log_p + model.prior().log_prob(z).sum(-1) - log_q
     truth = resample(z, log_weights, shown)
     active = truth.std(0) < 0.7  # of the prior's deviation 1: the others say nothing of x
-    correlation = torch.corrcoef(truth.T).nan_to_num().abs().triu(1) * (0.1 + (active[:, None] & active[None, :]))
+    correlation = torch.corrcoef(truth.T).reshape(len(active), -1).nan_to_num().abs().triu(1) * (
+        0.1 + (active[:, None] & active[None, :])
+    )
     i, j = divmod(int(correlation.argmax()), len(correlation))
     ess = effective_sample_size(log_weights).item()
     pick = torch.tensor([i, j])
