@@ -24,6 +24,8 @@ ROOMS = (
     # probability
     "flow",
     "recipes",
+    "likelihoods",
+    "networks",
     "vae",
     # inference
     "objectives",

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from registry import close, over
 
 import counterflow as cf
-from counterflow.vae import LIKELIHOODS, Bernoulli, DiscretizedLogistic, Gaussian, conv_decoder, conv_encoder
+from counterflow.likelihoods import LIKELIHOODS, Bernoulli, DiscretizedLogistic, Gaussian
+from counterflow.networks import conv_decoder, conv_encoder
 
 SHAPES = [(1,), (3,), (1, 8, 8), (3, 5, 7), (2, 1, 1)]
 IMAGE = (1, 4, 4)

@@ -1,10 +1,16 @@
-"""Finding the model of a run folder."""
+"""What the commands that use a model share: finding it, data and pictures on its scale."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
+
+from torch import Tensor
 
 from counterflow.checkpoint import load
+from counterflow.data import Dataset
+from counterflow.likelihoods import DiscretizedLogistic
 from counterflow.vae import VAE
 
 
@@ -25,3 +31,16 @@ def trained_vae(run: Path) -> tuple[VAE, Path]:
     if not isinstance(model, VAE):
         raise ValueError(f"expected a VAE in {path}, got a {type(model).__name__}")
     return model, path.parent
+
+
+def observed(dataset: Dataset, likelihood: str) -> Dataset:
+    """The data as float32: whole numbers for the discretized logistic, else in [0, 1] where levels are known."""
+    scaled = dataset if likelihood == "discretized_logistic" else dataset.unit()
+    test = None if scaled.test is None else scaled.test.float()
+    return dataclasses.replace(scaled, values=scaled.values.float(), test=test)
+
+
+def picture(model: VAE, x: Tensor) -> Any:
+    """Images (n, C, H, W) as an array in [0, 1]."""
+    top = model.likelihood.levels - 1 if isinstance(model.likelihood, DiscretizedLogistic) else 1
+    return (x / top).cpu().numpy()

@@ -12,8 +12,7 @@ import tyro
 
 from counterflow import plots
 from counterflow.commands import console
-from counterflow.commands.model import trained_vae
-from counterflow.commands.vae import picture
+from counterflow.commands.model import picture, trained_vae
 
 
 @dataclass(frozen=True)

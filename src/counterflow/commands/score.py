@@ -11,12 +11,11 @@ import torch
 import tyro
 
 from counterflow.commands import console
-from counterflow.commands.model import trained_vae
-from counterflow.commands.vae import observed
+from counterflow.commands.model import observed, trained_vae
 from counterflow.data import load
 from counterflow.fit import check_device
+from counterflow.likelihoods import Bernoulli, DiscretizedLogistic
 from counterflow.objectives import evaluate
-from counterflow.vae import Bernoulli, DiscretizedLogistic
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,12 @@ from torch import Tensor
 from counterflow import __version__, plots
 from counterflow.checkpoint import save
 from counterflow.commands import console
+from counterflow.commands.model import observed, picture
 from counterflow.data import Dataset, Splits, load, split
 from counterflow.diagnostics import effective_sample_size, resample
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.objectives import Evaluation, elbo, evaluate, warm_up
-from counterflow.vae import VAE, DiscretizedLogistic
+from counterflow.vae import VAE
 
 FORMAT = 1  # of the run folder
 
@@ -225,19 +226,6 @@ class Vae:
         panels = [[posterior_panel(name, model, x) for name, model in models.items()] for x in chosen]
         data = picture(first, chosen) if len(first.data_shape) == 3 else chosen.cpu().numpy()
         plots.posteriors(folder / "posterior.png", list(data), panels)
-
-
-def observed(dataset: Dataset, likelihood: str) -> Dataset:
-    """The data as float32: whole numbers for the discretized logistic, else in [0, 1] where levels are known."""
-    scaled = dataset if likelihood == "discretized_logistic" else dataset.unit()
-    test = None if scaled.test is None else scaled.test.float()
-    return dataclasses.replace(scaled, values=scaled.values.float(), test=test)
-
-
-def picture(model: VAE, x: Tensor) -> Any:
-    """Images (n, C, H, W) as an array in [0, 1]."""
-    top = model.likelihood.levels - 1 if isinstance(model.likelihood, DiscretizedLogistic) else 1
-    return (x / top).cpu().numpy()
 
 
 @torch.no_grad()
