@@ -244,6 +244,31 @@ def test_two_runs_of_one_seed_are_the_same(here, tmp_path, monkeypatch):
     assert [r["test_log_likelihood"] for r in a] == [r["test_log_likelihood"] for r in b]
 
 
+def test_what_is_trained_on_what_is_tested_and_what_is_kept(here, tmp_path, monkeypatch):
+    """Grey values are binarised for training, validation and test alike; the tested weights are those of the file."""
+    seen, tested = [], {}
+
+    def elbo(model, x, *arguments, **more):
+        seen.append((model.training, x.unique().tolist()))
+        return cf.elbo(model, x, *arguments, **more)
+
+    def evaluate(model, x, *arguments):
+        tested.update(model.state_dict(), x=x)
+        return cf.evaluate(model, x, *arguments)
+
+    for name, spy in (("elbo", elbo), ("evaluate", evaluate), ("Vae._draw", lambda *_: None)):
+        monkeypatch.setattr(f"counterflow.commands.vae.{name}", spy)
+    np.save("grey.npy", GREY / 255)
+    wild = "--posterior iaf --learning-rate 0.3 --schedule constant --warm-up-steps 0 --ema 0 --epochs 6 --out run"
+    assert here("vae", *TINY, "--data", "grey.npy", *wild.split())[0] == 0
+    assert {training for training, _ in seen} == {True, False}
+    assert all(values == [0, 1] for _, values in seen[1:]) and tested.pop("x").unique().tolist() == [0, 1]
+    best = [json.loads(line)["best"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(best) == 6 and not best[-1]
+    kept = cf.load(tmp_path / "run" / WEIGHTS).state_dict()
+    assert all(torch.equal(kept[name], tested[name]) for name in kept)
+
+
 def test_names_with_brackets_are_shown_as_they_are(here, tmp_path, monkeypatch):
     monkeypatch.setattr(Vae, "_draw", lambda *_: None)
     np.save(tmp_path / "[red].npy", ROWS)

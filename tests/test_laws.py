@@ -64,7 +64,7 @@ def test_jacobian_is_nonzero_where_the_masks_connect(name):
     t = TRANSFORMS[name]()
     paths = torch.eye(t.features)
     for layer in t.made.layers:
-        paths = layer.mask.float() @ paths
+        paths = layer.mask.to(paths) @ paths
     connected = paths.unflatten(0, (t.features, -1)).sum(1)[t.places][:, t.places] > 0
     J, _ = jacobian(name, "forward")
     found, expected = (J != 0).any(0), connected | torch.eye(t.features, dtype=torch.bool)
@@ -138,7 +138,7 @@ def test_gradients_are_nonzero_where_the_masks_connect_and_zero_elsewhere(name, 
     grads = dict(zip((n for n, _ in t.named_parameters()), gradients(t, direction), strict=True))
     heard = torch.ones(len(t.made.layers[-1].mask), dtype=torch.bool)  # units that some output sees, from the last
     for k in reversed(range(len(t.made.layers))):
-        mask = t.made.layers[k].mask
+        mask = t.made.layers[k].mask.bool()
         assert torch.equal(grads[f"made.layers.{k}.bias"] != 0, heard)
         assert torch.equal(grads[f"made.layers.{k}.weight"] != 0, mask & heard[:, None])
         if k == 0 and t.context:

@@ -42,8 +42,8 @@ def test_masks_are_staircases_that_ends_describe(sizes):
             expected = [[e < d for e in before] for d in degrees for _ in range(2)]
         else:
             expected = [[e <= unit for e in before] for unit in after]
-        assert torch.equal(layer.mask, torch.tensor(expected))
-        assert (layer.masked_weight()[~layer.mask] == 0).all()
+        assert torch.equal(layer.mask.bool(), torch.tensor(expected))
+        assert (layer.masked_weight()[~layer.mask.bool()] == 0).all()
 
 
 def test_units_of_degree_0_are_there_for_a_context_alone():
@@ -57,7 +57,7 @@ def test_what_a_forbidden_weight_holds_does_not_matter():
     expected = made(x)
     with torch.no_grad():
         for layer in made.layers:
-            layer.weight[~layer.mask] = 1e6
+            layer.weight[~layer.mask.bool()] = 1e6
     assert torch.equal(made(x), expected)
 
 
@@ -66,7 +66,7 @@ def test_weights_of_a_fresh_network_vary_by_how_many_inputs_their_row_sees():
     made = MADE(range(1, 65), 2, (512, 512), "relu", 3)
     for layer, context in zip(made.layers[:-1], (3, 0), strict=True):
         seen = layer.mask.sum(1, keepdim=True) + context
-        standard = (layer.weight * seen.sqrt())[layer.mask]
+        standard = (layer.weight * seen.sqrt())[layer.mask.bool()]
         assert standard.var().item() == pytest.approx(1, abs=0.02)
         assert standard.abs().max() <= 3**0.5 + 1e-6
         assert (layer.bias == 0).all()

@@ -1,0 +1,89 @@
+"""Tables of numbers, CSV and Parquet: every cell must be there and be a number."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from counterflow.data.arrays import Array, narrow
+from counterflow.data.formats import needs, reading
+
+
+def read_csv(path: Path) -> Array:
+    """(N, D) of a .csv file, with or without a line of names."""
+    arrow, csv = (needs(module, "pyarrow", "a CSV file") for module in ("pyarrow", "pyarrow.csv"))
+    kind = "a CSV table in UTF-8 with as many cells on every line (blank lines do not count as a Row)"
+    options = csv.ReadOptions(use_threads=False)  # with threads, errors do not know their line
+    with reading(path, kind), csv.open_csv(path, read_options=options) as stream:
+        names = stream.schema.names
+    if "" in names:
+        raise ValueError(
+            f"expected a name for every column of {path}, or no names at all, got {','.join(names)!r} in the "
+            "first line; name or remove the column without (pandas: to_csv(index=False))"
+        )
+    # numbers in the first line are data, save for 0, 1, 2, .., the names that pandas gives to columns without
+    if all(map(_is_number, names)) and names != [str(column) for column in range(len(names))]:
+        options.autogenerate_column_names = True
+        names = [f"f{column}" for column in range(len(names))]
+
+    def read(dtype: Any) -> Any:
+        convert = csv.ConvertOptions(column_types=dict.fromkeys(names, dtype), strings_can_be_null=True)
+        return csv.read_csv(path, read_options=options, convert_options=convert)
+
+    with reading(path, kind):
+        try:
+            table = read(arrow.float64())
+        except arrow.ArrowInvalid:
+            table = read(arrow.string())  # for _stack to name the cell that is no number
+    return narrow(_stack(path, table))
+
+
+def read_parquet(path: Path) -> Array:
+    """(N, D) of a .parquet file."""
+    parquet = needs("pyarrow.parquet", "pyarrow", "a Parquet file")
+    # not read_table, which makes a column of a folder called "year=2020"
+    with reading(path, "a Parquet file"), parquet.ParquetFile(path) as file:
+        table = file.read()
+    return _stack(path, table)
+
+
+def _stack(path: Path, table: Any) -> Array:
+    """(N, D) of an Arrow table, every cell of which must be there and be a number."""
+    if not table.num_rows or not table.num_columns:
+        return np.empty((table.num_rows, table.num_columns))
+    text = next((text for text in _texts(table) if not _is_number(str(text[2]))), next(_texts(table), None))
+    if text is not None:
+        name, row, cell = text
+        raise ValueError(
+            f"expected numbers in column {name!r} of {path}, got {cell!r} in row {row} (counted from 0); "
+            "drop the column or encode it as numbers"
+        )
+    missing = np.stack([column.is_null().to_numpy() for column in table.columns], axis=1)  # (N, D)
+    if missing.any():
+        places = [f"row {row} of {table.column_names[column]!r}" for row, column in np.argwhere(missing)[:3]]
+        more = ", .." if missing.sum() > len(places) else ""
+        raise ValueError(
+            f"expected a number in every cell of {path}, got {missing.sum()} missing: {', '.join(places)}"
+            f"{more} (rows counted from 0); impute, or drop {missing.any(1).sum()} of {len(missing)} rows"
+        )
+    return np.stack([column.to_numpy() for column in table.columns], axis=1)
+
+
+def _texts(table: Any) -> Iterator[tuple[str, int, object]]:
+    """(column, row, cell) of what is not missing in the columns that have no numeric type."""
+    types = needs("pyarrow.types", "pyarrow", "a table")
+    numeric = (types.is_integer, types.is_floating, types.is_boolean)
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        if not any(is_type(column.type) for is_type in numeric):
+            for row, cell in enumerate(column.to_pylist()):
+                if cell is not None:
+                    yield name, row, cell
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return text.isascii() and "_" not in text  # Python alone reads 1_000 and other scripts
