@@ -158,7 +158,7 @@ ERRORS = {
     "by feature backwards": (
         lambda: cf.Inverse(plain()).forward_by_feature(X, X),
         TypeError,
-        r"Inverse has no log-determinant by feature; use forward",
+        r"expected a transform with a log-determinant by feature, got Inverse; use forward",
     ),
     "one bin": (
         lambda: cf.RationalQuadraticSpline(bins=1),
@@ -214,7 +214,7 @@ ERRORS = {
     "flow by feature backwards": (
         lambda: cf.MAF(3)().rsample_and_log_prob_by_feature(),
         TypeError,
-        r"Inverse has no log-determinant by feature",
+        r"expected a transform with a log-determinant by feature, got Inverse",
     ),
     "no such order": (
         lambda: cf.MAF(3, order="backwards"),

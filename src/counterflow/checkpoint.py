@@ -42,6 +42,8 @@ KEY = "counterflow"  # in the header of the file
 def save(module: nn.Module, path: str | Path) -> None:
     """Write a flow, a transform or a VAE to one safetensors file, whole or not at all.
 
+    A layer that stands in it twice is written twice, and is two layers when it is loaded.
+
     Raises:
         TypeError: the module, or a part of it, is of a class that `load` does not know.
 
@@ -75,7 +77,8 @@ def load(path: str | Path, device: str = "cpu") -> Any:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a file written by counterflow.save, got {path}, which does not exist")
+        came = "is a folder" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"expected a file written by counterflow.save, got {path}, which {came}")
     try:
         with safe_open(path, "pt", device) as file:
             header = (file.metadata() or {}).get(KEY)

@@ -30,19 +30,19 @@ def check_device(name: str) -> None:
 class FitConfig:
     """How to train."""
 
-    epochs: int = 100
-    batch_size: int = 128
+    epochs: int = 100  # passes over the training rows
+    batch_size: int = 128  # rows a step; those left over wait for the next epoch's order
     optimizer: Literal["adam", "adamax", "adamw"] = "adamax"  # adamax is the calmest with flows (Kingma et al. 2016)
-    learning_rate: float = 2e-3
+    learning_rate: float = 2e-3  # at its highest, after the warm-up steps
     weight_decay: float = 0.0  # decoupled for adamw, an L2 penalty for the others
     schedule: Literal["cosine", "constant"] = "cosine"  # cosine ends at a hundredth of the learning rate
-    warm_up_steps: int = 100  # of the learning rate: Adam's first moments are noise
-    clip_norm: float = 50.0  # of the whole gradient; in nats, so that only outliers are cut
+    warm_up_steps: int = 100  # until the learning rate is reached: Adam's first moments are noise
+    clip_norm: float = 50.0  # bound of the whole gradient's norm; high, so that only outliers are cut
     ema: float = 0.999  # decay of the averaged weights, which are the ones evaluated and kept; 0 turns it off
     patience: int = 0  # epochs without a better validation objective before stopping; 0 never stops
     max_skipped: int = 20  # non-finite steps in a row that end the run
-    seed: int = 0  # of the order of rows and of all noise; torch's global generator stays as it was
-    device: str = "cpu"  # or "cuda", "mps"
+    seed: int = 0  # of splits, initial weights, the order of rows and all noise
+    device: str = "cpu"  # cpu, cuda or mps
     precision: Literal["float32", "bf16"] = "float32"  # bf16 is autocast; substitution keeps to float32
 
     def __post_init__(self) -> None:
@@ -162,7 +162,7 @@ def fit(
                     progress = epoch + k / steps_per_epoch
                     optimizer.zero_grad(set_to_none=True)
                     with autocast:
-                        terms = objective(model, _to(batch, device), **(anneal(progress) if anneal else {}))
+                        terms = objective(model, _to(batch, device), **({} if anneal is None else anneal(progress)))
                     reached = _step(optimizer, -_mean(terms), parameters, config.clip_norm)
                     if reached is None:
                         skipped, in_a_row = skipped + 1, in_a_row + 1
@@ -175,7 +175,7 @@ def fit(
                     with warnings.catch_warnings():  # torch warns when the very first steps were skipped
                         warnings.simplefilter("ignore", UserWarning)
                         schedule.step()
-                    if on_step:
+                    if on_step is not None:
                         on_step(epoch * steps_per_epoch + k + 1, steps)
                 seconds = time.perf_counter() - begun
                 reached = _validate(evaluated, validate or objective, validation, config, autocast)
@@ -196,7 +196,7 @@ def fit(
                     skipped=skipped,
                 )
                 record.epochs.append(row)
-                if on_epoch:
+                if on_epoch is not None:
                     on_epoch(row, evaluated)
                 if config.patience and since_best >= config.patience:
                     record.stopped = "settled"

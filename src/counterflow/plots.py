@@ -36,8 +36,16 @@ def learning_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequ
     values = []
     for (name, (train, validation)), color in zip(curves.items(), COLORS, strict=False):
         epochs = np.arange(1, len(validation) + 1)
-        axis.plot(epochs, train, color=color, lw=0.8, alpha=0.5)
-        axis.plot(epochs, validation, color=color, lw=2, label=f"{name}: {max(validation, default=np.nan):.2f} at best")
+        marker = "o" if len(epochs) == 1 else ""
+        axis.plot(epochs, train, marker=marker, color=color, lw=0.8, alpha=0.5)
+        axis.plot(
+            epochs,
+            validation,
+            marker=marker,
+            color=color,
+            lw=2,
+            label=f"{name}: {max(validation, default=np.nan):.2f} at best",
+        )
         values += [v for v in (*train[1:], *validation[1:]) if np.isfinite(v)]
     if values:  # the first epochs would flatten what matters
         low, high = np.percentile(values, 8), max(values)

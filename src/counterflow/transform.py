@@ -52,7 +52,10 @@ class Transform(nn.Module, ABC):
         Each term stays with the feature that it belongs to when features change places, as the free bits of
         Kingma et al. 2016 (section C.8) need it. The sum of the terms over features is log_det.
         """
-        raise TypeError(f"{type(self).__name__} has no log-determinant by feature; use forward")
+        raise TypeError(
+            f"expected a transform with a log-determinant by feature, got {type(self).__name__}; free bits need a flow "
+            "that samples in one pass, such as an IAF"
+        )
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Carry a score through the map: y, log_det and the gradient of log q_y(y) for y, without a graph.

@@ -40,7 +40,10 @@ def observed(dataset: Dataset, likelihood: str) -> Dataset:
     return dataclasses.replace(scaled, values=scaled.values.float(), test=test)
 
 
-def picture(model: VAE, x: Tensor) -> Any:
-    """Images (n, C, H, W) as an array in [0, 1]."""
-    top = model.likelihood.levels - 1 if isinstance(model.likelihood, DiscretizedLogistic) else 1
-    return (x / top).cpu().numpy()
+def picture(model: VAE, x: Tensor, like: Tensor | None = None) -> Any:
+    """Images (n, C, H, W) as an array in [0, 1]; real numbers outside of it are scaled to the range of `like`, or x."""
+    if isinstance(model.likelihood, DiscretizedLogistic):
+        return (x / (model.likelihood.levels - 1)).cpu().numpy()
+    low, high = ((x if like is None else like).aminmax()) if len(x) else (x.new_zeros(()), x.new_ones(()))
+    low, high = low.clamp_max(0), high.clamp_min(1)
+    return ((x - low) / (high - low)).cpu().numpy()

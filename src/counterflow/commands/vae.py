@@ -209,12 +209,12 @@ class Vae:
         names = list(models)
         first = models[names[0]]
         if len(first.data_shape) == 3:
-            shown = {"data": picture(first, test[:12])}
-            shown |= {name: picture(model, model.reconstruct(test[:12])) for name, model in models.items()}
+            shown = {"data": picture(first, test[:12], test)}
+            shown |= {name: picture(model, model.reconstruct(test[:12]), test) for name, model in models.items()}
             plots.image_rows(
                 folder / "reconstructions.png", shown, "held-out data, and the mean of p(x'|z), z ~ q(z|x)"
             )
-            grids = {name: picture(model, model.sample(64, mean=True)) for name, model in models.items()}
+            grids = {name: picture(model, model.sample(64, mean=True), test) for name, model in models.items()}
             plots.image_grids(folder / "samples.png", grids, "samples: the mean of p(x|z), z from the prior")
         else:
             tables = {"data": test.cpu().numpy()}
@@ -224,7 +224,7 @@ class Vae:
             plots.pairs(folder / "samples.png", tables, "held-out rows, and samples of the model")
         chosen = test[:: max(1, len(test) // 2)][:2]
         panels = [[posterior_panel(name, model, x) for name, model in models.items()] for x in chosen]
-        data = picture(first, chosen) if len(first.data_shape) == 3 else chosen.cpu().numpy()
+        data = picture(first, chosen, test) if len(first.data_shape) == 3 else chosen.cpu().numpy()
         plots.posteriors(folder / "posterior.png", list(data), panels)
 
 
