@@ -158,7 +158,7 @@ ERRORS = {
     "by feature backwards": (
         lambda: cf.Inverse(plain()).forward_by_feature(X, X),
         TypeError,
-        r"expected a transform with a log-determinant by feature, got Inverse; use forward",
+        r"expected a transform with a log-determinant by feature, got Inverse; free bits need a flow",
     ),
     "one bin": (
         lambda: cf.RationalQuadraticSpline(bins=1),
