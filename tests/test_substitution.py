@@ -1,6 +1,8 @@
 """Every body gives the numbers of `reference`, and `reference` those of plain autograd."""
 
+import time
 from itertools import cycle, product
+from threading import Timer
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ from registry import UNIVARIATES, close, inputs, over, stir
 
 import counterflow as cf
 from counterflow.made import ACTIVATIONS
-from counterflow.substitution import SOLVERS, System, body_named, reference, solve
+from counterflow.substitution import SOLVERS, System, body_for, reference, solve
 
 BODIES = [name for name in SOLVERS if name not in ("auto", "reference")]
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
@@ -32,6 +34,12 @@ CASES = {
         product(UNIVARIATES, (1, 2, 3, 17, 64), ACTIVATIONS), cycle(HIDDEN), cycle([*DEGREES, "own"]), cycle((0, 2, 3))
     )
 }
+
+# The compiled body knows no splines.
+ABLE = [
+    (body, name) for body, name in product(["reference", *BODIES], UNIVARIATES) if (body, name) != ("cpu", "spline")
+]
+BODY_CASES = [(body, case) for body, name in ABLE for case in CASES if body != "reference" and f", {name}," in case]
 
 
 @pytest.fixture
@@ -70,8 +78,7 @@ def results(solver, t, y, c):
     return x, log_det, *torch.autograd.grad((x, log_det), [*leaves, *t.parameters()], (x_bar, log_det_bar))
 
 
-@over(CASES, "case")
-@over(BODIES, "body")
+@pytest.mark.parametrize(("body", "case"), BODY_CASES)
 @over(DEVICES, "device")
 def test_values_and_gradients_are_those_of_reference(case, body, device, poisoned):
     t, y, c = made(case, device)
@@ -83,13 +90,12 @@ def test_values_and_gradients_are_those_of_reference(case, body, device, poisone
         close(one, other)
 
 
-@over(CASES, "case")
-@over(BODIES, "body")
+@pytest.mark.parametrize(("body", "case"), BODY_CASES)
 @over(DEVICES, "device")
 def test_each_substitution_is_that_of_reference(case, body, device, poisoned):
     """The adjoints of every hidden layer too, which weight gradients may hide."""
     t, y, c = made(case, device)
-    body = body_named(body)
+    body = body_for(body, t._layout, y.device)
     with torch.no_grad():
         y, system = t._sort(y), t._system(y, c)
         expected, came = (b.forward_substitution(system, y) for b in (reference, body))
@@ -104,8 +110,7 @@ def test_each_substitution_is_that_of_reference(case, body, device, poisoned):
             close(one, other)
 
 
-@over([case for k, case in enumerate(CASES) if k % 2 == 0], "case")
-@over(BODIES, "body")
+@pytest.mark.parametrize(("body", "case"), BODY_CASES[::2])
 @over(DEVICES, "device")
 def test_float32_is_near_float64(case, body, device, poisoned):
     exact = results("reference", *made(case, device))
@@ -127,8 +132,7 @@ def test_reference_has_the_gradients_of_plain_autograd(case):
         close(came, plain)
 
 
-@over(["reference", *BODIES], "solver")
-@over(UNIVARIATES, "univariate")
+@pytest.mark.parametrize(("solver", "univariate"), ABLE)
 @over([0, 2], "context")
 def test_gradcheck(solver, univariate, context):
     t = stir(cf.Autoregressive(3, context, (4, 3), UNIVARIATES[univariate], (2, 1, 3), "tanh"))
@@ -153,8 +157,7 @@ class Inverted(torch.nn.Module):
         return self.t.inverse(y, c)
 
 
-@over(["reference", *BODIES], "solver")
-@over(UNIVARIATES, "univariate")
+@pytest.mark.parametrize(("solver", "univariate"), ABLE)
 @over(["after it", "within it"], "backward")
 def test_autocast_does_not_reach_the_solve(solver, univariate, backward):
     context = 2 if backward == "after it" else 0  # torch's own backward of the context's linear layer is low within
@@ -222,3 +225,33 @@ def test_the_system_is_the_network(poisoned):
     assert isinstance(t._system(y, c), System)
     for one, other in zip((params, *hidden), (expected, *layers), strict=True):
         close(one, other, 1e-13)
+
+
+def test_auto_compiles_where_it_can():
+    affine, spline = cf.Autoregressive(3), cf.Autoregressive(3, univariate=cf.RationalQuadraticSpline(bins=3))
+    cpu, meta = torch.device("cpu"), torch.device("meta")
+    chosen = [body_for("auto", t._layout, device).__name__ for t in (affine, spline) for device in (cpu, meta)]
+    assert [name.rpartition(".")[2] for name in chosen] == ["cpu", "sliced", "sliced", "sliced"]
+    spline.solver = "cpu"
+    with pytest.raises(ValueError, match=r"expected affine or gated maps on the CPU .* got RationalQuadraticSpline"):
+        spline.inverse(torch.zeros(2, 3))
+
+
+def test_a_long_compilation_is_announced(caplog, monkeypatch):
+    body = body_for("cpu", cf.Autoregressive(3)._layout, torch.device("cpu"))
+    monkeypatch.setattr(body, "Timer", lambda seconds, *call: Timer(0.01 * seconds, *call))
+    with caplog.at_level("WARNING", "counterflow"), body._notice(object(), torch.float32):
+        time.sleep(0.3)
+    [message] = caplog.messages
+    assert message.startswith("compiling substitution for torch.float32; this happens once")
+
+
+@over([1, 2], "threads")
+def test_the_same_input_gives_the_same_bits(threads):
+    """Enough work for threads to share it, and rows that fill no tile."""
+    torch.set_num_threads(threads)
+    t = stir(cf.Autoregressive(64, 0, (130, 97)), 1).float()
+    y = torch.randn(1111, 64)
+    first, second = (t.inverse(y) for _ in range(2))
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    close(t(first[0])[0], y, 1e-4)

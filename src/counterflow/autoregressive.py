@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from counterflow.made import MADE
-from counterflow.substitution import Layout, Solution, System, body_named, solve
+from counterflow.substitution import Body, Layout, Solution, System, body_for, check_solver, solve
 from counterflow.transform import Transform, positive, prepare
 from counterflow.univariate import Affine, Univariate
 
@@ -31,7 +31,8 @@ class Autoregressive(Transform):
         activation: of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
 
     Attributes:
-        solver: which body solves: "auto", or "sliced", or "reference" (D passes, the definition).
+        solver: which body solves: "auto", "cpu" (compiled; affine and gated maps), "sliced" (torch operations, any
+            device) or "reference" (D passes, the definition).
 
     Raises:
         ValueError: sizes below 1, degrees with gaps, names that do not exist.
@@ -88,8 +89,10 @@ class Autoregressive(Transform):
 
     @solver.setter
     def solver(self, name: str) -> None:
-        body_named(name)
-        self._solver = name
+        self._solver = check_solver(name)
+
+    def _body(self, y: Tensor) -> Body:
+        return body_for(self._solver, self._layout, y.device)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y (..., D) and log|det dy/dx| (...). One pass."""
@@ -110,8 +113,8 @@ class Autoregressive(Transform):
         with torch.autocast(y.device.type, enabled=False):
             y, c = _at_least_float32(y), None if c is None else _at_least_float32(c)
             flat = self._sort(y).reshape(-1, self.features)
-            x, log_det = solve(body_named(self._solver), self._system(y, c), flat)
-        return self._unsort(x.reshape(y.shape)), log_det.reshape(y.shape[:-1])
+            x, log_det = solve(self._body(y), self._system(y, c), flat)
+        return self._unsort(x.reshape(y.shape)).contiguous(), log_det.reshape(y.shape[:-1])
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Transform.push_score`: one pass, then one back substitution."""
@@ -126,7 +129,7 @@ class Autoregressive(Transform):
             with torch.autocast(x.device.type, enabled=False):
                 solution = Solution(flat, -log_det, params, hidden)
                 v, w = self._sort(score.expand(x.shape)).reshape(flat.shape), torch.ones_like(log_det)
-                u = body_named(self._solver).back_substitution(self._system(flat, rows), solution, v, w).u
+                u = self._body(x).back_substitution(self._system(flat, rows), solution, v, w).u
         return self._unsort(y.reshape(x.shape)), log_det.reshape(x.shape[:-1]), self._unsort(u.reshape(x.shape))
 
     def _prepare(self, x: Tensor, c: Tensor | None, name: str) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 from counterflow.made import Activation
 from counterflow.univariate import Univariate
 
-SOLVERS = ("auto", "reference", "sliced")
+SOLVERS = ("auto", "reference", "sliced", "cpu")
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,28 @@ class Body(Protocol):
         """Solve J^T u = v - w dlog_det/dx at the solution, v (N, D), w (N,); log_det is that of x to y."""
 
 
-def body_named(solver: str) -> Body:
-    """The body that a solver's name stands for; "auto" is the fastest one that there is for the system."""
-    if solver not in SOLVERS:
-        raise ValueError(f"expected solver as one of {', '.join(SOLVERS)}, got {solver!r}")
-    name = "sliced" if solver == "auto" else solver
-    return import_module(f"{__name__}.{name}")
+def check_solver(name: str) -> str:
+    """The name, if it is one of SOLVERS."""
+    if name not in SOLVERS:
+        raise ValueError(f"expected solver as one of {', '.join(SOLVERS)}, got {name!r}")
+    return name
+
+
+def body_for(solver: str, layout: Layout, device: torch.device) -> Body:
+    """The body that a solver's name stands for; "auto" is `cpu` where that can do the system, else `sliced`.
+
+    The ratios behind "auto" are in benchmarks/results/directions.md: `cpu` is ahead of `sliced` at every size there.
+    """
+    if solver in ("auto", "cpu"):
+        # Imported when something is solved: it brings Numba.
+        able = device.type == "cpu" and import_module(f"{__name__}.cpu").supports(layout)
+        if solver == "cpu" and not able:
+            raise ValueError(
+                f"expected affine or gated maps on the CPU for solver='cpu', got {layout.univariate} on {device.type}; "
+                "take solver='auto'"
+            )
+        solver = "cpu" if able else "sliced"
+    return import_module(f"{__name__}.{solver}")
 
 
 def solve(body: Body, system: System, y: Tensor) -> tuple[Tensor, Tensor]:
