@@ -5,12 +5,14 @@
 float32, two hidden layers of H, B rows; forward alone, and forward plus backward (for y, and every weight). The
 one-pass direction and the solve with solver="auto" run interleaved and their medians are compared, with solver="sliced"
 beside them; D passes (solver="reference", as autoregressive flows are commonly inverted) run once, where that is a
-matter of seconds. Written to results/directions.md.
+matter of seconds. Written to results/directions.md, or with OMP_WAIT_POLICY=passive, which keeps torch's idle OpenMP
+workers from spinning on the cores that the solver's threads could use, to results/directions_passive.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import platform
 import statistics
 import time
@@ -72,11 +74,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    passive = os.environ.get("OMP_WAIT_POLICY", "").lower() == "passive"
     lines = [
         "# Both directions of one affine layer",
         "",
-        f"Made by `python benchmarks/directions.py --rounds {args.rounds} --threads {args.threads}` "
-        f"({platform.machine()}, torch {torch.__version__}); float32, medians in ms.",
+        f"Made by `{'OMP_WAIT_POLICY=passive ' * passive}python benchmarks/directions.py --rounds {args.rounds} "
+        f"--threads {args.threads}` ({platform.machine()}, torch {torch.__version__}); float32, medians in ms.",
         "",
         "| D, H, B | one pass | solve | ratio | pass + backward | solve + backward | ratio | sliced | D passes |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -88,7 +91,7 @@ def main() -> None:
             f"| {solve_back / one_back:.2f} | {sliced:.2f} | {slow:,.0f} |"
         )
         print(lines[-1], flush=True)
-    path = Path(__file__).parent / "results" / "directions.md"
+    path = Path(__file__).parent / "results" / f"directions{'_passive' * passive}.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")
 
