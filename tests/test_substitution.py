@@ -255,3 +255,15 @@ def test_the_same_input_gives_the_same_bits(threads):
     first, second = (t.inverse(y) for _ in range(2))
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
     close(t(first[0])[0], y, 1e-4)
+
+
+@over([0, 2], "context")
+def test_rows_may_be_solved_in_parts(context, monkeypatch):
+    t = stir(cf.Autoregressive(3, context, (7, 5)))
+    y, c = inputs(t, 23)
+    with torch.no_grad():
+        whole = t.inverse(y, c)
+        monkeypatch.setattr("counterflow.substitution.AT_ONCE", 4 * (7 + 5 + 6))
+        parts = t.inverse(y, c)
+    for one, other in zip(parts, whole, strict=True):
+        close(one, other)

@@ -24,6 +24,7 @@ from torch import Tensor
 from counterflow.made import Activation
 from counterflow.univariate import Univariate
 
+AT_ONCE = 1 << 25  # numbers that a solve without gradients holds of the network: 128 MiB in float32
 SOLVERS = ("auto", "reference", "sliced", "cpu")
 
 
@@ -110,8 +111,19 @@ def solve(body: Body, system: System, y: Tensor) -> tuple[Tensor, Tensor]:
 
     The gradient is the implicit function theorem's: one back substitution gives u = J^-T (...), which is the
     gradient for y; minus the adjoints that it leaves, times what each layer was fed, is that for the weights.
+    Without gradients many rows are solved in parts: what the network holds for a row is then of no use afterwards.
     """
-    return _Solve.apply(body, system.layout, y, *system.biases, *system.weights)
+    tensors = (*system.biases, *system.weights)
+    kept = sum(len(bias) if bias.dim() == 1 else bias.shape[1] for bias in system.biases)
+    if len(y) * kept <= AT_ONCE or (torch.is_grad_enabled() and any(t.requires_grad for t in (y, *tensors))):
+        return _Solve.apply(body, system.layout, y, *tensors)
+    parts, rows = [], max(1, AT_ONCE // kept)
+    for first in range(0, len(y), rows):
+        part = slice(first, first + rows)
+        biases = (bias[part] if bias.dim() == 2 else bias for bias in system.biases)
+        parts.append(_Solve.apply(body, system.layout, y[part], *biases, *system.weights))
+    x, log_det = (torch.cat(part) for part in zip(*parts, strict=True))
+    return x, log_det
 
 
 class _Solve(torch.autograd.Function):
