@@ -88,6 +88,12 @@ ERRORS = {
         ValueError,
         r"expected the sizes of the hidden layers, such as hidden=\(64, 64\), got hidden=\(\)",
     ),
+    "hidden as one number": (lambda: cf.IAF(3, hidden=64), ValueError, r"such as hidden=\(64, 64\), got hidden=64"),
+    "an array": (
+        lambda: plain()(X.numpy()),
+        TypeError,
+        r"got ndarray; convert it with torch\.as_tensor\(\.\.\.\)\.float",
+    ),
     "no hidden layers in MADE": (
         lambda: MADE((1,), 2, (), "relu", 0),
         ValueError,

@@ -66,7 +66,6 @@ class Autoregressive(Transform):
         super().__init__()
         self.features = positive(features, "features")
         self.context = positive(context, "context") if context else 0
-        self.hidden = tuple(hidden)
         self.univariate = Affine() if univariate is None else univariate
         if not isinstance(self.univariate, Univariate):
             raise TypeError(f"expected univariate as an instance such as cf.Affine(), got {univariate!r}")
@@ -78,7 +77,8 @@ class Autoregressive(Transform):
         self.register_buffer("places", torch.argsort(order), persistent=False)
         self._sorted = order.tolist() == list(range(features))
         ascending = sorted(self.degrees)
-        self.made = MADE(ascending, self.univariate.parameters, self.hidden, activation, self.context)
+        self.made = MADE(ascending, self.univariate.parameters, hidden, activation, self.context)
+        self.hidden = tuple(hidden)
         self._layout = Layout(self.made.ends, self.made.activation, self.univariate)
         self.solver = "auto"
 

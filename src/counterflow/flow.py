@@ -94,9 +94,8 @@ class DiagonalNormal(Base):
         """The constructor's arguments."""
         return {"features": self.features, "context": self.context}
 
-    def extra_repr(self) -> str:
-        """The sizes."""
-        return f"features={self.features}, context={self.context}"
+    def __repr__(self) -> str:
+        return f"DiagonalNormal(features={self.features}, context={self.context})"
 
 
 class FlowDistribution(Distribution):

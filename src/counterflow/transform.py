@@ -115,7 +115,8 @@ def check_context(c: Tensor | None, context: int, kind: str) -> None:
 def _check_tensor(value: Tensor, name: str) -> None:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
-        raise TypeError(f"expected {name} as a floating-point tensor, got {came}; convert it with .float()")
+        how = ".float()" if isinstance(value, Tensor) else "torch.as_tensor(...).float()"
+        raise TypeError(f"expected {name} as a floating-point tensor, got {came}; convert it with {how}")
 
 
 def positive(value: int, name: str) -> int:
