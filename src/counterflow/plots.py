@@ -46,8 +46,8 @@ def learning_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequ
             lw=2,
             label=f"{name}: {max(validation, default=np.nan):.2f} at best",
         )
-        values += [v for v in (*train[1:], *validation[1:]) if np.isfinite(v)]
-    if values:  # the first epochs would flatten what matters
+        values += [v for v in (*train[len(train) // 2 :], *validation[1:]) if np.isfinite(v)]
+    if values:  # the first epochs, and a warm-up's light KL, would flatten what matters
         low, high = np.percentile(values, 8), max(values)
         axis.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low) + 1e-6)
     axis.set(
@@ -83,7 +83,8 @@ def image_rows(path: Path, rows: Mapping[str, Array], title: str) -> Path:
 
 def image_grids(path: Path, grids: Mapping[str, Array], title: str, columns: int = 8) -> Path:
     """Grids of images side by side, each name -> (n, C, H, W) in [0, 1]."""
-    figure, axes = _figure(1, len(grids), 4.2 * len(grids), 4.6)
+    figure, axes = _figure(1, len(grids), 4.4 * len(grids), 4.6)
+    figure.get_layout_engine().set(w_pad=0.15)
     for axis, (name, images) in zip(axes[0], grids.items(), strict=True):
         _show(axis, _tile(np.asarray(images), columns))
         axis.set_title(name)
