@@ -208,6 +208,17 @@ OTHERS = {
         "--data images --likelihood discretized_logistic --posterior iaf --free-bits 0.1 --groups 1",
         (1, 6, 5),
     ),
+    "splines, path": (
+        write_csv,
+        "--data rows.csv --likelihood gaussian --posterior iaf --iaf-map spline --iaf-activation tanh "
+        "--objective path_elbo --samples 2",
+        (3,),
+    ),
+    "importance-weighted": (
+        write_csv,
+        "--data rows.csv --likelihood gaussian --posterior iaf --iaf-map affine --objective iw_elbo --samples 3",
+        (3,),
+    ),
     "one latent feature": (write_csv, "--data rows.csv --likelihood gaussian --posterior gaussian --latent 1", (3,)),
 }
 
@@ -392,6 +403,10 @@ BAD = {
     "samples": (GAUSSIAN + "--samples 0", "expected samples of at least 1, got 0"),
     "test samples": (GAUSSIAN + "--test-samples 0", "expected test-samples of at least 1, got 0"),
     "groups": (GAUSSIAN + "--free-bits 0.1 --groups 3", "expected groups that divide 2 latent features, got groups=3"),
+    "free bits of another objective": (
+        GAUSSIAN + "--free-bits 0.1 --objective iw_elbo",
+        "expected --objective elbo with free bits, got iw_elbo",
+    ),
     "free bits": (GAUSSIAN + "--free-bits -1", "expected free_bits .*got -1"),
     "device": (GAUSSIAN + "--device toaster", "expected .*device.* got 'toaster'"),
     "missing device": (GAUSSIAN + "--device cuda:99", "expected .*device.* got 'cuda:99'"),

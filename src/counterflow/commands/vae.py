@@ -22,10 +22,13 @@ from counterflow.commands.model import observed, picture
 from counterflow.data import Dataset, Splits, load, split
 from counterflow.diagnostics import effective_sample_size, resample
 from counterflow.fit import Epoch, FitConfig, Record, fit
-from counterflow.objectives import Evaluation, elbo, evaluate, warm_up
+from counterflow.objectives import Evaluation, elbo, evaluate, iw_elbo, path_elbo, warm_up
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
 from counterflow.vae import VAE
 
 FORMAT = 1  # of the run folder
+MAPS: dict[str, Univariate] = {"gated": Gated(), "affine": Affine(), "spline": RationalQuadraticSpline()}
+OBJECTIVES = {"iw_elbo": iw_elbo, "path_elbo": path_elbo}
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,18 @@ class Vae:
     """IAF steps"""
     iaf_hidden: tuple[int, ...] = (128, 128)
     """layers of each IAF step's network"""
+    iaf_map: Literal["gated", "affine", "spline"] = "gated"
+    """of one feature in each IAF step"""
+    iaf_activation: str = "elu"
+    """of the IAF's hidden units: elu, leaky_relu, relu, sigmoid, silu, softplus or tanh"""
+    objective: Literal["elbo", "iw_elbo", "path_elbo"] = "elbo"
+    """elbo; iw_elbo: importance-weighted over --samples; path_elbo: the ELBO with the path-derivative gradient"""
     free_bits: float = 0.0
-    """nats that each group of latent features may cost for free"""
+    """nats that each group of latent features may cost for free; with --objective elbo"""
     groups: int | None = None
     """of latent features, for --free-bits; each feature its own when not given"""
     warm_up: float = 0.4
-    """part of the training after which the KL has its full weight; it grows from 0 until then"""
+    """part of the training after which the KL has its full weight, growing from 0; with --objective elbo"""
     samples: int = 1
     """draws of z for each datum in training"""
     test_samples: int = 500
@@ -84,6 +93,8 @@ class Vae:
             raise ValueError(f"expected test-samples of at least 1, got {self.test_samples}")
         if not self.warm_up >= 0:
             raise ValueError(f"expected warm-up of at least 0, got {self.warm_up}")
+        if self.free_bits and self.objective != "elbo":
+            raise ValueError(f"expected --objective elbo with free bits, got {self.objective}; leave one of them out")
         dataset = load(self.data, self.key, self.levels)
         values = observed(dataset, self.likelihood)
         parts = split(values, seed=self.fit.seed)
@@ -148,10 +159,14 @@ class Vae:
             context=self.context,
             posterior_layers=self.iaf_layers,
             posterior_hidden=self.iaf_hidden,
+            univariate=MAPS[self.iaf_map],
+            activation=self.iaf_activation,
         )
 
     def _objective(self, model: VAE, x: Tensor, beta: float = 1.0) -> Tensor:
         x = model.likelihood.observe(x)
+        if self.objective != "elbo":
+            return OBJECTIVES[self.objective](model, x, self.samples)
         return elbo(model, x, self.samples, beta=beta, free_bits=self.free_bits, groups=self.groups)
 
     def _train(self, name: str, model: VAE, parts: Splits, run: Path, last: bool) -> Record:
