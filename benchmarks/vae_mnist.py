@@ -1,6 +1,6 @@
 """Does an IAF posterior pay? The same VAE on MNIST with a Gaussian and an IAF posterior, several seeds.
 
-    python benchmarks/vae_mnist.py --data PATH/TO/mnist --epochs 60 --seeds 0 1 2
+    python benchmarks/vae_mnist.py --data PATH/TO/mnist
 
 Dynamic binarisation, the standard test split, 5,000 of the 60,000 training images for validation. Both posteriors have
 the same encoder, decoder, optimiser and number of epochs. A run is one process' work; finished runs are kept in
@@ -124,7 +124,7 @@ def table(results: list[dict], settings: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with MNIST's IDX files")
-    parser.add_argument("--epochs", type=int, default=60)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--posteriors", nargs="+", default=["gaussian", "iaf"])
     parser.add_argument("--latent", type=int, default=32)
@@ -134,8 +134,8 @@ def main() -> None:
     parser.add_argument("--posterior-hidden", type=int, nargs="+", default=[320, 320])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--optimizer", default="adamax")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--warm-up", type=float, default=10.0, help="epochs until the KL has its full weight")
+    parser.add_argument("--learning-rate", type=float, default=4e-3)
+    parser.add_argument("--warm-up", type=float, default=5.0, help="epochs until the KL has its full weight")
     parser.add_argument("--samples", type=int, default=500, help="of the importance sampling")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "vae_mnist.json")
