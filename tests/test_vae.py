@@ -169,6 +169,20 @@ def test_bernoulli_is_its_formula():
     close(likelihood(out).log_prob(x), expected.sum((1, 2)))
 
 
+@over([(4,), (3, 5, 2)], "shape")
+def test_gaussian_adapts_to_the_scale_of_data(shape):
+    likelihood, unit = (Gaussian(shape).double() for _ in range(2))
+    x = 1e4 + 1e3 * torch.randn(50, *shape, dtype=torch.float64)
+    x[:, 1] = 7.0  # constant, and kept at a deviation of 1
+    likelihood.adapt(x)
+    standard = likelihood.center(x)
+    assert standard[:, 0].mean().abs() < 1e-12 and standard[:, 0].std(correction=0) == pytest.approx(1)
+    assert (standard[:, 1] == 0).all() and likelihood.std[1].item() == 1
+    out = torch.randn(50, *shape, dtype=torch.float64)
+    jacobian = likelihood.std.log().expand(shape).sum()
+    close(likelihood(out).log_prob(x), unit(out).log_prob(standard) - jacobian)
+
+
 def test_gaussian_is_its_formula():
     likelihood = Gaussian((3, 2, 2)).double()
     assert likelihood.scale.shape == (3, 1, 1)

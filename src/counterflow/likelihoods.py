@@ -25,6 +25,9 @@ class Likelihood(nn.Module, ABC):
     def check(self, x: Tensor) -> None:
         """Raise ValueError when a value of x lies where the likelihood has no density."""
 
+    def adapt(self, x: Tensor) -> None:
+        """Take from training data x (N, *data_shape) what there is to know of their scale: nothing, as a rule."""
+
     def observe(self, x: Tensor) -> Tensor:
         """What is seen of x at one step: x itself, but for dynamic binarisation."""
         return x
@@ -69,25 +72,45 @@ class Bernoulli(Likelihood):
 
 
 class Gaussian(Likelihood):
-    """Independent normals of mean out and a trained scale, one for each feature, or each channel of an image.
+    """Independent normals with a trained scale for each feature, or each channel of an image.
 
-    log p = log N(x; out, std^2),    std = exp(s),    s = bound * tanh(a / bound),    bound = 5
+        log p = log N(x; mean + std * out, (std * exp(s))^2),    s = bound * tanh(a / bound),    bound = 5
+
+    mean and std are the data's, once `adapt` has seen them (0 and 1 before): the networks work on standardised numbers,
+    and log p is in the data's own units.
     """
 
-    bound = 5.0  # a feature that is constant in the data stops at 0.0067, not at an infinite density
+    bound = 5.0  # a feature that is constant in the data stops at 0.0067 std, not at an infinite density
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, data_shape: Sequence[int]) -> None:
         super().__init__()
         self.dims = len(data_shape)
         self.scale = nn.Parameter(torch.zeros(_by_channel(data_shape)))
+        self.register_buffer("mean", torch.zeros(_by_channel(data_shape)))
+        self.register_buffer("std", torch.ones(_by_channel(data_shape)))
+
+    def adapt(self, x: Tensor) -> None:
+        """Keep the mean and standard deviation of x, by feature or channel; a constant one keeps 1."""
+        flat = x.transpose(0, 1).flatten(1).double()
+        mean, std = flat.mean(1), flat.std(1, correction=0)
+        self.mean.copy_(mean.reshape(self.mean.shape))
+        self.std.copy_(torch.where(std > 0, std, 1.0).reshape(self.std.shape))
 
     def forward(self, out: Tensor) -> Distribution:
-        """Normal(out, std)."""
-        std = torch.exp(self.bound * torch.tanh(self.scale / self.bound))
-        return Independent(Normal(out, std.expand_as(out), validate_args=False), self.dims, validate_args=False)
+        """Normal(mean + std * out, std * exp(s))."""
+        std = self.std * torch.exp(self.bound * torch.tanh(self.scale / self.bound))
+        normal = Normal(self.mean + self.std * out, std.expand_as(out), validate_args=False)
+        return Independent(normal, self.dims, validate_args=False)
 
     def check(self, x: Tensor) -> None:
         """Every real number will do."""
+
+    def center(self, x: Tensor) -> Tensor:
+        """(x - mean) / std."""
+        return (x - self.mean) / self.std
 
 
 class DiscretizedLogistic(Likelihood):

@@ -119,7 +119,7 @@ def pairs(path: Path, sets: Mapping[str, Array], title: str, most: int = 4) -> P
                     bins = {"bins": 40, "range": limits[i], "weights": share}
                     axis.hist(table[:, i], **bins, histtype="step", color=color, label=name)
                 elif j < i:
-                    axis.scatter(table[:, j], table[:, i], s=3, alpha=0.35, color=color, lw=0, rasterized=True)
+                    axis.scatter(table[:, j], table[:, i], s=5, alpha=0.5, color=color, lw=0, zorder=-len(table))
             if j > i:
                 axis.axis("off")
                 continue

@@ -108,6 +108,7 @@ class Vae:
                 f"{len(values.values)}; set --batch-size to at most {len(parts.train)}"
             )
         for model in models.values():  # a rehearsal: what is refused is refused before there is a run folder
+            model.likelihood.adapt(parts.train)
             self._objective(model, parts.train[:2])
         run = console.new_run(self.out, "vae")
         config = {"format": FORMAT, "command": "vae", "version": __version__, **dataclasses.asdict(self)}
