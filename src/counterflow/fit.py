@@ -144,7 +144,6 @@ def fit(
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
     steps_per_epoch = rows // config.batch_size
     steps = steps_per_epoch * config.epochs
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(config, step, steps))
     averaged = AveragedModel(model, multi_avg_fn=_ema(config.ema)) if config.ema else None
     evaluated = model if averaged is None else averaged.module
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
@@ -161,6 +160,8 @@ def fit(
                 for k, batch in enumerate(_batches(train, rows, config.batch_size)):
                     progress = epoch + k / steps_per_epoch
                     optimizer.zero_grad(set_to_none=True)
+                    for group in optimizer.param_groups:
+                        group["lr"] = _learning_rate(config, epoch * steps_per_epoch + k, steps)
                     with autocast:
                         terms = objective(model, _to(batch, device), **({} if anneal is None else anneal(progress)))
                     reached = _step(optimizer, -_mean(terms), parameters, config.clip_norm)
@@ -172,9 +173,6 @@ def fit(
                         total, counted, in_a_row = total - reached, counted + 1, 0
                         if averaged is not None:
                             averaged.update_parameters(model)
-                    with warnings.catch_warnings():  # torch warns when the very first steps were skipped
-                        warnings.simplefilter("ignore", UserWarning)
-                        schedule.step()
                     if on_step is not None:
                         on_step(epoch * steps_per_epoch + k + 1, steps)
                 seconds = time.perf_counter() - begun
@@ -190,7 +188,7 @@ def fit(
                     train=total / counted if counted else math.nan,
                     validation=reached,
                     best=better,
-                    learning_rate=float(schedule.get_last_lr()[0]),
+                    learning_rate=_learning_rate(config, (epoch + 1) * steps_per_epoch, steps),
                     seconds=seconds,
                     rows_per_second=steps_per_epoch * config.batch_size / seconds,
                     skipped=skipped,
@@ -293,10 +291,10 @@ def _mean(terms: Tensor) -> Tensor:
 
 
 def _learning_rate(config: FitConfig, step: int, steps: int) -> float:
-    """The factor of the learning rate at a step."""
+    """The learning rate at a step."""
     rise = min(1.0, (step + 1) / config.warm_up_steps) if config.warm_up_steps else 1.0
     fall = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / steps)) if config.schedule == "cosine" else 1.0
-    return rise * fall
+    return config.learning_rate * rise * fall
 
 
 def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
