@@ -1,5 +1,7 @@
 """Degrees, masks and activations."""
 
+import pickle
+
 import pytest
 import torch
 from registry import over, stir
@@ -72,3 +74,11 @@ def test_weights_of_a_fresh_network_vary_by_how_many_inputs_their_row_sees():
         assert (layer.bias == 0).all()
     last = made.layers[-1]
     assert last.masked_weight().abs().max() <= 1e-3 * 3**0.5 and (last.bias == 0).all()
+
+
+@over(ACTIVATIONS, "activation")
+def test_a_network_goes_to_another_process(activation):
+    """Whoever starts worker processes pickles what they get."""
+    network = stir(MADE((1, 2), 2, (3,), activation, 0))
+    x = torch.randn(4, 2, dtype=torch.float64)
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x), network(x))

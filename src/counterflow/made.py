@@ -30,6 +30,26 @@ class Activation(NamedTuple):
     df: Callable[[Tensor], Tensor]
 
 
+def _df_relu(a: Tensor) -> Tensor:
+    return (a > 0).to(a.dtype)
+
+
+def _df_leaky_relu(a: Tensor) -> Tensor:
+    return torch.where(a > 0, torch.ones_like(a), 0.01)
+
+
+def _df_elu(a: Tensor) -> Tensor:
+    return torch.exp(a.clamp_max(0))
+
+
+def _df_tanh(a: Tensor) -> Tensor:
+    return 1 - torch.tanh(a).square()
+
+
+def _df_sigmoid(a: Tensor) -> Tensor:
+    return torch.sigmoid(a) * torch.sigmoid(-a)
+
+
 def _df_silu(a: Tensor) -> Tensor:
     s = torch.sigmoid(a)
     return s * (1 + a * (1 - s))
@@ -39,12 +59,13 @@ def _df_softplus(a: Tensor) -> Tensor:
     return torch.where(a > 20, torch.ones_like(a), torch.sigmoid(a))  # torch's softplus is linear above 20
 
 
+# Named functions, no lambdas: modules that hold them are pickled by whoever starts worker processes.
 ACTIVATIONS: dict[str, Activation] = {
-    "relu": Activation(F.relu, lambda a: (a > 0).to(a.dtype)),
-    "leaky_relu": Activation(F.leaky_relu, lambda a: torch.where(a > 0, torch.ones_like(a), 0.01)),
-    "elu": Activation(F.elu, lambda a: torch.exp(a.clamp_max(0))),
-    "tanh": Activation(torch.tanh, lambda a: 1 - torch.tanh(a).square()),
-    "sigmoid": Activation(torch.sigmoid, lambda a: torch.sigmoid(a) * torch.sigmoid(-a)),
+    "relu": Activation(F.relu, _df_relu),
+    "leaky_relu": Activation(F.leaky_relu, _df_leaky_relu),
+    "elu": Activation(F.elu, _df_elu),
+    "tanh": Activation(torch.tanh, _df_tanh),
+    "sigmoid": Activation(torch.sigmoid, _df_sigmoid),
     "silu": Activation(F.silu, _df_silu),
     "softplus": Activation(F.softplus, _df_softplus),
 }
