@@ -79,6 +79,7 @@ class VAE(nn.Module):
         activation: str = "elu",
     ) -> None:
         super().__init__()
+        # The arguments, since no other name is bound yet.
         self._config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         self.data_shape = tuple(positive(size, "data_shape") for size in data_shape)
         if len(self.data_shape) not in (1, 3):
@@ -110,7 +111,7 @@ class VAE(nn.Module):
             self.encoder = nn.Sequential(nn.Flatten(), *mlp(size, [*sizes, context]))
             self.decoder = nn.Sequential(
                 *mlp(latent, sizes[::-1]),
-                nn.Linear([latent, *sizes[::-1]][-1], size),
+                nn.Linear((sizes or [latent])[0], size),
                 nn.Unflatten(1, self.data_shape),
             )
         if isinstance(posterior, Flow):

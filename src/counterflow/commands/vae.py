@@ -222,8 +222,7 @@ class Vae:
         curves = {n: ([e.train for e in r.epochs], [e.validation for e in r.epochs]) for n, r in records.items()}
         plots.learning_curves(folder / "learning_curves.png", curves)
         torch.manual_seed(self.fit.seed)
-        names = list(models)
-        first = models[names[0]]
+        first = next(iter(models.values()))
         if len(first.data_shape) == 3:
             shown = {"data": picture(first, test[:12], test)}
             shown |= {name: picture(model, model.reconstruct(test[:12]), test) for name, model in models.items()}
