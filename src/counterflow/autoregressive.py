@@ -37,7 +37,7 @@ class Autoregressive(Transform):
     Raises:
         ValueError: sizes below 1, degrees with gaps, names that do not exist.
 
-    Source: Kingma et al. 2016, equations 9 and 10; Papamakarios et al. 2017, equations 4 and 5. The solve is
+    Source: Kingma et al. 2016, section 3; Papamakarios et al. 2017, section 3. The solve is
     described in `counterflow.substitution`.
 
     Example:

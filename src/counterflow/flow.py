@@ -167,7 +167,7 @@ class FlowDistribution(Distribution):
         The value of the second is log q(z); its gradient is (d log q / dz) dz/dphi, without the score
         d log q / dphi at fixed z, whose mean is zero. d log q / dz comes from one back substitution a layer.
 
-        Source: Roeder et al. 2017, "Sticking the Landing", equation 8; Vaitl et al. 2024, section 3.
+        Source: Roeder et al. 2017, "Sticking the Landing"; Vaitl et al. 2024, as in `Transform.push_score`.
         """
         eps = self.base.rsample(Size(sample_shape))
         z, _ = self.transform(eps, self.context)

@@ -41,7 +41,7 @@ class Bernoulli(Likelihood):
     """Independent pixels, log p = x log s(out) + (1 - x) log s(-out), s the sigmoid; x is 0 or 1.
 
     Intensities between 0 and 1 are binarised anew at every step, x ~ Bernoulli(intensity): dynamic binarisation
-    (Salakhutdinov and Murray 2008, "On the quantitative analysis of deep belief networks", section 6.1).
+    (Salakhutdinov and Murray 2008, "On the quantitative analysis of deep belief networks").
     """
 
     def __init__(self, data_shape: Sequence[int]) -> None:
@@ -119,7 +119,7 @@ class DiscretizedLogistic(Likelihood):
         P(x) = s((x + 1/2 - mean) / scale) - s((x - 1/2 - mean) / scale),    s the sigmoid, s(+-inf) at both ends
         mean = (out + 1) (levels - 1) / 2,    log scale = log(levels / 16) + 4 tanh(a / 4), a trained for each channel
 
-    Source: Kingma et al. 2016, section 6.2; Salimans et al. 2017, "PixelCNN++", equation 2.
+    Source: Kingma et al. 2016; Salimans et al. 2017, "PixelCNN++", equation 2.
     """
 
     def __init__(self, data_shape: Sequence[int], levels: int = 256) -> None:

@@ -29,7 +29,7 @@ def mlp(inputs: int, hidden: Sequence[int]) -> nn.Sequential:
 def conv_encoder(data_shape: Sequence[int], channels: int, outputs: int) -> nn.Sequential:
     """Five gated 5x5 convolutions, two of which halve the image, then one gated layer: (B, C, H, W) -> (B, outputs).
 
-    Source: van den Berg et al. 2018, "Sylvester Normalizing Flows for Variational Inference", appendix A.
+    Source: van den Berg et al. 2018, "Sylvester Normalizing Flows for Variational Inference", its network.
     """
     plan = [(data_shape[0], channels, 1), (channels, channels, 2), (channels, 2 * channels, 1)]
     plan += [(2 * channels, 2 * channels, 2), (2 * channels, 2 * channels, 1)]

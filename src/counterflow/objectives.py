@@ -43,7 +43,7 @@ def elbo(
     Raises:
         ValueError: samples below 1, or groups that do not divide the latent features.
 
-    Source: Kingma et al. 2016, equation 2, and section C.8 of its appendix for free bits (equation 15).
+    Source: Kingma et al. 2016, section 2, and its appendix for free bits.
 
     Example:
         >>> import torch, counterflow as cf
@@ -95,7 +95,7 @@ def log_likelihood(flow: Flow, batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 def warm_up(epoch: float, epochs: float) -> float:
     """The weight beta of the KL: 0 at the start, 1 from `epochs` on, linear between.
 
-    Source: Sonderby et al. 2016, "Ladder Variational Autoencoders", section 2.3.
+    Source: Sonderby et al. 2016, "Ladder Variational Autoencoders".
     """
     return min(1.0, epoch / epochs) if epochs > 0 else 1.0
 

@@ -50,7 +50,7 @@ class Transform(nn.Module, ABC):
         """Like `forward`, but log_det is kept by feature and added to `total` (..., D).
 
         Each term stays with the feature that it belongs to when features change places, as the free bits of
-        Kingma et al. 2016 (section C.8) need it. The sum of the terms over features is log_det.
+        Kingma et al. 2016 need it. The sum of the terms over features is log_det.
         """
         raise TypeError(
             f"expected a transform with a log-determinant by feature, got {type(self).__name__}; free bits need a flow "
@@ -62,7 +62,7 @@ class Transform(nn.Module, ABC):
 
             score_y = J^-T (score_x - d log_det / dx),     score_x = d log q_x(x) / dx,  J = dy/dx
 
-        Source: Vaitl et al. 2024, "Fast and unified path gradient estimators for normalizing flows", section 3.
+        Source: Vaitl et al. 2024, "Fast and unified path gradient estimators for normalizing flows".
         """
         with torch.no_grad():
             y, log_det = self.forward(x, c)

@@ -66,7 +66,7 @@ class Affine(Univariate):
     params (..., 2) holds (m, a). The soft clip keeps every scale within exp(-bound) and exp(bound); its slope
     is 1 at a = 0 and never jumps. With zero parameters y = x.
 
-    Source: Papamakarios et al. 2017, "Masked Autoregressive Flow for Density Estimation", equation 4; the clip is ours.
+    Source: Papamakarios et al. 2017, "Masked Autoregressive Flow for Density Estimation", section 3; the clip is ours.
 
     Example:
         >>> import torch, counterflow as cf
@@ -152,7 +152,7 @@ class RationalQuadraticSpline(Univariate):
 
     with t = (x - x_k) / width_k and s = height_k / width_k in bin k. With zero parameters y = x.
 
-    Source: Durkan et al. 2019, "Neural Spline Flows", section 3.1, equations 4 to 8.
+    Source: Durkan et al. 2019, "Neural Spline Flows", section 3.1.
 
     Example:
         >>> import torch, counterflow as cf
@@ -192,7 +192,7 @@ class RationalQuadraticSpline(Univariate):
         return torch.where(inside, y, x), torch.where(inside, log_slope, torch.zeros_like(x))
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy: the root of a quadratic, in the form that does not cancel (equation 29)."""
+        """Return x and log dx/dy: the root of a quadratic, in the form that does not cancel."""
         inside = y.abs() < self.bound
         t_y = torch.where(inside, y, torch.zeros_like(y))
         xs, ys, slopes = self._knots(params)
