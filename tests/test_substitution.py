@@ -1,6 +1,7 @@
 """Every body gives the numbers of `reference`, and `reference` those of plain autograd."""
 
 import time
+from dataclasses import dataclass
 from itertools import cycle, product
 from threading import Timer
 
@@ -35,11 +36,7 @@ CASES = {
     )
 }
 
-# The compiled body knows no splines.
-ABLE = [
-    (body, name) for body, name in product(["reference", *BODIES], UNIVARIATES) if (body, name) != ("cpu", "spline")
-]
-BODY_CASES = [(body, case) for body, name in ABLE for case in CASES if body != "reference" and f", {name}," in case]
+BODY_CASES = list(product(BODIES, CASES))
 
 
 @pytest.fixture
@@ -132,7 +129,7 @@ def test_reference_has_the_gradients_of_plain_autograd(case):
         close(came, plain)
 
 
-@pytest.mark.parametrize(("solver", "univariate"), ABLE)
+@pytest.mark.parametrize(("solver", "univariate"), list(product(["reference", *BODIES], UNIVARIATES)))
 @over([0, 2], "context")
 def test_gradcheck(solver, univariate, context):
     t = stir(cf.Autoregressive(3, context, (4, 3), UNIVARIATES[univariate], (2, 1, 3), "tanh"))
@@ -157,7 +154,7 @@ class Inverted(torch.nn.Module):
         return self.t.inverse(y, c)
 
 
-@pytest.mark.parametrize(("solver", "univariate"), ABLE)
+@pytest.mark.parametrize(("solver", "univariate"), list(product(["reference", *BODIES], UNIVARIATES)))
 @over(["after it", "within it"], "backward")
 def test_autocast_does_not_reach_the_solve(solver, univariate, backward):
     context = 2 if backward == "after it" else 0  # torch's own backward of the context's linear layer is low within
@@ -227,27 +224,57 @@ def test_the_system_is_the_network(poisoned):
         close(one, other, 1e-13)
 
 
+@dataclass(frozen=True)
+class Shift(cf.univariate.Univariate):
+    """A map that the compiled body has never heard of."""
+
+    parameters = 1
+
+    def forward(self, x, params):
+        return x + params[..., 0], torch.zeros_like(x)
+
+    def inverse(self, y, params):
+        return y - params[..., 0], torch.zeros_like(y)
+
+
 def test_auto_compiles_where_it_can():
-    affine, spline = cf.Autoregressive(3), cf.Autoregressive(3, univariate=cf.RationalQuadraticSpline(bins=3))
+    layouts = [cf.Autoregressive(3, univariate=u)._layout for u in (*UNIVARIATES.values(), Shift())]
     cpu, meta = torch.device("cpu"), torch.device("meta")
-    chosen = [body_for("auto", t._layout, device).__name__ for t in (affine, spline) for device in (cpu, meta)]
-    assert [name.rpartition(".")[2] for name in chosen] == ["cpu", "sliced", "sliced", "sliced"]
-    spline.solver = "cpu"
-    with pytest.raises(ValueError, match=r"expected affine or gated maps on the CPU .* got RationalQuadraticSpline"):
-        spline.inverse(torch.zeros(2, 3))
+    chosen = [[body_for("auto", layout, device).__name__ for layout in layouts] for device in (cpu, meta)]
+    names = [[name.rpartition(".")[2] for name in row] for row in chosen]
+    assert names == [["cpu"] * len(UNIVARIATES) + ["sliced"], ["sliced"] * len(layouts)]
+
+
+def test_a_map_of_ones_own_goes_by_slices():
+    t = stir(cf.Autoregressive(3, 0, (5,), univariate=Shift()))
+    y, _ = inputs(t, 4)
+    close(t(t.inverse(y)[0])[0], y)
+    t.solver = "cpu"
+    with pytest.raises(ValueError, match=r"expected a map of this library, .* got Shift\(\) on cpu; take solver='auto'"):
+        t.inverse(y)
 
 
 def test_a_long_compilation_is_announced(caplog, monkeypatch):
     body = body_for("cpu", cf.Autoregressive(3)._layout, torch.device("cpu"))
     monkeypatch.setattr(body, "Timer", lambda seconds, *call: Timer(0.01 * seconds, *call))
-    with caplog.at_level("WARNING", "counterflow"), body._notice(object(), torch.float32):
+    with caplog.at_level("WARNING", "counterflow"), body._notice(torch.float32):
         time.sleep(0.3)
     [message] = caplog.messages
     assert message.startswith("compiling substitution for torch.float32; this happens once")
 
 
-@over([1, 2], "threads")
-def test_the_same_input_gives_the_same_bits(threads):
+@pytest.fixture(params=["torch's threads", "our threads"])
+def team(request, monkeypatch):
+    """Both ways to share tiles among threads."""
+    body = body_for("cpu", cf.Autoregressive(3)._layout, torch.device("cpu"))
+    if request.param == "our threads":
+        monkeypatch.setattr(body, "_team", lambda: None)
+    elif body._team() is None:
+        pytest.skip("this build of torch offers no GOMP_parallel")
+
+
+@over([1, 2, 3], "threads")
+def test_the_same_input_gives_the_same_bits(threads, team):
     """Enough work for threads to share it, and rows that fill no tile."""
     torch.set_num_threads(threads)
     t = stir(cf.Autoregressive(64, 0, (130, 97)), 1).float()

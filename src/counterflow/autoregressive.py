@@ -31,7 +31,7 @@ class Autoregressive(Transform):
         activation: of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
 
     Attributes:
-        solver: which body solves: "auto", "cpu" (compiled; affine and gated maps), "sliced" (torch operations, any
+        solver: which body solves: "auto", "cpu" (compiled; the maps of this library), "sliced" (torch operations, any
             device) or "reference" (D passes, the definition).
 
     Raises:

@@ -99,8 +99,8 @@ def body_for(solver: str, layout: Layout, device: torch.device) -> Body:
         able = device.type == "cpu" and import_module(f"{__name__}.cpu").supports(layout)
         if solver == "cpu" and not able:
             raise ValueError(
-                f"expected affine or gated maps on the CPU for solver='cpu', got {layout.univariate} on {device.type}; "
-                "take solver='auto'"
+                "expected a map of this library, on the CPU, for solver='cpu', "
+                f"got {layout.univariate} on {device.type}; take solver='auto'"
             )
         solver = "cpu" if able else "sliced"
     return import_module(f"{__name__}.{solver}")

@@ -1,4 +1,4 @@
-"""Incremental substitution compiled with Numba: affine and gated maps on the CPU, in float32 and float64.
+"""Incremental substitution compiled with Numba: every map of the library on the CPU, in float32 and float64.
 
 Rows of the batch do not see each other. So a tile of rows is solved from the first degree to the last while what the
 network holds for it stays in cache, and threads share the tiles. Buffers are feature-major, (units, rows): a weight
@@ -24,27 +24,29 @@ not notice a change elsewhere.
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import cache, lru_cache, partial
-from itertools import pairwise
+from functools import cache, lru_cache
+from pathlib import Path
 from threading import Timer
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from llvmlite import binding, ir  # type: ignore[import-untyped]
-from numba import carray, njit, types  # type: ignore[attr-defined]
+from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
 from numba.extending import intrinsic
 from torch import Tensor
 
 from counterflow.made import ACTIVATIONS
 from counterflow.substitution import Adjoints, Layout, Solution, System
-from counterflow.univariate import Affine, Gated
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline
 
 AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 VECTOR = 64 if AVX512 else 32  # bytes of a register
@@ -53,12 +55,15 @@ UNITS = 8 if AVX512 else 4  # times 2 vectors of rows: the sums take half of the
 # 1.2 to 1.6 times slower than tiles of 128; blocks of 16 units are up to 1.1 times slower than blocks of 64 or 128.
 BLOCK = 64  # units of the widest level in a block of degrees
 TILE = 128  # rows
-ALONE = 1 << 21  # multiply-adds that one thread does (in 0.05 ms) before a second one would have begun
+ALONE = 1 << 18  # multiply-adds that one thread does before a second one would have begun
+WEIGHTS = 6
+AFFINE, GATED, SPLINE = 0, 1, 2
+MAPS: dict[type, int] = {Affine: AFFINE, Gated: GATED, RationalQuadraticSpline: SPLINE}
 
 
 def supports(layout: Layout) -> bool:
     """Whether this body knows the activation and the univariate map."""
-    return layout.activation in _codes() and isinstance(layout.univariate, Affine | Gated)
+    return layout.activation in _codes() and type(layout.univariate) in MAPS
 
 
 def forward_substitution(system: System, y: Tensor) -> Solution:
@@ -72,7 +77,7 @@ def forward_substitution(system: System, y: Tensor) -> Solution:
 
 
 def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
-    """The same, backwards: see `_back`. Both maps have dl_dx = 0, so that w acts through their params alone."""
+    """The same, backwards: see `_back`."""
     plan, (N, D), padded = _plan(system.layout), v.shape, _padded(v)
     u, record = v.new_empty(D, padded), v.new_empty(plan.recorded, padded)
     given = [solution.x, *solution.hidden, solution.params.flatten(1), v, w[:, None]]
@@ -83,12 +88,15 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
 class _Plan(NamedTuple):
     """What stays the same from call to call."""
 
-    below: np.ndarray  # (levels, G + 2), see above
-    starts: np.ndarray  # (levels,), the first row of a level in a buffer that holds hidden layers, params, features
-    blocks: np.ndarray  # the degree where each block begins, and G + 1: degrees are 0..G
-    maps: tuple[int, bool, float]  # the activation's code, whether gated, the affine map's bound
+    below: Tensor  # (levels, G + 2), see above
+    starts: Tensor  # (1, levels), the first row of a level in a buffer that holds hidden layers, params, features
+    blocks: Tensor  # (1, blocks + 1), the degree where each block begins, and G + 1: degrees are 0..G
+    activation: int  # its code
+    univariate: int  # its code
+    bound: Tensor  # of the affine map or the spline, (1, 1)
     work: int  # multiply-adds for one row
     sizes: list[int]  # of hidden layers and params
+    parameters: int  # P
 
     @property
     def recorded(self) -> int:
@@ -98,25 +106,25 @@ class _Plan(NamedTuple):
     def split(self, record: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """(recorded, N) -> params (N, D, P), and the hidden layers (N, H) each."""
         *hidden, params = record.T.split_with_sizes(self.sizes, 1)
-        return params.unflatten(1, (-1, 2)), tuple(hidden)
+        return params.unflatten(1, (-1, self.parameters)), tuple(hidden)
 
 
 @lru_cache(maxsize=256)
 def _plan(layout: Layout) -> _Plan:
+    P, G = layout.univariate.parameters, layout.groups
     features, *hidden = (np.array(ends, np.int64) for ends in layout.ends)
-    below = np.pad([features, *hidden, features * layout.univariate.parameters], ((0, 0), (1, 0)))
-    sizes, G = below[:, -1], layout.groups
+    below = np.pad([features, *hidden, features * P], ((0, 0), (1, 0)))
+    sizes = below[:, -1]
+    starts = np.roll(np.cumsum([0, *sizes[1:]]), 1)
+    blocks = np.append(np.arange(0, G + 1, max(1, BLOCK * (G + 1) // sizes.max())), G + 1)
     return _Plan(
-        below,
-        starts=np.roll(np.cumsum([0, *sizes[1:]]), 1),
-        blocks=np.append(np.arange(0, G + 1, max(1, BLOCK * (G + 1) // sizes.max())), G + 1),
-        maps=(
-            _codes()[layout.activation],
-            isinstance(layout.univariate, Gated),
-            layout.univariate.bound if isinstance(layout.univariate, Affine) else 0.0,
-        ),
+        *(torch.from_numpy(np.atleast_2d(table)) for table in (below, starts, blocks)),
+        activation=_codes()[layout.activation],
+        univariate=MAPS[type(layout.univariate)],
+        bound=torch.tensor([[getattr(layout.univariate, "bound", 0.0)]], dtype=torch.float64),
         work=int(sizes[1:] @ sizes[:-1]) // 2,
         sizes=sizes[1:].tolist(),
+        parameters=P,
     )
 
 
@@ -132,15 +140,15 @@ def _feature_major(t: Tensor, like: Tensor) -> Tensor:
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
 
 
-def _table(matrices: Sequence[Tensor]) -> np.ndarray:
-    """Address, rows, elements from row to row, columns: compiled code takes any number of matrices in this form."""
-    return np.array([(m.data_ptr(), m.size(0), max(m.stride(0), m.size(1)), m.size(1)) for m in matrices])
-
-
 def _run(
     kernel: Any, plan: _Plan, weights: Sequence[Tensor], given: Sequence[Tensor], results: Sequence[Tensor], N: int
 ) -> None:
-    """Call the kernel for all tiles, on no more threads than torch may take."""
+    """Have the kernel do all tiles, on no more threads than torch may take.
+
+    A job is a table of four whole numbers a row, so that compiled code takes any number of matrices: the next tile, the
+    table's rows, N and the rows of a tile; levels above the first, activation, univariate map, P; then for each matrix
+    its address, rows, elements from row to row, columns. WEIGHTS is the row of the first weight.
+    """
     like = results[0]
     weights, given = [w.to(like).contiguous() for w in weights], [_feature_major(t, like) for t in given]
     lanes = VECTOR // like.element_size()
@@ -148,25 +156,64 @@ def _run(
     threads = min(torch.get_num_threads(), vectors) if plan.work * N > ALONE else 1
     each = -(-vectors * lanes // (threads * TILE))  # tiles, as few as there can be
     tile = -(-vectors // (threads * each)) * lanes
-    tiles = -(-N // tile)
-    system = (plan.below, plan.starts, plan.blocks, *plan.maps, _table(weights), _table(given))
-    call: Any = partial(kernel, *system, *(t.numpy() for t in results), N, tile)
-    shares = [tiles * k // threads for k in range(threads + 1)]
-    others = [_pool().submit(call, *share) for share in pairwise(shares[1:])]
-    with _notice(kernel, like.dtype):
-        try:
-            call(*shares[:2])
-        finally:  # the tables hold addresses: the matrices must outlive every thread
-            for other in others:
-                other.result()
+    matrices = [plan.below, plan.starts, plan.blocks, plan.bound.to(like), *weights, *given, *results]
+    head = [(0, 2 + len(matrices), N, tile), (len(weights), plan.activation, plan.univariate, plan.parameters)]
+    job = np.array([*head, *((m.data_ptr(), m.size(0), max(m.stride(0), m.size(1)), m.size(1)) for m in matrices)])
+    _together(_entry(kernel, like.dtype), job.ctypes.data, threads)
+
+
+def _together(entry: Callable[[int], None], job: int, threads: int) -> None:
+    """Call entry(job) on each of the threads, and return when all have."""
+    team = _team()
+    if threads == 1:
+        entry(job)
+    elif team is not None:
+        team(entry, ctypes.c_void_p(job), threads, 0)
+    else:
+        # Threads that leave the GIL rather than Numba's own: those abort the process when two callers meet.
+        for done in [_pool().submit(entry, job) for _ in range(threads)]:
+            done.result()
+
+
+@cache
+def _team() -> Any:
+    """The OpenMP runtime's own way to run a function on its threads, where torch has one; else None.
+
+    torch's threads wait for their next work in a loop that keeps their cores busy: threads of ours would share these
+    cores with them. At D, H, B = 64, 512, 1024, on two threads, a pool of ours takes 1.8 times as long.
+    """
+    for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
+        path = Path(torch.__file__).parent / "lib" / name
+        if path.exists():
+            parallel = getattr(ctypes.CDLL(str(path)), "GOMP_parallel", None)
+            if parallel is not None:
+                parallel.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+                parallel.restype = None
+                return parallel
+    return None
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(os.cpu_count(), "counterflow")
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
+
+
+@cache
+def _entry(kernel: Callable[[Any], None], dtype: torch.dtype) -> Any:
+    """The kernel compiled for that dtype, or found on disk, as a C function of the address of its job."""
+    real = types.float32 if dtype == torch.float32 else types.float64
+    with _notice(dtype):
+        compile_ = cfunc(types.void(types.CPointer(real)), cache=True, fastmath={"contract"}, error_model="numpy")
+        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compile_(kernel).address)
 
 
 @contextmanager
-def _notice(kernel: Any, dtype: torch.dtype) -> Iterator[None]:
-    """Say so when a first call has been compiling for two seconds."""
-    if (kernel, dtype) in _called:
-        yield
-        return
+def _notice(dtype: torch.dtype) -> Iterator[None]:
+    """Say so when compiling has taken two seconds."""
     text = "compiling substitution for %s; this happens once, the next process finds it on disk"
     timer = Timer(2.0, logging.getLogger("counterflow").warning, (text, dtype))
     timer.daemon = True
@@ -175,25 +222,11 @@ def _notice(kernel: Any, dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-    _called.add((kernel, dtype))
 
-
-_called: set[tuple[Any, torch.dtype]] = set()
-
-
-@cache
-def _pool() -> ThreadPoolExecutor:
-    # Threads that leave the GIL rather than Numba's own: those abort the process when two callers meet.
-    return ThreadPoolExecutor(os.cpu_count(), "counterflow")
-
-
-if hasattr(os, "register_at_fork"):  # not on Windows
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # a child has none of its parent's threads
 
 # What follows is compiled at the first call: in float32, 7 s for `_forward` and 4 s for `_back` (one core, EPYC 9004).
 
 compiled = njit(fastmath={"contract"}, error_model="numpy")  # contract: a * b + c is one operation
-entry = njit(fastmath={"contract"}, error_model="numpy", nogil=True, cache=True)
 
 
 @compiled
@@ -210,7 +243,7 @@ def _fill(to, value):
 
 @intrinsic
 def _pointer(typing: Any, address: Any, like: Any) -> Any:
-    """The address as a pointer to numbers such as the array holds."""
+    """The address as a pointer to numbers such as the array, or another pointer, holds."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
@@ -218,9 +251,30 @@ def _pointer(typing: Any, address: Any, like: Any) -> Any:
     return types.CPointer(like.dtype)(address, like), codegen
 
 
+@intrinsic
+def _whole_numbers(typing: Any, pointer: Any) -> Any:
+    """The pointer as one to 64-bit whole numbers."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(types.int64)(pointer), codegen
+
+
+@intrinsic
+def _next(typing: Any, pointer: Any) -> Any:
+    """The number that stands there, which becomes one more: no two threads get the same."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", args[0], ir.IntType(64)(1), "monotonic")
+
+    return types.int64(pointer), codegen
+
+
 @compiled
-def _matrix(table, k, like):
-    return carray(_pointer(table[k, 0], like), (table[k, 1], table[k, 2]))
+def _matrix(job, k, like):
+    """Entry k of the table as a matrix. Its last columns may lie beyond its width."""
+    return carray(_pointer(job[k, 0], like), (job[k, 1], job[k, 2]))
 
 
 def _register_block(units: int, vectors: int) -> Any:
@@ -515,38 +569,205 @@ def _solve_gated(u, m_bar, a_bar, returned, v, w, x, m, a):
         a_bar[r] = (u[r] * s * (x[r] - m[r]) + w[r]) * rest
 
 
+# Rational-quadratic splines: see `RationalQuadraticSpline`, whose letters stand here too. `knots` holds for a vector of
+# rows the edges of the bins, xs and ys, (bins + 1, rows) each, and then the rows that these numbers name, for the bin
+# that was found: its ends, its raw slopes, its number, and two more.
+X0, X1, Y0, Y1, D0, D1, PLACE, MEAN_X, MEAN_Y = range(9)
+LEAST = RationalQuadraticSpline.least
+UNIT = math.log(math.expm1(1 - LEAST))  # LEAST + softplus(UNIT) = 1
+
+
+@compiled
+def _edges(edges, highest, total, raw, bound):
+    """Edges (bins + 1, rows) from raw shares (bins, rows); the two rows between are for work."""
+    bins, real = len(raw), edges.dtype.type
+    _copy(highest, raw[0])
+    for k in range(1, bins):
+        for r in range(len(total)):
+            highest[r] = max(highest[r], raw[k, r])
+    _fill(total, 0)
+    for k in range(1, bins + 1):
+        for r in range(len(total)):
+            edges[k, r] = _exp(raw[k - 1, r] - highest[r])
+            total[r] += edges[k, r]
+    share = highest
+    _fill(share, 0)
+    for k in range(1, bins):
+        for r in range(len(total)):
+            share[r] += real(LEAST) + real(1 - LEAST * bins) * edges[k, r] / total[r]
+            edges[k, r] = bound * (real(2) * share[r] - real(1))
+    _fill(edges[0], -bound)
+    _fill(edges[bins], bound)
+
+
+@compiled
+def _find_bin(value, along_x, params, knots, bound):
+    """The bin in which the value lies: fills knots, and returns its rows for the bin."""
+    bins, width = (len(params) + 1) // 3, len(value)
+    xs, ys, found = knots[: bins + 1, :width], knots[bins + 1 : 2 * bins + 2, :width], knots[2 * bins + 2 :, :width]
+    _edges(xs, found[D0], found[D1], params[:bins], bound)
+    _edges(ys, found[D0], found[D1], params[bins : 2 * bins], bound)
+    edges, slopes = xs if along_x else ys, params[2 * bins :]
+    for at, row in ((X0, xs[0]), (X1, xs[1]), (Y0, ys[0]), (Y1, ys[1]), (D1, slopes[0])):
+        _copy(found[at], row)
+    _fill(found[D0], 0)  # what gives a slope of 1, as at both ends
+    _fill(found[PLACE], 0)
+    for k in range(1, bins):
+        last = k == bins - 1
+        for r in range(width):
+            beyond = value[r] >= edges[k, r]
+            found[X0, r] = xs[k, r] if beyond else found[X0, r]
+            found[X1, r] = xs[k + 1, r] if beyond else found[X1, r]
+            found[Y0, r] = ys[k, r] if beyond else found[Y0, r]
+            found[Y1, r] = ys[k + 1, r] if beyond else found[Y1, r]
+            found[D0, r] = slopes[k - 1, r] if beyond else found[D0, r]
+            found[PLACE, r] += found.dtype.type(beyond)
+            if last:
+                found[D1, r] = found.dtype.type(0) if beyond else found[D1, r]
+            else:
+                found[D1, r] = slopes[k, r] if beyond else found[D1, r]
+    return found
+
+
+@compiled
+def _slope(raw):
+    return type(raw)(LEAST) + _softplus(raw + type(raw)(UNIT))
+
+
+@compiled
+def _invert_spline(x, log_det, params, knots, bound):
+    """See `RationalQuadraticSpline.inverse`: x holds y at first."""
+    real, found = x.dtype.type, _find_bin(x, False, params, knots, bound)
+    slope = found[MEAN_X]
+    for r in range(len(x)):
+        width, height = found[X1, r] - found[X0, r], found[Y1, r] - found[Y0, r]
+        d0, d1 = _slope(found[D0, r]), _slope(found[D1, r])
+        s, up, inside = height / width, x[r] - found[Y0, r], abs(x[r]) < bound
+        bend = d0 + d1 - real(2) * s
+        a, b, c = height * (s - d0) + up * bend, height * d0 - up * bend, -s * up
+        t = real(2) * c / (-b - np.sqrt(max(b * b - real(4) * a * c, real(0))))
+        t = min(max(t, real(0)), real(1))
+        below = s + bend * t * (real(1) - t)
+        above = d1 * t * t + real(2) * s * t * (real(1) - t) + d0 * (real(1) - t) * (real(1) - t)
+        x[r] = found[X0, r] + t * width if inside else x[r]
+        slope[r] = s * s * above / (below * below) if inside else real(1)
+    for r in range(len(x)):  # alone: the library's logarithm takes one number at a time
+        log_det[r] -= math.log(slope[r])
+
+
+@compiled
+def _solve_spline(u, bars, returned, v, w, x, params, knots, bound):
+    """The derivatives of `RationalQuadraticSpline.forward`: u, and bars (P, rows) from cotangents u of y and w of l."""
+    bins, real = (len(params) + 1) // 3, u.dtype.type
+    found, xs, ys = _find_bin(x, True, params, knots, bound), knots[: bins + 1], knots[bins + 1 : 2 * bins + 2]
+    # An edge is bound (2 share - 1), share = spread / (2 bound) * (sum of the softmax before it) + LEAST * its number.
+    spread, floor = real(2 * (1 - LEAST * bins)) * bound, real(LEAST / (1 - LEAST * bins))
+    for r in range(len(u)):
+        x0, y0, place = found[X0, r], found[Y0, r], found[PLACE, r]
+        width, height = found[X1, r] - x0, found[Y1, r] - y0
+        d0, d1 = _slope(found[D0, r]), _slope(found[D1, r])
+        s, t, inside = height / width, (x[r] - x0) / width, abs(x[r]) < bound
+        rest, bend = real(1) - t, d0 + d1 - real(2) * s
+        p = t * rest
+        over, below = s * t * t + d0 * p, s + bend * p  # y = y0 + height over / below
+        above = d1 * t * t + real(2) * s * p + d0 * rest * rest  # l = 2 log s + log above - 2 log below
+        dabove_dt = real(2) * (d1 * t + s * (rest - t) - d0 * rest)
+        dbelow_dt = bend * (rest - t)
+        dl_dx = (dabove_dt / above - real(2) * dbelow_dt / below) / width
+        given = v[r] - returned[r]
+        u[r] = (given - w[r] * dl_dx) * below * below / (s * s * above) if inside else given
+        to_y, to_l = u[r] if inside else real(0), w[r] if inside else real(0)
+
+        to_over, to_above = to_y * height / below, to_l / above
+        to_below = -(to_over * over + real(2) * to_l) / below
+        to_bend = to_below * p
+        to_s = real(2) * to_l / s + to_above * real(2) * p + to_over * t * t + to_below - real(2) * to_bend
+        to_t = to_over * (real(2) * s * t + d0 * (rest - t)) + to_below * dbelow_dt + to_above * dabove_dt
+        to_height = to_y * over / below + to_s / width
+        to_width = -(to_s * s + to_t * t) / width
+        to_d0 = to_above * rest * rest + to_over * p + to_bend
+        to_d1 = to_above * t * t + to_bend
+        last = place == real(bins - 1)
+        found[X0, r] = spread * (-to_t / width - to_width)
+        found[X1, r] = real(0) if last else spread * to_width
+        found[Y0, r] = spread * (to_y - to_height)
+        found[Y1, r] = real(0) if last else spread * to_height
+        found[D0, r] = to_d0 * _sigmoid(found[D0, r] + real(UNIT))
+        found[D1, r] = to_d1 * _sigmoid(found[D1, r] + real(UNIT))
+        found[MEAN_X, r] = found[X0, r] * ((x0 + bound) / spread - floor * place)
+        found[MEAN_X, r] += found[X1, r] * ((x0 + width + bound) / spread - floor * (place + real(1)))
+        found[MEAN_Y, r] = found[Y0, r] * ((y0 + bound) / spread - floor * place)
+        found[MEAN_Y, r] += found[Y1, r] * ((y0 + height + bound) / spread - floor * (place + real(1)))
+    for k in range(bins):
+        for r in range(len(u)):
+            before, within = real(k < found[PLACE, r]), real(k <= found[PLACE, r])
+            to_x = before * found[X0, r] + within * found[X1, r] - found[MEAN_X, r]
+            to_y = before * found[Y0, r] + within * found[Y1, r] - found[MEAN_Y, r]
+            bars[k, r] = to_x * ((xs[k + 1, r] - xs[k, r]) / spread - floor)
+            bars[bins + k, r] = to_y * ((ys[k + 1, r] - ys[k, r]) / spread - floor)
+    for k in range(bins - 1):
+        for r in range(len(u)):
+            left, right = real(k + 1 == found[PLACE, r]), real(k == found[PLACE, r])
+            bars[2 * bins + k, r] = left * found[D0, r] + right * found[D1, r]
+
+
 # The two substitutions. A range of degrees stands for the units that have them.
 
 
 @compiled
-def _bring(below, starts, weights, k, new_0, new_1, seen_0, seen_1, record, left, known, width):
+def _bring(below, starts, job, k, new_0, new_1, seen_0, seen_1, record, left, known, width):
     """Level k, degrees new_0..new_1 - 1, gains what it sees of degrees seen_0..seen_1 - 1 of the level before."""
     new_0, new_1, seen_0, seen_1 = below[k, new_0], below[k, new_1], below[k - 1, seen_0], below[k - 1, seen_1]
     _add_product(
         record[starts[k] + new_0 : starts[k] + new_1, left : left + width],
-        _matrix(weights, k - 1, known)[new_0:new_1, seen_0:seen_1],
+        _matrix(job, WEIGHTS + k - 1, known)[new_0:new_1, seen_0:seen_1],
         known[starts[k - 1] + seen_0 : starts[k - 1] + seen_1, :width],
     )
 
 
 @compiled
-def _send(below, starts, weights, k, by_0, by_1, to_0, to_1, adjoint, width):
+def _send(below, starts, job, k, by_0, by_1, to_0, to_1, adjoint, width):
     """Level k, degrees by_0..by_1 - 1, sends its adjoints to degrees to_0..to_1 - 1 of the level before."""
     by_0, by_1, to_0, to_1 = below[k, by_0], below[k, by_1], below[k - 1, to_0], below[k - 1, to_1]
     _add_product(
         adjoint[starts[k - 1] + to_0 : starts[k - 1] + to_1, :width],
-        _matrix(weights, k - 1, adjoint)[by_0:by_1, to_0:to_1].T,
+        _matrix(job, WEIGHTS + k - 1, adjoint)[by_0:by_1, to_0:to_1].T,
         adjoint[starts[k] + by_0 : starts[k] + by_1, :width],
     )
 
 
-@entry
-def _forward(below, starts, blocks, code, gated, bound, weights, given, x, record, log_det, N, tile, first, last):
-    """Tiles first..last - 1; given are y and the bias of each level. Fills x, record (before activation), log_det."""
-    top, features, lanes = len(below) - 1, starts[0], VECTOR // x.itemsize
-    y, bound = _matrix(given, 0, x), x.dtype.type(bound)
+@compiled
+def _job(numbers):
+    """The table that `_run` wrote, and from it below, starts, blocks."""
+    job = carray(numbers, (numbers[1], 4))
+    return job, _matrix(job, 2, job), _matrix(job, 3, job)[0], _matrix(job, 4, job)[0]
+
+
+@compiled
+def _spline_rows(P, tile, like):
+    """The work space of `_find_bin`; for other maps, which have two parameters, it is never used."""
+    return np.empty((2 * ((P + 1) // 3) + 11, tile), like.dtype)
+
+
+def _forward(pointer):
+    """Solve tiles of rows until none is left. Given are y and the bias of each level; results are x, record, log_det.
+
+    The record holds every level before activation.
+    """
+    numbers = _whole_numbers(pointer)
+    job, below, starts, blocks = _job(numbers)
+    N, tile, top, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
+    bound, given = _matrix(job, WEIGHTS - 1, pointer)[0, 0], WEIGHTS + top
+    results = given + 1 + top
+    y, x = _matrix(job, given, pointer), _matrix(job, results, pointer)
+    record, log_det = _matrix(job, results + 1, pointer), _matrix(job, results + 2, pointer)
+    features, lanes = starts[0], VECTOR // x.itemsize
     known = np.empty((features + len(x), tile), x.dtype)  # what is fed to the next level; the features are y, then x
-    for left in range(first * tile, min(last * tile, N), tile):
+    knots = _spline_rows(P, tile, x)
+    while True:
+        left = _next(numbers) * tile
+        if left >= N:
+            break
         rows = min(tile, N - left)
         width = -(-rows // lanes) * lanes  # whole vectors: beyond the last row anything is computed, and never read
         right = left + width
@@ -554,42 +775,54 @@ def _forward(below, starts, blocks, code, gated, bound, weights, given, x, recor
             _copy(known[features + i, :rows], y[i, left : left + rows])
         _fill(log_det[0, left:right], 0)
         for k in range(1, top + 1):
-            bias, start = _matrix(given, k, x), starts[k]
+            bias, start = _matrix(job, given + k, pointer), starts[k]
             for i in range(below[k, -1]):
-                if given[k, 3] == 1:  # one column for all rows; with a context there are N
+                if job[given + k, 3] == 1:  # one column for all rows; with a context there are N
                     _fill(record[start + i, left:right], bias[i, 0])
                 else:
                     _copy(record[start + i, left : left + rows], bias[i, left : left + rows])
         for b in range(len(blocks) - 1):
             begin, end = blocks[b], blocks[b + 1]
             for k in range(1, top + 1):
-                _bring(below, starts, weights, k, begin, end, 0, begin, record, left, known, width)
+                _bring(below, starts, job, k, begin, end, 0, begin, record, left, known, width)
             for g in range(begin, end):
-                _bring(below, starts, weights, top, g, g + 1, begin, g, record, left, known, width)
+                _bring(below, starts, job, top, g, g + 1, begin, g, record, left, known, width)
                 for i in range(below[0, g], below[0, g + 1]):
-                    at = starts[top] + 2 * i
-                    m, a = record[at, left:right], record[at + 1, left:right]
+                    params = record[starts[top] + P * i : starts[top] + P * (i + 1), left:right]
                     x_i, total = known[features + i, :width], log_det[0, left:right]
-                    if gated:
-                        _invert_gated(x_i, total, m, a)
+                    if univariate == AFFINE:
+                        _invert_affine(x_i, total, params[0], params[1], bound)
+                    elif univariate == GATED:
+                        _invert_gated(x_i, total, params[0], params[1])
                     else:
-                        _invert_affine(x_i, total, m, a, bound)
+                        _invert_spline(x_i, total, params, knots, bound)
                 for k in range(1, top):
-                    _bring(below, starts, weights, k, g, g + 1, begin, g + 1, record, left, known, width)
+                    _bring(below, starts, job, k, g, g + 1, begin, g + 1, record, left, known, width)
                     for at in range(starts[k] + below[k, g], starts[k] + below[k, g + 1]):
-                        _activate(code, known[at, :width], record[at, left:right])
+                        _activate(activation, known[at, :width], record[at, left:right])
         for i in range(len(x)):
             _copy(x[i, left:right], known[features + i, :width])
 
 
-@entry
-def _back(below, starts, blocks, code, gated, bound, weights, given, u, record, N, tile, first, last):
-    """Tiles first..last - 1; given are x, the hidden layers before activation, params, v, w. Fills u and record."""
-    top, features, lanes = len(below) - 1, starts[0], VECTOR // u.itemsize
-    x, params, bound = _matrix(given, 0, u), _matrix(given, top, u), u.dtype.type(bound)
-    v, w = _matrix(given, top + 1, u), _matrix(given, top + 2, u)
+def _back(pointer):
+    """The same, backwards. Given are x, the hidden layers before activation, params, v, w; results are u, record.
+
+    The record holds the adjoints of every level before activation.
+    """
+    numbers = _whole_numbers(pointer)
+    job, below, starts, blocks = _job(numbers)
+    N, tile, top, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
+    bound, given = _matrix(job, WEIGHTS - 1, pointer)[0, 0], WEIGHTS + top
+    x, params = _matrix(job, given, pointer), _matrix(job, given + top, pointer)
+    v, w = _matrix(job, given + top + 1, pointer), _matrix(job, given + top + 2, pointer)
+    u, record = _matrix(job, given + top + 3, pointer), _matrix(job, given + top + 4, pointer)
+    features, lanes = starts[0], VECTOR // u.itemsize
     adjoint = np.empty((features + len(u), tile), u.dtype)  # what each level has received so far
-    for left in range(first * tile, min(last * tile, N), tile):
+    knots = _spline_rows(P, tile, u)
+    while True:
+        left = _next(numbers) * tile
+        if left >= N:
+            break
         rows = min(tile, N - left)
         width, right = -(-rows // lanes) * lanes, left + rows
         for at in range(len(adjoint)):
@@ -598,20 +831,22 @@ def _back(below, starts, blocks, code, gated, bound, weights, given, u, record, 
             begin, end = blocks[b], blocks[b + 1]
             for g in range(end - 1, begin - 1, -1):
                 for k in range(top, 0, -1):
-                    _send(below, starts, weights, k, g + 1 if k == top else g, end, g, g + 1, adjoint, width)
+                    _send(below, starts, job, k, g + 1 if k == top else g, end, g, g + 1, adjoint, width)
                     for i in range(below[k - 1, g], below[k - 1, g + 1] if k > 1 else 0):
-                        at, before = starts[k - 1] + i, _matrix(given, k - 1, u)
-                        _take_back(code, adjoint[at], before[i, left:right], record[at, left:right])
+                        at, before = starts[k - 1] + i, _matrix(job, given + k - 1, pointer)
+                        _take_back(activation, adjoint[at], before[i, left:right], record[at, left:right])
                 for i in range(below[0, g], below[0, g + 1]):
-                    at = starts[top] + 2 * i
-                    u_i, m_bar, a_bar, returned = u[i, left:right], adjoint[at], adjoint[at + 1], adjoint[features + i]
-                    v_i, w_i, x_i = v[i, left:right], w[0, left:right], x[i, left:right]
-                    m, a = params[2 * i, left:right], params[2 * i + 1, left:right]
-                    if gated:
-                        _solve_gated(u_i, m_bar, a_bar, returned, v_i, w_i, x_i, m, a)
+                    at = starts[top] + P * i
+                    u_i, returned, x_i = u[i, left:right], adjoint[features + i], x[i, left:right]
+                    v_i, w_i, params_i = v[i, left:right], w[0, left:right], params[P * i : P * (i + 1), left:right]
+                    bars = adjoint[at : at + P]
+                    if univariate == AFFINE:
+                        _solve_affine(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[1], bound)
+                    elif univariate == GATED:
+                        _solve_gated(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[0], params_i[1])
                     else:
-                        _solve_affine(u_i, m_bar, a_bar, returned, v_i, w_i, x_i, a, bound)
-                    _copy(record[at, left:right], m_bar)
-                    _copy(record[at + 1, left:right], a_bar)
+                        _solve_spline(u_i, bars, returned, v_i, w_i, x_i, params_i, knots, bound)
+                    for p in range(P):
+                        _copy(record[at + p, left:right], bars[p])
             for k in range(top, 0, -1):
-                _send(below, starts, weights, k, begin, end, 0, begin, adjoint, width)
+                _send(below, starts, job, k, begin, end, 0, begin, adjoint, width)
