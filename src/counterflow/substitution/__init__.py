@@ -94,6 +94,10 @@ def body_for(solver: str, layout: Layout, device: torch.device) -> Body:
 
     The ratios behind "auto" are in benchmarks/results/directions.md: `cpu` is ahead of `sliced` at every size there.
     """
+    if torch.compiler.is_compiling():
+        from counterflow.substitution.traced import Traced
+
+        return Traced(solver)
     if solver in ("auto", "cpu"):
         # Imported when something is solved: it brings Numba.
         able = device.type == "cpu" and import_module(f"{__name__}.cpu").supports(layout)
@@ -155,17 +159,18 @@ class _SolveBackward(torch.autograd.Function):
         hidden, biases, weights = rest[: L - 1], rest[L - 1 : 2 * L - 1], rest[2 * L - 1 :]
         system = System(layout, tuple(weights), tuple(biases))
         solution = Solution(x, log_det, params, tuple(hidden))
-        adjoints = body.back_substitution(system, solution, v, w)
+        # The gradients of weights and biases are minus what the adjoints give; so the system is solved for -v and -w.
+        minus = body.back_substitution(system, solution, -v, -w)
 
-        into = (*adjoints.hidden, adjoints.params.flatten(1))  # what each layer's output receives
+        into = (*minus.hidden, minus.params.flatten(1))  # minus what each layer's output receives
         grads: list[Tensor | None] = [None] * (2 * L)
         for k in range(L):
             if needed[k]:
-                grads[k] = -into[k] if biases[k].dim() == 2 else -into[k].sum(0)
+                grads[k] = into[k] if biases[k].dim() == 2 else into[k].sum(0)
             if needed[L + k]:
                 fed = x if k == 0 else layout.activation.f(hidden[k - 1])
-                grads[L + k] = -into[k].T @ fed
-        return adjoints.u, *grads
+                grads[L + k] = into[k].T @ fed
+        return -minus.u, *grads
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:

@@ -137,7 +137,14 @@ def _padded(like: Tensor) -> int:
 def _feature_major(t: Tensor, like: Tensor) -> Tensor:
     """(N, units) -> (units, N) with contiguous rows that do not overlap."""
     t = t.to(like).T
-    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+    step, one = t.stride()
+    return t if one == 1 and step >= t.shape[1] else t.contiguous()
+
+
+def _row(matrix: Tensor) -> tuple[int, int, int, int]:
+    """How a job describes a matrix: its address, rows, elements from row to row, columns."""
+    rows, columns = matrix.shape
+    return matrix.data_ptr(), rows, max(matrix.stride()[0], columns), columns
 
 
 def _run(
@@ -146,8 +153,8 @@ def _run(
     """Have the kernel do all tiles, on no more threads than torch may take.
 
     A job is a table of four whole numbers a row, so that compiled code takes any number of matrices: the next tile, the
-    table's rows, N and the rows of a tile; levels above the first, activation, univariate map, P; then for each matrix
-    its address, rows, elements from row to row, columns. WEIGHTS is the row of the first weight.
+    table's rows, N and the rows of a tile; levels above the first, activation, univariate map, P; then the matrices, the
+    weights from row WEIGHTS on.
     """
     like = results[0]
     weights, given = [w.to(like).contiguous() for w in weights], [_feature_major(t, like) for t in given]
@@ -158,7 +165,7 @@ def _run(
     tile = -(-vectors // (threads * each)) * lanes
     matrices = [plan.below, plan.starts, plan.blocks, plan.bound.to(like), *weights, *given, *results]
     head = [(0, 2 + len(matrices), N, tile), (len(weights), plan.activation, plan.univariate, plan.parameters)]
-    job = np.array([*head, *((m.data_ptr(), m.size(0), max(m.stride(0), m.size(1)), m.size(1)) for m in matrices)])
+    job = np.array([*head, *map(_row, matrices)])
     _together(_entry(kernel, like.dtype), job.ctypes.data, threads)
 
 
@@ -206,9 +213,12 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 def _entry(kernel: Callable[[Any], None], dtype: torch.dtype) -> Any:
     """The kernel compiled for that dtype, or found on disk, as a C function of the address of its job."""
     real = types.float32 if dtype == torch.float32 else types.float64
+    signature = types.void(types.CPointer(real))
     with _notice(dtype):
-        compile_ = cfunc(types.void(types.CPointer(real)), cache=True, fastmath={"contract"}, error_model="numpy")
-        return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compile_(kernel).address)
+        compiled_kernel = cfunc(signature, cache=True, fastmath={"contract"}, error_model="numpy")(kernel)
+    entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled_kernel.address)
+    entry.owner = compiled_kernel  # the machine code lives as long as this does
+    return entry
 
 
 @contextmanager

@@ -1,0 +1,105 @@
+"""The body that torch.compile sees: each substitution is one operator of torch, opaque to the compiler.
+
+Inside the operators the solver that was asked for does the work. What they return are copies in the ordinary order of
+memory, which is what a compiled graph expects of an operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from counterflow.substitution import Adjoints, Layout, Solution, System, body_for
+
+LAYOUTS: dict[str, Layout] = {}  # an operator takes no objects: it finds its layout by name
+
+
+@dataclass(frozen=True)
+class Traced:
+    """Both substitutions by the solver of that name, as operators."""
+
+    solver: str
+
+    def forward_substitution(self, system: System, y: Tensor) -> Solution:
+        """See `Body`."""
+        x, log_det, params, *hidden = torch.ops.counterflow.forward_substitution(
+            self.solver, _name(system.layout), y, list(system.biases), list(system.weights)
+        )
+        return Solution(x, log_det, params, tuple(hidden))
+
+    def back_substitution(self, system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
+        """See `Body`."""
+        known = [solution.x, solution.log_det, solution.params, *solution.hidden]
+        u, params, *hidden = torch.ops.counterflow.back_substitution(
+            self.solver, _name(system.layout), known, list(system.biases), list(system.weights), v, w
+        )
+        return Adjoints(u, params, tuple(hidden))
+
+
+@torch.compiler.assume_constant_result
+def _name(layout: Layout) -> str:
+    """A name for the layout, the same in every process."""
+    f = layout.activation.f
+    name = f"{f.__module__}.{f.__qualname__} {layout.univariate!r} {layout.ends}"
+    LAYOUTS[name] = layout
+    return name
+
+
+def _ordinary(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+
+
+@torch.library.custom_op(
+    "counterflow::forward_substitution",
+    mutates_args=(),
+    schema="(str solver, str layout, Tensor y, Tensor[] biases, Tensor[] weights) -> Tensor[]",
+)
+def _forward(solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    system = System(LAYOUTS[layout], tuple(weights), tuple(biases))
+    solution = body_for(solver, system.layout, y.device).forward_substitution(system, y)
+    return _ordinary([solution.x, solution.log_det, solution.params, *solution.hidden])
+
+
+@_forward.register_fake
+def _(solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+    N, D = y.shape
+    *hidden, params = (weight.shape[0] for weight in weights)
+    shapes = [(N, D), (N,), (N, D, params // D), *((N, size) for size in hidden)]
+    return [y.new_empty(shape) for shape in shapes]
+
+
+@torch.library.custom_op(
+    "counterflow::back_substitution",
+    mutates_args=(),
+    schema="(str solver, str layout, Tensor[] known, Tensor[] biases, Tensor[] weights, Tensor v, Tensor w) -> Tensor[]",
+)
+def _back(
+    solver: str,
+    layout: str,
+    known: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    v: Tensor,
+    w: Tensor,
+) -> list[Tensor]:
+    system = System(LAYOUTS[layout], tuple(weights), tuple(biases))
+    solution = Solution(*known[:3], tuple(known[3:]))
+    adjoints = body_for(solver, system.layout, v.device).back_substitution(system, solution, v, w)
+    return _ordinary([adjoints.u, adjoints.params, *adjoints.hidden])
+
+
+@_back.register_fake
+def _(
+    solver: str,
+    layout: str,
+    known: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    v: Tensor,
+    w: Tensor,
+) -> list[Tensor]:
+    x, _, *others = known
+    return [x.new_empty(t.shape) for t in (x, *others)]
