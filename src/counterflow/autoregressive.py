@@ -9,7 +9,16 @@ import torch
 from torch import Tensor
 
 from counterflow.made import MADE
-from counterflow.substitution import Body, Layout, Solution, System, body_for, check_solver, solve
+from counterflow.substitution import (
+    Body,
+    Layout,
+    Solution,
+    System,
+    body_for,
+    check_solver,
+    solve,
+    without_autocast,
+)
 from counterflow.transform import Transform, positive, prepare
 from counterflow.univariate import Affine, Univariate
 
@@ -110,7 +119,7 @@ class Autoregressive(Transform):
         Under autocast it runs in float32: an error in an early feature would grow through all that follow.
         """
         y = self._prepare(y, c, "y")
-        with torch.autocast(y.device.type, enabled=False):
+        with without_autocast(y.device.type):
             y, c = _at_least_float32(y), None if c is None else _at_least_float32(c)
             flat = self._sort(y).reshape(-1, self.features)
             x, log_det = solve(self._body(y), self._system(y, c), flat)
@@ -126,7 +135,7 @@ class Autoregressive(Transform):
             params, hidden = params.to(flat.dtype), tuple(a.to(flat.dtype) for a in hidden)  # lower under autocast
             y, log_slope = self.univariate.forward(flat, params)
             log_det = log_slope.sum(1)
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device.type):
                 solution = Solution(flat, -log_det, params, hidden)
                 v, w = self._sort(score.expand(x.shape)).reshape(flat.shape), torch.ones_like(log_det)
                 u = self._body(x).back_substitution(self._system(flat, rows), solution, v, w).u

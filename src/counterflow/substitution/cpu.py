@@ -32,12 +32,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache, lru_cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Timer
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from llvmlite import binding, ir  # type: ignore[import-untyped]
 from numba import carray, cfunc, njit, types  # type: ignore[attr-defined]
 from numba.core import cgutils
@@ -68,7 +70,7 @@ def supports(layout: Layout) -> bool:
 
 def forward_substitution(system: System, y: Tensor) -> Solution:
     """For a tile of rows, block by block of degrees: see `_forward`."""
-    plan, (N, D), padded = _plan(system.layout), y.shape, _padded(y)
+    plan, (N, D), padded = _plan(system.layout, y.dtype), y.shape, _padded(y)
     x, record, log_det = y.new_empty(D, padded), y.new_empty(plan.recorded, padded), y.new_empty(1, padded)
     given = [y, *(b if b.dim() == 2 else b[None] for b in system.biases)]
     _run(_forward, plan, system.weights, given, (x, record, log_det), N)
@@ -78,7 +80,7 @@ def forward_substitution(system: System, y: Tensor) -> Solution:
 
 def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
     """The same, backwards: see `_back`."""
-    plan, (N, D), padded = _plan(system.layout), v.shape, _padded(v)
+    plan, (N, D), padded = _plan(system.layout, v.dtype), v.shape, _padded(v)
     u, record = v.new_empty(D, padded), v.new_empty(plan.recorded, padded)
     given = [solution.x, *solution.hidden, solution.params.flatten(1), v, w[:, None]]
     _run(_back, plan, system.weights, given, (u, record), N)
@@ -88,12 +90,10 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
 class _Plan(NamedTuple):
     """What stays the same from call to call."""
 
-    below: Tensor  # (levels, G + 2), see above
-    starts: Tensor  # (1, levels), the first row of a level in a buffer that holds hidden layers, params, features
-    blocks: Tensor  # (1, blocks + 1), the degree where each block begins, and G + 1: degrees are 0..G
+    tables: tuple[Tensor, ...]  # below, starts, blocks, bound
+    rows: list[tuple[int, int, int, int]]  # of the tables in a job
     activation: int  # its code
     univariate: int  # its code
-    bound: Tensor  # of the affine map or the spline, (1, 1)
     work: int  # multiply-adds for one row
     sizes: list[int]  # of hidden layers and params
     parameters: int  # P
@@ -110,20 +110,24 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _plan(layout: Layout) -> _Plan:
+def _plan(layout: Layout, dtype: torch.dtype) -> _Plan:
     P, G = layout.univariate.parameters, layout.groups
-    features, *hidden = (np.array(ends, np.int64) for ends in layout.ends)
-    below = np.pad([features, *hidden, features * P], ((0, 0), (1, 0)))
-    sizes = below[:, -1]
-    starts = np.roll(np.cumsum([0, *sizes[1:]]), 1)
-    blocks = np.append(np.arange(0, G + 1, max(1, BLOCK * (G + 1) // sizes.max())), G + 1)
+    features, *hidden = (torch.tensor(ends) for ends in layout.ends)
+    below = F.pad(torch.stack([features, *hidden, features * P]), (1, 0))  # (levels, G + 2)
+    sizes = below[:, -1].tolist()
+    # The first row of each level in a buffer that holds hidden layers, params, features.
+    starts = torch.tensor([sum(sizes[1:]), *(sum(sizes[1:k]) for k in range(1, len(sizes)))])
+    # The degree where each block begins, and G + 1: degrees are 0..G.
+    blocks = torch.tensor([*range(0, G + 1, max(1, BLOCK * (G + 1) // max(sizes))), G + 1])
+    bound = torch.tensor([getattr(layout.univariate, "bound", 0.0)], dtype=dtype)
+    tables = (below, starts[None], blocks[None], bound[None])
     return _Plan(
-        *(torch.from_numpy(np.atleast_2d(table)) for table in (below, starts, blocks)),
+        tables,
+        rows=[_row(table) for table in tables],
         activation=_codes()[layout.activation],
         univariate=MAPS[type(layout.univariate)],
-        bound=torch.tensor([[getattr(layout.univariate, "bound", 0.0)]], dtype=torch.float64),
-        work=int(sizes[1:] @ sizes[:-1]) // 2,
-        sizes=sizes[1:].tolist(),
+        work=sum(before * after for before, after in pairwise(sizes)) // 2,
+        sizes=sizes[1:],
         parameters=P,
     )
 
@@ -152,9 +156,9 @@ def _run(
 ) -> None:
     """Have the kernel do all tiles, on no more threads than torch may take.
 
-    A job is a table of four whole numbers a row, so that compiled code takes any number of matrices: the next tile, the
-    table's rows, N and the rows of a tile; levels above the first, activation, univariate map, P; then the matrices, the
-    weights from row WEIGHTS on.
+    A job is a table of four whole numbers a row, so that compiled code takes any number of matrices: the next tile,
+    the table's rows, N and the rows of a tile; levels above the first, activation, univariate map, P; then the
+    matrices, the weights from row WEIGHTS on.
     """
     like = results[0]
     weights, given = [w.to(like).contiguous() for w in weights], [_feature_major(t, like) for t in given]
@@ -163,9 +167,9 @@ def _run(
     threads = min(torch.get_num_threads(), vectors) if plan.work * N > ALONE else 1
     each = -(-vectors * lanes // (threads * TILE))  # tiles, as few as there can be
     tile = -(-vectors // (threads * each)) * lanes
-    matrices = [plan.below, plan.starts, plan.blocks, plan.bound.to(like), *weights, *given, *results]
+    matrices = [*plan.rows, *map(_row, weights), *map(_row, given), *map(_row, results)]
     head = [(0, 2 + len(matrices), N, tile), (len(weights), plan.activation, plan.univariate, plan.parameters)]
-    job = np.array([*head, *map(_row, matrices)])
+    job = np.array(head + matrices)
     _together(_entry(kernel, like.dtype), job.ctypes.data, threads)
 
 
@@ -210,15 +214,17 @@ if hasattr(os, "register_at_fork"):  # not on Windows
 
 
 @cache
-def _entry(kernel: Callable[[Any], None], dtype: torch.dtype) -> Any:
-    """The kernel compiled for that dtype, or found on disk, as a C function of the address of its job."""
-    real = types.float32 if dtype == torch.float32 else types.float64
-    signature = types.void(types.CPointer(real))
+def _entry(kernel: Callable[[Any], None], dtype: torch.dtype) -> Callable[[int], None]:
+    """The kernel for that dtype as a C function of the address of its job."""
+    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(_machine_code(kernel, dtype).address)
+
+
+@cache  # which also keeps the code alive
+def _machine_code(kernel: Callable[[Any], None], dtype: torch.dtype) -> Any:
+    """The kernel compiled, or found on disk."""
+    signature = types.void(types.CPointer(types.float32 if dtype == torch.float32 else types.float64))
     with _notice(dtype):
-        compiled_kernel = cfunc(signature, cache=True, fastmath={"contract"}, error_model="numpy")(kernel)
-    entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled_kernel.address)
-    entry.owner = compiled_kernel  # the machine code lives as long as this does
-    return entry
+        return cfunc(signature, cache=True, fastmath={"contract"}, error_model="numpy")(kernel)
 
 
 @contextmanager

@@ -39,7 +39,7 @@ class Traced:
         return Adjoints(u, params, tuple(hidden))
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def _name(layout: Layout) -> str:
     """A name for the layout, the same in every process."""
     f = layout.activation.f
@@ -74,7 +74,8 @@ def _(solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Se
 @torch.library.custom_op(
     "counterflow::back_substitution",
     mutates_args=(),
-    schema="(str solver, str layout, Tensor[] known, Tensor[] biases, Tensor[] weights, Tensor v, Tensor w) -> Tensor[]",
+    schema="(str solver, str layout, Tensor[] known, Tensor[] biases, Tensor[] weights, Tensor v, Tensor w)"
+    " -> Tensor[]",
 )
 def _back(
     solver: str,
@@ -86,7 +87,8 @@ def _back(
     w: Tensor,
 ) -> list[Tensor]:
     system = System(LAYOUTS[layout], tuple(weights), tuple(biases))
-    solution = Solution(*known[:3], tuple(known[3:]))
+    x, log_det, params, *hidden = known
+    solution = Solution(x, log_det, params, tuple(hidden))
     adjoints = body_for(solver, system.layout, v.device).back_substitution(system, solution, v, w)
     return _ordinary([adjoints.u, adjoints.params, *adjoints.hidden])
 
