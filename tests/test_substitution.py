@@ -299,6 +299,7 @@ def test_rows_may_be_solved_in_parts(context, monkeypatch):
         close(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch's own tracer does
 @over(UNIVARIATES, "univariate")
 @over([0, 2], "context")
 def test_torch_compile_sees_one_graph(univariate, context):
@@ -317,3 +318,13 @@ def test_torch_compile_sees_one_graph(univariate, context):
         values.append((value, *torch.autograd.grad(value, [leaf, *t.parameters()])))
     for expected, came in zip(*values, strict=True):
         close(came, expected)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_a_map_of_ones_own_needs_partials_inside_torch_compile():
+    t = stir(cf.Autoregressive(3, 0, (5,), univariate=Shift()))
+    y, _ = inputs(t, 4)
+    x, _ = torch.compile(t.inverse, backend="aot_eager", fullgraph=True)(y)
+    close(t(x)[0], y)
+    with pytest.raises(RuntimeError, match=r"expected partials\(\) of Shift\(\) in closed form inside torch.compile"):
+        x.sum().backward()
