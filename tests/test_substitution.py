@@ -125,7 +125,7 @@ def test_reference_has_the_gradients_of_plain_autograd(case):
     leaves = [v.requires_grad_() for v in (y, c) if v is not None] + list(t.parameters())
     system, flat = t._system(y, c), t._sort(y)
     through_the_loop = reference.forward_substitution(system, flat)
-    x, log_det = solve(reference, system, flat)
+    x, log_det = solve(reference, system, t._staircases, flat)
     bars = torch.randn_like(x), torch.randn_like(log_det)
     expected = torch.autograd.grad(through_the_loop[:2], leaves, bars, retain_graph=True)
     for came, plain in zip(torch.autograd.grad((x, log_det), leaves, bars), expected, strict=True):

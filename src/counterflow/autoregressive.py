@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from counterflow.made import MADE
+from counterflow.staircase import Staircase
 from counterflow.substitution import (
     Body,
     Layout,
@@ -100,6 +101,10 @@ class Autoregressive(Transform):
     def solver(self, name: str) -> None:
         self._solver = check_solver(name)
 
+    @property
+    def _staircases(self) -> tuple[Staircase, ...]:
+        return tuple(layer.staircase for layer in self.made.masked_layers())
+
     def _body(self, y: Tensor) -> Body:
         return body_for(self._solver, self._layout, y.device)
 
@@ -122,7 +127,7 @@ class Autoregressive(Transform):
         with without_autocast(y.device.type):
             y, c = _at_least_float32(y), None if c is None else _at_least_float32(c)
             flat = self._sort(y).reshape(-1, self.features)
-            x, log_det = solve(self._body(y), self._system(y, c), flat)
+            x, log_det = solve(self._body(y), self._system(y, c), self._staircases, flat)
         return self._unsort(x.reshape(y.shape)).contiguous(), log_det.reshape(y.shape[:-1])
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +169,7 @@ class Autoregressive(Transform):
         if self.made.context is not None:
             shift = biases[0] + self.made.context(c)
             biases[0] = shift.expand(*like.shape[:-1], -1).reshape(-1, shift.shape[-1])
-        return System(self._layout, tuple(layer.masked_weight() for layer in layers), tuple(biases))
+        return System(self._layout, tuple(layer.weight for layer in layers), tuple(biases))
 
     def _sort(self, x: Tensor) -> Tensor:
         return x if self._sorted else x[..., self.order]

@@ -3,7 +3,7 @@
 A body is a module with the two functions of the contract below. `reference` is the definition; every other
 body gives the same numbers, faster. Bodies know nothing of autograd: the one rule for gradients stands here.
 
-    forward_substitution(system, y)                       -> Solution
+    forward_substitution(system, y, keep=True)            -> Solution
     back_substitution(system, solution, v, w)             -> Adjoints
 
 Source: the solve of MADE flows with gradients by the implicit function theorem is Counterflow's own. Caching
@@ -13,7 +13,7 @@ autoregressive models".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from counterflow.made import Activation
+from counterflow.staircase import Staircase, weight_gradient
 from counterflow.univariate import Univariate
 
 AT_ONCE = 1 << 25  # numbers that a solve without gradients holds of the network: 128 MiB in float32
@@ -47,8 +48,8 @@ class Layout:
 class System:
     """y = g(x; params(x)), for N rows of D features sorted by degree.
 
-    weights: masked, (H1, D), (H2, H1), ..., (D P, HL). biases: (H1,) or, with a context, (N, H1); then (H2,),
-    ..., (D P,).
+    weights: (H1, D), (H2, H1), ..., (D P, HL), of which only what the degrees allow is read. biases: (H1,) or, with a
+    context, (N, H1); then (H2,), ..., (D P,).
     """
 
     layout: Layout
@@ -76,8 +77,8 @@ class Adjoints(NamedTuple):
 class Body(Protocol):
     """One way to compute both substitutions."""
 
-    def forward_substitution(self, system: System, y: Tensor) -> Solution:
-        """Solve f(x) = y for x, y (N, D)."""
+    def forward_substitution(self, system: System, y: Tensor, *, keep: bool = True) -> Solution:
+        """Solve f(x) = y for x, y (N, D). Unless keep, params and hidden may be left empty."""
 
     def back_substitution(self, system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
         """Solve J^T u = v - w dlog_det/dx at the solution, v (N, D), w (N,); log_det is that of x to y."""
@@ -116,41 +117,52 @@ def without_autocast(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def solve(body: Body, system: System, y: Tensor) -> tuple[Tensor, Tensor]:
+def solve(body: Body, system: System, staircases: Sequence[Staircase], y: Tensor) -> tuple[Tensor, Tensor]:
     """x with f(x) = y and log|det dx/dy|, differentiable once in y, the weights and the biases.
 
     The gradient is the implicit function theorem's: one back substitution gives u = J^-T (...), which is the
-    gradient for y; minus the adjoints that it leaves, times what each layer was fed, is that for the weights.
+    gradient for y; minus the adjoints that it leaves, times what each layer was fed, is that for the weights, each cut
+    by its staircase.
     Without gradients many rows are solved in parts: what the network holds for a row is then of no use afterwards.
     """
     tensors = (*system.biases, *system.weights)
-    kept = sum(len(bias) if bias.dim() == 1 else bias.shape[1] for bias in system.biases)
-    if len(y) * kept <= AT_ONCE or (torch.is_grad_enabled() and any(t.requires_grad for t in (y, *tensors))):
-        return _Solve.apply(body, system.layout, y, *tensors)
-    parts, rows = [], max(1, AT_ONCE // kept)
-    for first in range(0, len(y), rows):
-        part = slice(first, first + rows)
-        biases = (bias[part] if bias.dim() == 2 else bias for bias in system.biases)
-        parts.append(_Solve.apply(body, system.layout, y[part], *biases, *system.weights))
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, *tensors)):
+        return _Solve.apply(body, system.layout, staircases, y, *tensors)
+    held = sum(len(weight) for weight in system.weights)  # for each row
+    if len(y) * held <= AT_ONCE:
+        return body.forward_substitution(system, y, keep=False)[:2]
+    rows = max(1, AT_ONCE // held)
+    parts = [body.forward_substitution(*part, keep=False)[:2] for part in _in_parts(system, y, rows)]
     x, log_det = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, log_det
 
 
+def _in_parts(system: System, y: Tensor, rows: int) -> Iterator[tuple[System, Tensor]]:
+    for first in range(0, len(y), rows):
+        part = slice(first, first + rows)
+        biases = tuple(bias[part] if bias.dim() == 2 else bias for bias in system.biases)
+        yield System(system.layout, system.weights, biases), y[part]
+
+
 class _Solve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, body: Body, layout: Layout, y: Tensor, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, body: Body, layout: Layout, staircases: Sequence[Staircase], y: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         L = len(tensors) // 2
         solution = body.forward_substitution(System(layout, tensors[L:], tensors[:L]), y)
-        ctx.body, ctx.layout = body, layout
+        ctx.body, ctx.layout, ctx.staircases = body, layout, staircases
         ctx.save_for_backward(solution.x, solution.log_det, solution.params, *solution.hidden, *tensors)
         return solution.x, solution.log_det
 
     @staticmethod
     def backward(ctx: Any, x_bar: Tensor, log_det_bar: Tensor) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         with without_autocast(x_bar.device.type):
-            grads = _SolveBackward.apply(ctx.body, ctx.layout, needed, x_bar, log_det_bar, *ctx.saved_tensors)
-        return None, None, *grads
+            grads = _SolveBackward.apply(
+                ctx.body, ctx.layout, ctx.staircases, needed, x_bar, log_det_bar, *ctx.saved_tensors
+            )
+        return None, None, None, *grads
 
 
 class _SolveBackward(torch.autograd.Function):
@@ -158,7 +170,14 @@ class _SolveBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, body: Body, layout: Layout, needed: Sequence[bool], v: Tensor, w: Tensor, *saved: Tensor
+        ctx: Any,
+        body: Body,
+        layout: Layout,
+        staircases: Sequence[Staircase],
+        needed: Sequence[bool],
+        v: Tensor,
+        w: Tensor,
+        *saved: Tensor,
     ) -> tuple[Tensor | None, ...]:
         x, log_det, params, *rest = saved
         L = (len(rest) + 1) // 3  # L - 1 hidden layers, L biases, L weights
@@ -175,7 +194,7 @@ class _SolveBackward(torch.autograd.Function):
                 grads[k] = into[k] if biases[k].dim() == 2 else into[k].sum(0)
             if needed[L + k]:
                 fed = x if k == 0 else layout.activation.f(hidden[k - 1])
-                grads[L + k] = into[k].T @ fed
+                grads[L + k] = weight_gradient(staircases[k], into[k], fed)
         return -minus.u, *grads
 
     @staticmethod

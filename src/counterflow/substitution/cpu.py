@@ -68,13 +68,13 @@ def supports(layout: Layout) -> bool:
     return layout.activation in _codes() and type(layout.univariate) in MAPS
 
 
-def forward_substitution(system: System, y: Tensor) -> Solution:
+def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
     """For a tile of rows, block by block of degrees: see `_forward`."""
     plan, (N, D), padded = _plan(system.layout, y.dtype), y.shape, _padded(y)
-    x, record, log_det = y.new_empty(D, padded), y.new_empty(plan.recorded, padded), y.new_empty(1, padded)
-    given = [y, *(b if b.dim() == 2 else b[None] for b in system.biases)]
-    _run(_forward, plan, system.weights, given, (x, record, log_det), N)
-    params, hidden = plan.split(record[:, :N])
+    x, log_det = y.new_empty(D, padded), y.new_empty(1, padded)
+    record = y.new_empty(plan.recorded if keep else 0, padded)
+    _run(_forward, plan, system.weights, (y, *system.biases), (x, record, log_det), N)
+    params, hidden = plan.split(record[:, :N]) if keep else (record, ())
     return Solution(x[:, :N].T, log_det[0, :N], params, hidden)
 
 
@@ -82,7 +82,7 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
     """The same, backwards: see `_back`."""
     plan, (N, D), padded = _plan(system.layout, v.dtype), v.shape, _padded(v)
     u, record = v.new_empty(D, padded), v.new_empty(plan.recorded, padded)
-    given = [solution.x, *solution.hidden, solution.params.flatten(1), v, w[:, None]]
+    given = (solution.x, *solution.hidden, solution.params.flatten(1), v, w[:, None])
     _run(_back, plan, system.weights, given, (u, record), N)
     return Adjoints(u[:, :N].T, *plan.split(record[:, :N]))
 
@@ -139,10 +139,11 @@ def _padded(like: Tensor) -> int:
 
 
 def _feature_major(t: Tensor, like: Tensor) -> Tensor:
-    """(N, units) -> (units, N) with contiguous rows that do not overlap."""
-    t = t.to(like).T
+    """(N, units) -> (units, N) with contiguous rows that do not overlap; (units,) as one column."""
+    t = t if t.dtype == like.dtype else t.to(like)
+    t = t.T if t.dim() == 2 else t[:, None]
     step, one = t.stride()
-    return t if one == 1 and step >= t.shape[1] else t.contiguous()
+    return t if (one == 1 or t.shape[1] == 1) and step >= t.shape[1] else t.contiguous()
 
 
 def _row(matrix: Tensor) -> tuple[int, int, int, int]:
@@ -161,7 +162,7 @@ def _run(
     matrices, the weights from row WEIGHTS on.
     """
     like = results[0]
-    weights, given = [w.to(like).contiguous() for w in weights], [_feature_major(t, like) for t in given]
+    weights, given = [w.to(like.dtype).contiguous() for w in weights], [_feature_major(t, like) for t in given]
     lanes = VECTOR // like.element_size()
     vectors = max(1, -(-N // lanes))
     threads = min(torch.get_num_threads(), vectors) if plan.work * N > ALONE else 1
@@ -768,7 +769,8 @@ def _spline_rows(P, tile, like):
 def _forward(pointer):
     """Solve tiles of rows until none is left. Given are y and the bias of each level; results are x, record, log_det.
 
-    The record holds every level before activation.
+    The record holds every level before activation. Where nobody wants it, it has no rows, and each tile overwrites what
+    the one before has left.
     """
     numbers = _whole_numbers(pointer)
     job, below, starts, blocks = _job(numbers)
@@ -777,7 +779,9 @@ def _forward(pointer):
     results = given + 1 + top
     y, x = _matrix(job, given, pointer), _matrix(job, results, pointer)
     record, log_det = _matrix(job, results + 1, pointer), _matrix(job, results + 2, pointer)
-    features, lanes = starts[0], VECTOR // x.itemsize
+    features, lanes, kept = starts[0], VECTOR // x.itemsize, len(record) > 0
+    if not kept:
+        record = np.empty((features, tile), x.dtype)
     known = np.empty((features + len(x), tile), x.dtype)  # what is fed to the next level; the features are y, then x
     knots = _spline_rows(P, tile, x)
     while True:
@@ -786,25 +790,26 @@ def _forward(pointer):
             break
         rows = min(tile, N - left)
         width = -(-rows // lanes) * lanes  # whole vectors: beyond the last row anything is computed, and never read
-        right = left + width
+        right, start = left + width, left if kept else 0
+        stop = start + width
         for i in range(len(x)):
             _copy(known[features + i, :rows], y[i, left : left + rows])
         _fill(log_det[0, left:right], 0)
         for k in range(1, top + 1):
-            bias, start = _matrix(job, given + k, pointer), starts[k]
+            bias, at = _matrix(job, given + k, pointer), starts[k]
             for i in range(below[k, -1]):
                 if job[given + k, 3] == 1:  # one column for all rows; with a context there are N
-                    _fill(record[start + i, left:right], bias[i, 0])
+                    _fill(record[at + i, start:stop], bias[i, 0])
                 else:
-                    _copy(record[start + i, left : left + rows], bias[i, left : left + rows])
+                    _copy(record[at + i, start : start + rows], bias[i, left : left + rows])
         for b in range(len(blocks) - 1):
             begin, end = blocks[b], blocks[b + 1]
             for k in range(1, top + 1):
-                _bring(below, starts, job, k, begin, end, 0, begin, record, left, known, width)
+                _bring(below, starts, job, k, begin, end, 0, begin, record, start, known, width)
             for g in range(begin, end):
-                _bring(below, starts, job, top, g, g + 1, begin, g, record, left, known, width)
+                _bring(below, starts, job, top, g, g + 1, begin, g, record, start, known, width)
                 for i in range(below[0, g], below[0, g + 1]):
-                    params = record[starts[top] + P * i : starts[top] + P * (i + 1), left:right]
+                    params = record[starts[top] + P * i : starts[top] + P * (i + 1), start:stop]
                     x_i, total = known[features + i, :width], log_det[0, left:right]
                     if univariate == AFFINE:
                         _invert_affine(x_i, total, params[0], params[1], bound)
@@ -813,9 +818,9 @@ def _forward(pointer):
                     else:
                         _invert_spline(x_i, total, params, knots, bound)
                 for k in range(1, top):
-                    _bring(below, starts, job, k, g, g + 1, begin, g + 1, record, left, known, width)
+                    _bring(below, starts, job, k, g, g + 1, begin, g + 1, record, start, known, width)
                     for at in range(starts[k] + below[k, g], starts[k] + below[k, g + 1]):
-                        _activate(activation, known[at, :width], record[at, left:right])
+                        _activate(activation, known[at, :width], record[at, start:stop])
         for i in range(len(x)):
             _copy(x[i, left:right], known[features + i, :width])
 

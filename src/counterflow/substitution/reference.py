@@ -2,26 +2,41 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from counterflow.substitution import Adjoints, Solution, System
+from counterflow.substitution import Adjoints, Layout, Solution, System
 
 
 def network(system: System, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One pass through the masked network: params (N, D, P), and each hidden layer before activation."""
     hidden: list[Tensor] = []
     h = x
-    for weight, bias in zip(system.weights[:-1], system.biases[:-1], strict=True):
+    *weights, last = (
+        weight * mask.to(weight.device) for weight, mask in zip(system.weights, _masks(system.layout), strict=True)
+    )
+    for weight, bias in zip(weights, system.biases[:-1], strict=True):
         hidden.append(h @ weight.T + bias)
         h = system.layout.activation.f(hidden[-1])
-    params = h @ system.weights[-1].T + system.biases[-1]
+    params = h @ last.T + system.biases[-1]
     return params.unflatten(-1, (x.shape[-1], system.layout.univariate.parameters)), tuple(hidden)
 
 
-def forward_substitution(system: System, y: Tensor) -> Solution:
+def _masks(layout: Layout) -> Iterator[Tensor]:
+    """Where each weight is allowed to differ from 0: see `made`."""
+    features, *hidden = (
+        [g for g, (a, b) in enumerate(pairwise((0, *ends))) for _ in range(a, b)] for ends in layout.ends
+    )
+    for before, after in pairwise([features, *hidden]):
+        yield torch.tensor(after)[:, None] >= torch.tensor(before)
+    params = torch.tensor(features).repeat_interleave(layout.univariate.parameters)
+    yield params[:, None] > torch.tensor(hidden[-1])
+
+
+def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
     """One pass for each degree; a pass makes the features of its degree known."""
     ends, univariate = system.layout.ends[0], system.layout.univariate
     x = torch.zeros_like(y)

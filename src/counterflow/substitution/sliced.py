@@ -14,7 +14,7 @@ from counterflow.substitution import Adjoints, Solution, System
 
 
 @torch.no_grad()
-def forward_substitution(system: System, y: Tensor) -> Solution:
+def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
     """For degree g = 1..G: params of the features of degree g, these features, the hidden units of degree g."""
     layout, weights = system.layout, system.weights
     (N, D), P, f = y.shape, layout.univariate.parameters, layout.activation.f

@@ -23,12 +23,12 @@ class Traced:
 
     solver: str
 
-    def forward_substitution(self, system: System, y: Tensor) -> Solution:
+    def forward_substitution(self, system: System, y: Tensor, *, keep: bool = True) -> Solution:
         """See `Body`."""
-        x, log_det, params, *hidden = torch.ops.counterflow.forward_substitution(
-            self.solver, _name(system.layout), y, list(system.biases), list(system.weights)
+        x, log_det, *kept = torch.ops.counterflow.forward_substitution(
+            self.solver, _name(system.layout), y, list(system.biases), list(system.weights), keep
         )
-        return Solution(x, log_det, params, tuple(hidden))
+        return Solution(x, log_det, kept[0], tuple(kept[1:])) if keep else Solution(x, log_det, x, ())
 
     def back_substitution(self, system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
         """See `Body`."""
@@ -55,20 +55,25 @@ def _ordinary(tensors: Sequence[Tensor]) -> list[Tensor]:
 @torch.library.custom_op(
     "counterflow::forward_substitution",
     mutates_args=(),
-    schema="(str solver, str layout, Tensor y, Tensor[] biases, Tensor[] weights) -> Tensor[]",
+    schema="(str solver, str layout, Tensor y, Tensor[] biases, Tensor[] weights, bool keep) -> Tensor[]",
 )
-def _forward(solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+def _forward(
+    solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Sequence[Tensor], keep: bool
+) -> list[Tensor]:
     system = System(LAYOUTS[layout], tuple(weights), tuple(biases))
-    solution = body_for(solver, system.layout, y.device).forward_substitution(system, y)
-    return _ordinary([solution.x, solution.log_det, solution.params, *solution.hidden])
+    solution = body_for(solver, system.layout, y.device).forward_substitution(system, y, keep=keep)
+    kept = [solution.params, *solution.hidden] if keep else []
+    return _ordinary([solution.x, solution.log_det, *kept])
 
 
 @_forward.register_fake
-def _(solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Sequence[Tensor]) -> list[Tensor]:
+def _(
+    solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Sequence[Tensor], keep: bool
+) -> list[Tensor]:
     N, D = y.shape
     *hidden, params = (weight.shape[0] for weight in weights)
-    shapes = [(N, D), (N,), (N, D, params // D), *((N, size) for size in hidden)]
-    return [y.new_empty(shape) for shape in shapes]
+    kept = [(N, D, params // D), *((N, size) for size in hidden)] if keep else []
+    return [y.new_empty(shape) for shape in [(N, D), (N,), *kept]]
 
 
 @torch.library.custom_op(
