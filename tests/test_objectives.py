@@ -10,7 +10,7 @@ from registry import FLOWS, close, inputs, over, stir
 from torch.distributions import Independent, MultivariateNormal, Normal, kl_divergence
 
 import counterflow as cf
-from counterflow.vae import Draws
+from counterflow.vae import Draws, draw_from
 
 CONDITIONAL = [name for name in FLOWS if FLOWS[name]().context]
 BY_FEATURE = [name for name in CONDITIONAL if name.startswith(("IAF", "diagonal alone", "permuted"))]
@@ -28,14 +28,10 @@ class Exact:
         self.q = copy.deepcopy(truth).requires_grad_() if q is None else q
 
     def draw(self, x, samples=1, density="joint"):
-        z, log_q = {
-            "joint": self.q(x).rsample_and_log_prob,
-            "path": self.q(x).rsample_and_path_log_prob,
-            "by_feature": self.q(x).rsample_and_log_prob_by_feature,
-        }[density]((samples,))
+        z, log_q = draw_from(self.q(x), samples, density)
         prior = Normal(torch.zeros_like(z), 1).log_prob(z)
         log_joint = log_z(x) + self.truth(x).log_prob(z)
-        return Draws(log_joint - prior.sum(-1), prior if density == "by_feature" else prior.sum(-1), log_q)
+        return Draws(log_joint - prior.sum(-1), prior if density == "by_feature" else prior.sum(-1), log_q, z)
 
 
 class LinearGaussian:
@@ -69,15 +65,22 @@ class LinearGaussian:
         return self
 
     def draw(self, x, samples=1, density="joint"):
-        q = self.q(x)
-        run = {"joint": q.rsample_and_log_prob, "path": q.rsample_and_path_log_prob}
-        z, log_q = run.get(density, q.rsample_and_log_prob_by_feature)((samples,))
+        z, log_q = draw_from(self.q(x), samples, density)
         prior = Normal(torch.zeros_like(z), 1).log_prob(z)
         log_p = Normal(z @ self.W.T, self.s).log_prob(x).sum(-1)
-        return Draws(log_p, prior if density == "by_feature" else prior.sum(-1), log_q)
+        return Draws(log_p, prior if density == "by_feature" else prior.sum(-1), log_q, z)
 
 
-OBJECTIVES = {"elbo": cf.elbo, "path_elbo": cf.path_elbo, "iw_elbo": cf.iw_elbo}
+EACH = {"elbo": cf.elbo, "path_elbo": cf.path_elbo}  # a term for each draw
+JOINT = {  # one term for all draws of a datum
+    "iw_elbo": cf.iw_elbo,
+    "dreg_elbo": cf.dreg_elbo,
+    "renyi_elbo 0.5": partial(cf.renyi_elbo, alpha=0.5),
+    "renyi_elbo -1": partial(cf.renyi_elbo, alpha=-1.0),
+    "renyi_elbo 3": partial(cf.renyi_elbo, alpha=3.0),
+    "forward_kl": cf.forward_kl,
+}
+OBJECTIVES = {**EACH, **JOINT}
 
 
 def exact(name):
@@ -110,15 +113,16 @@ ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).double()
 def test_every_term_is_the_evidence_where_q_is_the_posterior(name, objective):
     model, x = exact(name)
     terms = OBJECTIVES[objective](model, x, 7)
-    close(terms, log_z(x).expand(1 if objective == "iw_elbo" else 7, -1), 1e-8)
+    close(terms, log_z(x).expand(1 if objective in JOINT else 7, -1), 1e-8)
 
 
 @over(CONDITIONAL)
-def test_the_path_gradient_is_zero_where_q_is_the_posterior(name):
+@pytest.mark.parametrize(("path", "full"), [(cf.path_elbo, cf.elbo), (cf.dreg_elbo, cf.iw_elbo)], ids=["path", "dreg"])
+def test_the_path_gradient_is_zero_where_q_is_the_posterior(name, path, full):
     model, x = exact(name)
-    for path, full in zip(gradient(cf.path_elbo, model, x, 4), gradient(cf.elbo, model, x, 4), strict=True):
-        assert path.abs().max() < 1e-8
-        assert full.abs().max() > 1e-4
+    for quiet, noisy in zip(gradient(path, model, x, 4), gradient(full, model, x, 4), strict=True):
+        assert quiet.abs().max() < 1e-8
+        assert noisy.abs().max() > 1e-4
 
 
 @over(OBJECTIVES, "objective")
@@ -167,6 +171,156 @@ def test_iw_elbo_grows_with_the_samples_up_to_the_evidence():
     assert evidence - 0.05 < means[-1] < evidence + 0.01
 
 
+def renyi_divergence(q, p, alpha):
+    """D_alpha(q, p) of diagonal normals (B, D), in nats: (B,)."""
+    variance = alpha * p.variance + (1 - alpha) * q.variance
+    apart = alpha * (q.mean - p.mean).square() / (2 * variance)
+    return (apart + (p.variance / q.variance).log() / 2 + (p.variance / variance).log() / (2 * (alpha - 1))).sum(-1)
+
+
+def kl(q, p):
+    return kl_divergence(Independent(q, 1), Independent(p, 1))
+
+
+GAPS = {  # objective, samples, what it is below the evidence by with that many
+    "elbo": (cf.elbo, 2_000, kl),
+    "path_elbo": (cf.path_elbo, 2_000, kl),
+    "renyi_elbo 0.5": (partial(cf.renyi_elbo, alpha=0.5), 2_000, partial(renyi_divergence, alpha=0.5)),
+    "renyi_elbo -0.5": (partial(cf.renyi_elbo, alpha=-0.5), 2_000, partial(renyi_divergence, alpha=-0.5)),
+    "renyi_elbo 1": (partial(cf.renyi_elbo, alpha=1.0), 2_000, kl),
+    "forward_kl": (cf.forward_kl, 2_000, lambda q, p: kl(p, q)),
+}
+
+
+@pytest.mark.parametrize(("objective", "samples", "gap"), GAPS.values(), ids=GAPS)
+def test_value_and_gradient_are_those_of_the_stated_bound(objective, samples, gap):
+    """For normals q and p, whose divergences have a closed form."""
+    model, runs = LinearGaussian().worse(), 60
+    parameters = list(model.q.parameters())
+    bound = model.evidence() - gap(model.q(model.x).base.base_dist, model.posterior().base_dist)
+    expected = [bound.mean(), *torch.autograd.grad(bound.mean(), parameters)]
+    came = [objective(model, model.x, samples).mean() for _ in range(runs)]
+    came = torch.stack([flat([one, *torch.autograd.grad(one, parameters)]) for one in came])
+    error = came.std(0) / runs**0.5
+    assert ((came.mean(0) - flat(expected)).abs() < 5 * error + 2 / samples).all()  # the bias of ratios falls as 1 / S
+    assert flat(expected)[1:].abs().max() > 20 * error.max()
+
+
+class Line:
+    """One latent feature, one datum: p = Z N(0.3, 0.8^2), q = N(mean, std^2)."""
+
+    def __init__(self):
+        self.q = cf.Flow(cf.DiagonalNormal(1), cf.Permute([0])).double()
+        self.p = Normal(torch.tensor(0.3).double(), 0.8)
+        with torch.no_grad():
+            self.q.base.constant.copy_(torch.tensor([-0.4, 0.25]))
+
+    def log_joint(self, z):
+        return 5 + self.p.log_prob(z).sum(-1)
+
+    def draw(self, x, samples=1, density="joint"):
+        z, log_q = draw_from(self.q().expand((len(x),)), samples, density)
+        return Draws(self.log_joint(z), torch.zeros_like(log_q), log_q, z)
+
+
+def two_sample_bound(model):
+    """E log (w_1 + w_2) / 2 over two draws of q, by quadrature."""
+    z = torch.linspace(-9, 9, 601).double()[:, None]
+    log_q = model.q().log_prob(z)
+    log_w = model.log_joint(z) - log_q
+    cell = (log_q[:, None] + log_q).exp() * (z[1] - z[0]) ** 2
+    return (cell * (torch.logaddexp(log_w[:, None], log_w) - math.log(2))).sum()
+
+
+@over(["iw_elbo", "dreg_elbo", "renyi_elbo 0"], "objective")
+def test_value_and_gradient_of_two_samples_are_those_of_quadrature(objective):
+    model = Line()
+    expected = two_sample_bound(model)
+    expected = flat([expected, *torch.autograd.grad(expected, list(model.q.parameters()))])
+    objective = {**OBJECTIVES, "renyi_elbo 0": partial(cf.renyi_elbo, alpha=0.0)}[objective]
+    came = []
+    for _ in range(50):
+        one = objective(model, torch.zeros(1_000, 0), 2).mean()
+        came.append(flat([one, *torch.autograd.grad(one, list(model.q.parameters()))]))
+    came = torch.stack(came)
+    assert ((came.mean(0) - expected).abs() < 5 * came.std(0) / 50**0.5).all()
+    assert (came.std(0) / 50**0.5 < 0.02 * expected.abs().max()).all()
+
+
+def test_dreg_elbo_of_one_sample_is_path_elbo():
+    model = vae(posterior="iaf")
+    came = []
+    for objective in (cf.path_elbo, cf.dreg_elbo):
+        torch.manual_seed(4)
+        terms = objective(model, ROWS, 1)
+        came.append((terms, *torch.autograd.grad(terms.mean(), list(model.parameters()), allow_unused=True)))
+    for path, dreg in zip(*came, strict=True):
+        close(dreg, path)
+
+
+def test_dreg_elbo_is_the_quieter_iw_elbo():
+    model = LinearGaussian().worse()
+    quiet, noisy = (
+        torch.stack([flat(gradient(objective, model, model.x, 64)) for _ in range(100)]).std(0)
+        for objective in (cf.dreg_elbo, cf.iw_elbo)
+    )
+    assert quiet.mean() < 0.5 * noisy.mean()
+
+
+@pytest.mark.parametrize("alpha", [1 - 1e-3, 1 - 1e-6, 1 - 1e-12, 1.0, 1 + 1e-12, 1 + 1e-6, 1 + 1e-3])
+@over([torch.float32, torch.float64], "dtype")
+def test_renyi_elbo_passes_through_elbo_without_loss(alpha, dtype):
+    model = vae().to(dtype)
+    terms = same_noise(cf.elbo, model, ROWS.to(dtype), 50)
+    expected = terms.mean(0) + (1 - alpha) / 2 * terms.var(0, correction=0)  # the cumulants' next term
+    close(
+        same_noise(cf.renyi_elbo, model, ROWS.to(dtype), 50, alpha=alpha)[0],
+        expected,
+        20 * torch.finfo(dtype).eps + 100 * (1 - alpha) ** 2,
+    )
+
+
+def test_renyi_elbo_of_zero_is_iw_elbo_and_it_falls_with_alpha():
+    model = vae()
+    came = {alpha: same_noise(cf.renyi_elbo, model, ROWS, 9, alpha=alpha) for alpha in (-500, -1, 0, 0.5, 1, 2, 500)}
+    close(came[0], same_noise(cf.iw_elbo, model, ROWS, 9))
+    assert (torch.cat(list(came.values())).diff(dim=0) < 0).all()
+    terms = same_noise(cf.elbo, model, ROWS, 9)
+    close(came[-500][0], terms.max(0).values, 0.01)
+    close(came[500][0], terms.min(0).values, 0.01)
+
+
+def test_forward_kl_asks_no_gradient_of_the_target():
+    """Its gradient is that of the weighted log q, and of the weighted log p where p has parameters."""
+    model = vae()
+    parameters = list(model.parameters())
+    came = torch.autograd.grad(same_noise(cf.forward_kl, model, ROWS, 7).mean(), parameters, allow_unused=True)
+    d = same_noise(model.draw, ROWS, 7, "score")
+    assert not d.z.requires_grad
+    v = (d.log_likelihood + d.log_prior - d.log_q).softmax(0).detach()
+    expected = torch.autograd.grad((v * (d.log_likelihood + d.log_q)).sum(0).mean(), parameters, allow_unused=True)
+    for one, other in zip(came, expected, strict=True):
+        close(one, other)
+
+
+def test_forward_kl_outside_the_support_of_the_target():
+    model = Line()
+    model.log_joint = lambda z: torch.where(z < 0, -math.inf, Line.log_joint(model, z)[..., None]).sum(-1)
+    terms = cf.forward_kl(model, torch.zeros(3, 0), 50)
+    assert terms.isfinite().all()
+    (came,) = torch.autograd.grad(terms.mean(), list(model.q.parameters()))
+    assert came.isfinite().all() and came[0] > 0
+
+
+@over(OBJECTIVES, "objective")
+def test_terms_are_the_same_where_no_gradient_is_asked(objective):
+    model = vae()
+    expected = same_noise(OBJECTIVES[objective], model, ROWS, 3)
+    with torch.no_grad():
+        close(same_noise(OBJECTIVES[objective], model, ROWS, 3), expected)
+    assert expected.requires_grad and expected.shape == (1 if objective in JOINT else 3, 6)
+
+
 @over([*BY_FEATURE, "diagonal context", "NSF context"])
 def test_the_path_gradient_leaves_out_the_score_of_q(name):
     """Its gradient is that of log p(x, z) - log q(z), with q's own parameters held, through z alone."""
@@ -196,10 +350,11 @@ def test_the_path_gradient_is_right_in_expectation():
 
 
 @over(["gaussian", "iaf"], "posterior")
-def test_the_path_gradient_of_a_decoder_is_the_full_one(posterior):
+@pytest.mark.parametrize("pair", [(cf.elbo, cf.path_elbo), (cf.iw_elbo, cf.dreg_elbo)], ids=["path", "dreg"])
+def test_the_path_gradient_of_a_decoder_is_the_full_one(posterior, pair):
     model = vae(posterior=posterior)
     came = []
-    for objective in (cf.elbo, cf.path_elbo):
+    for objective in pair:
         torch.manual_seed(4)
         terms = objective(model, ROWS, 3)
         decoder = [*model.decoder.parameters(), *model.likelihood.parameters()]
@@ -342,6 +497,10 @@ REFUSED = {
     "elbo": (partial(cf.elbo, samples=0), "expected samples of at least 1, got 0"),
     "iw_elbo": (partial(cf.iw_elbo, samples=0), "expected samples of at least 1, got 0"),
     "path_elbo": (partial(cf.path_elbo, samples=-1), "expected samples of at least 1, got -1"),
+    "dreg_elbo": (partial(cf.dreg_elbo, samples=0), "expected samples of at least 1, got 0"),
+    "renyi_elbo": (partial(cf.renyi_elbo, samples=0), "expected samples of at least 1, got 0"),
+    "forward_kl": (partial(cf.forward_kl, samples=1), "expected samples of at least 2, got 1"),
+    "alpha": (partial(cf.renyi_elbo, alpha=math.inf), "expected alpha as a finite number, got inf"),
     "evaluate": (partial(cf.evaluate, samples=0), "expected samples of at least 1, got 0"),
     "three groups": (partial(cf.elbo, free_bits=0.1, groups=3), "groups that divide 4 latent features, got groups=3"),
     "no groups": (partial(cf.elbo, free_bits=0.1, groups=0), "groups that divide 4 latent features, got groups=0"),
@@ -354,3 +513,11 @@ REFUSED = {
 def test_errors(objective, message):
     with pytest.raises(ValueError, match=message):
         objective(vae(), ROWS)
+
+
+def test_dreg_elbo_needs_the_draws_themselves():
+    model = vae()
+    draw = model.draw
+    model.draw = lambda *args: draw(*args)._replace(z=None)
+    with pytest.raises(ValueError, match=r"expected draws with their z, got None; .* Draws\(..., z=z\)"):
+        cf.dreg_elbo(model, ROWS)

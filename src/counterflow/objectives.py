@@ -1,7 +1,16 @@
 """What training maximises. An objective takes (model, batch) and returns terms in nats; the loss is -mean(terms).
 
 The variational ones take a model with `draw(batch, samples, density) -> Draws`, such as a `VAE`, and return terms
-(S, B). Each bounds log p(x) from below in expectation, and q = p(z|x) makes every term log p(x).
+(S, B), or (1, B) where the S draws of a datum make one term. q = p(z|x) makes every term log p(x), and otherwise they
+are below it in expectation, but for `renyi_elbo` with alpha < 0. Below, w_s = p(x, z_s) / q(z_s|x) are their weights.
+
+| objective | draws z ~ q towards | its gradient where q is exact |
+|---|---|---|
+| `elbo` | KL(q, p): inside p | zero in the mean, with noise |
+| `path_elbo` | the same | exactly zero |
+| `iw_elbo`, `dreg_elbo` | a wider q as S grows | with noise; exactly zero |
+| `renyi_elbo` | from alpha = 1, the ELBO, to alpha = 0, iw_elbo, and beyond both | with noise |
+| `forward_kl` | KL(p, q): all of p | with noise |
 """
 
 from __future__ import annotations
@@ -66,14 +75,12 @@ def elbo(
 
 
 def iw_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
-    """Importance-weighted bound, (1, B) terms: log (1/S) sum_s p(x, z_s) / q(z_s|x). It grows with S towards log p(x).
+    """Importance-weighted bound, (1, B) terms: log (1/S) sum_s w_s. It grows with S towards log p(x).
 
     Source: Burda et al. 2016, "Importance Weighted Autoencoders", equation 8.
     """
     _check_samples(samples)
-    d = model.draw(x, samples)
-    weights = d.log_likelihood + d.log_prior - d.log_q
-    return torch.logsumexp(weights, 0, keepdim=True) - math.log(samples)
+    return _log_mean(_log_weights(model.draw(x, samples)))
 
 
 def path_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
@@ -82,8 +89,98 @@ def path_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
     Source: Roeder et al. 2017, "Sticking the Landing"; by back substitution as in Vaitl et al. 2024.
     """
     _check_samples(samples)
+    return _log_weights(model.draw(x, samples, "path"))
+
+
+def dreg_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
+    """The bound of `iw_elbo`, (1, B) terms, with the doubly reparameterised gradient: no score of q.
+
+        sum_s v_s^2 (d log w_s / dz_s) dz_s/dphi    for q,    v_s = w_s / sum_s w_s
+        sum_s v_s d log p(x, z_s) / dtheta          for p
+
+    Its signal does not fade against its noise as S grows, and q = p makes it zero; one sample is `path_elbo`.
+
+    Raises:
+        ValueError: samples below 1, or a model whose draws come without z.
+
+    Source: Tucker et al. 2019, "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives".
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> vae = cf.VAE(data_shape=(3,), latent=2, likelihood="gaussian", hidden=(8,), context=8)
+        >>> dreg_elbo(vae, torch.randn(5, 3), samples=4).shape
+        torch.Size([1, 5])
+    """
+    _check_samples(samples)
     d = model.draw(x, samples, "path")
-    return d.log_likelihood + d.log_prior - d.log_q
+    if d.z is None:
+        raise ValueError("expected draws with their z, got None; the model's draw gives them as Draws(..., z=z)")
+    log_w = _log_weights(d)
+    v = log_w.detach().softmax(0)
+    if d.z.requires_grad:  # not where the bound is only evaluated
+        d.z.register_hook(lambda gradient: v[..., None] * gradient)  # what passes through z meets v a second time
+    return _with_gradient(_log_mean(log_w), (v * log_w).sum(0, keepdim=True))
+
+
+def renyi_elbo(model: Variational, x: Tensor, samples: int = 1, *, alpha: float = 0.5) -> Tensor:
+    """Variational Renyi bound, (1, B) terms: 1 / (1 - alpha) log (1/S) sum_s w_s^(1 - alpha). It falls with alpha.
+
+    alpha = 1, a limit, is the mean of `elbo`'s terms; alpha = 0 is `iw_elbo`; a large alpha presses q into p, a
+    negative one spreads it over p. It bounds log p(x) from below in expectation where alpha is at least 0.
+
+    Raises:
+        ValueError: samples below 1, or alpha that is not finite.
+
+    Source: Li and Turner 2016, "Renyi Divergence Variational Inference".
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> vae = cf.VAE(data_shape=(3,), latent=2, likelihood="gaussian", hidden=(8,), context=8)
+        >>> renyi_elbo(vae, torch.randn(5, 3), samples=4, alpha=0.5).shape
+        torch.Size([1, 5])
+    """
+    _check_samples(samples)
+    if not math.isfinite(alpha):
+        raise ValueError(f"expected alpha as a finite number, got {alpha}")
+    log_w = _log_weights(model.draw(x, samples))
+    if alpha == 1:
+        return log_w.mean(0, keepdim=True)
+    # Relative to the weight that counts most, and by expm1 and log1p: nothing overflows, and near alpha = 1 nothing
+    # is lost, where log-sum-exp would divide its rounding by 1 - alpha.
+    most = (log_w.max(0).values if alpha < 1 else log_w.min(0).values).detach()
+    powers = torch.expm1((1 - alpha) * (log_w - most)).mean(0, keepdim=True)
+    return most + torch.log1p(powers) / (1 - alpha)
+
+
+def forward_kl(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
+    """log p(x) - KL(p(z|x), q(z|x)) by self-normalised importance weights, (1, B) terms, which spreads q over all of p.
+
+        log Z - sum_s v_s log(S v_s),    Z = (1/S) sum_s w_s,    v_s = w_s / sum_s w_s
+
+    with the gradient sum_s v_s d log q(z_s|x) / dphi for q at draws that are held, and sum_s v_s d log p(x, z_s) /
+    dtheta for p: log p is not differentiated with respect to z. The density of q at given draws is the solved direction
+    of an IAF, one pass here. The weights of few draws are biased, so take tens of them at least. A single one would say
+    nothing: its weight is 1 wherever it fell.
+
+    Raises:
+        ValueError: samples below 2.
+
+    Source: Bornschein and Bengio 2015, "Reweighted Wake-Sleep"; Jerfel et al. 2021, "Variational Refinement for
+    Importance Sampling Using the Forward Kullback-Leibler Divergence".
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> vae = cf.VAE(data_shape=(3,), latent=2, likelihood="gaussian", hidden=(8,), context=8)
+        >>> forward_kl(vae, torch.randn(5, 3), samples=50).shape
+        torch.Size([1, 5])
+    """
+    _check_samples(samples, 2)
+    d = model.draw(x, samples, "score")
+    log_w = _log_weights(d).detach()
+    v = log_w.softmax(0)
+    divergence = math.log(samples) - torch.special.entr(v).sum(0, keepdim=True)
+    logs = d.log_likelihood + d.log_prior + d.log_q
+    return _with_gradient(_log_mean(log_w) - divergence, torch.where(v > 0, v * logs, 0.0).sum(0, keepdim=True))
 
 
 def log_likelihood(flow: Flow, batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -124,7 +221,7 @@ def evaluate(model: Variational, x: Tensor, samples: int = 500, draws_at_once: i
         log_sum = torch.full_like(total, -math.inf)
         for first in range(0, samples, step):
             d = model.draw(batch, min(step, samples - first))
-            weights = d.log_likelihood + d.log_prior - d.log_q
+            weights = _log_weights(d)
             total = total + weights.sum(0)
             kl = kl + (d.log_q - d.log_prior).sum(0)
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(weights, 0))
@@ -132,6 +229,20 @@ def evaluate(model: Variational, x: Tensor, samples: int = 500, draws_at_once: i
     return Evaluation(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def _check_samples(samples: int) -> None:
-    if samples < 1:
-        raise ValueError(f"expected samples of at least 1, got {samples}")
+def _log_weights(d: Draws) -> Tensor:
+    return d.log_likelihood + d.log_prior - d.log_q
+
+
+def _log_mean(log_w: Tensor) -> Tensor:
+    """log (1/S) sum_s w_s, (1, B)."""
+    return torch.logsumexp(log_w, 0, keepdim=True) - math.log(len(log_w))
+
+
+def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
+    """The value of the one with the gradient of the other."""
+    return value.detach() + (surrogate - surrogate.detach())
+
+
+def _check_samples(samples: int, least: int = 1) -> None:
+    if samples < least:
+        raise ValueError(f"expected samples of at least {least}, got {samples}")

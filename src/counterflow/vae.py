@@ -17,7 +17,7 @@ from counterflow.recipes import stack
 from counterflow.transform import Permute, Transform, positive
 from counterflow.univariate import Gated, Univariate
 
-Density = Literal["joint", "by_feature", "path"]
+Density = Literal["joint", "by_feature", "path", "score"]
 
 
 class Draws(NamedTuple):
@@ -26,6 +26,20 @@ class Draws(NamedTuple):
     log_likelihood: Tensor  # log p(x|z), (S, B)
     log_prior: Tensor  # log p(z), (S, B), or (S, B, D) by feature
     log_q: Tensor  # log q(z|x), (S, B), or (S, B, D) by feature
+    z: Tensor | None = None  # the draws that the three were computed from, no view of them, (S, B, D)
+
+
+def draw_from(q: FlowDistribution, samples: int, density: Density = "joint") -> tuple[Tensor, Tensor]:
+    """S draws of q, (S, B, D), with their log density as `VAE.draw` has it."""
+    if density == "score":
+        z = q.sample((samples,))
+        return z, q.log_prob(z)
+    run = {
+        "joint": q.rsample_and_log_prob,
+        "by_feature": q.rsample_and_log_prob_by_feature,
+        "path": q.rsample_and_path_log_prob,
+    }
+    return run[density]((samples,))
 
 
 class VAE(nn.Module):
@@ -167,18 +181,15 @@ class VAE(nn.Module):
         """S draws of z for each x (B, *data_shape), with the three log densities of the ELBO.
 
         density says how log q is given: "joint" (S, B); "by_feature" (S, B, D), with the prior's alike, for free
-        bits; "path" (S, B), with the gradient of the path derivative alone.
+        bits; "path" (S, B), with the gradient of the path derivative alone; "score" (S, B), with the gradient for q's
+        parameters at draws that are held.
         """
-        q = self.encode(x)
-        if density == "by_feature":
-            z, log_q = q.rsample_and_log_prob_by_feature((samples,))
-            log_prior = self.prior().log_prob(z)
-        else:
-            run = q.rsample_and_path_log_prob if density == "path" else q.rsample_and_log_prob
-            z, log_q = run((samples,))
-            log_prior = self.prior().log_prob(z).sum(-1)
+        z, log_q = draw_from(self.encode(x), samples, density)
+        log_prior = self.prior().log_prob(z)
+        if density != "by_feature":
+            log_prior = log_prior.sum(-1)
         each = self.decode(z).base_dist.log_prob(x)  # type: ignore[attr-defined]  # every Likelihood is an Independent
-        return Draws(each.flatten(-len(self.data_shape)).sum(-1), log_prior, log_q)
+        return Draws(each.flatten(-len(self.data_shape)).sum(-1), log_prior, log_q, z)
 
     @torch.no_grad()
     def sample(self, n: int, mean: bool = False) -> Tensor:
