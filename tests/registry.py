@@ -11,7 +11,7 @@ import counterflow as cf
 
 M = TypeVar("M", bound=nn.Module)
 SPLINE = cf.RationalQuadraticSpline(bins=5, bound=5.0)
-UNIVARIATES = {"affine": cf.Affine(), "gated": cf.Gated(), "spline": SPLINE}
+UNIVARIATES = {"affine": cf.Affine(), "gated": cf.Gated(), "sinh-arcsinh": cf.SinhArcsinh(), "spline": SPLINE}
 
 
 def stir(module: M, seed: int = 0, gain: float = 0.8) -> M:
@@ -64,10 +64,12 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
     "unsorted spline": autoregressive(5, 0, (6, 7), "spline", degrees=(2, 3, 1, 3, 2), activation="tanh"),
     "coupling": autoregressive(5, 0, (8, 6), degrees=(1, 1, 2, 2, 2), activation="tanh"),
     "coupling context": autoregressive(4, 2, (8,), degrees=(2, 1, 2, 1), activation="leaky_relu"),
+    "sinh-arcsinh 3": autoregressive(3, 0, (10,), "sinh-arcsinh", activation="elu"),
     "one degree": autoregressive(3, 0, (4,), degrees=(1, 1, 1), activation="softplus"),
     "one degree context": autoregressive(3, 2, (4, 6), "gated", degrees=(1, 1, 1), activation="tanh"),
     "permute": lambda: cf.Permute([3, 0, 2, 1]),
     "standardize": lambda: cf.Standardize([0.5, -1.0, 2.0], [0.5, 2.0, 1.5]).double(),
+    "triangular": lambda: cf.Triangular([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]]).double(),
     "inverse": lambda: cf.Inverse(autoregressive(3, 2, (9,), activation="tanh")()),
     "inverse spline": lambda: cf.Inverse(autoregressive(3, 0, (9,), "spline", activation="elu")()),
     "compose": _several,
@@ -93,6 +95,7 @@ FLOWS: dict[str, Callable[..., cf.Flow]] = {
     "diagonal": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D), cf.IAF(D, **MORE).transform)),
     "diagonal context": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.MAF(D, 2, **MORE).transform)),
     "diagonal alone with context": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.IAF(D, **MORE).transform)),
+    "student": lambda D=3: stir(cf.Flow(cf.StudentT(D, most=9.0), cf.IAF(D, **MORE).transform)),
     "permuted diagonal": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.Permute(range(D)[::-1]))),
     "both ways": lambda D=3: stir(
         cf.Flow(cf.StandardNormal(D), cf.Compose([cf.IAF(D, 2, **MORE).transform, cf.MAF(D, **MORE).transform]))

@@ -335,6 +335,30 @@ def test_nothing_but_faults():
     assert all(math.isnan(e.train) for e in record.epochs)
 
 
+# -- without data ------------------------------------------------------------------------------------
+
+
+def around_one(model, batch):
+    """An objective that draws for itself: it is highest where w is (1, 1)."""
+    assert batch is None
+    return -(1 + 0.1 * torch.randn(5, 2) - model.w).square().sum(-1)
+
+
+def test_an_objective_that_needs_no_data():
+    steps, model = [], Center()
+    record = cf.fit(model, around_one, 25, 2, replace(PLAIN, epochs=4), on_step=lambda *step: steps.append(step))
+    assert steps[-1] == (100, 100) and len(record.epochs) == 4
+    assert torch.allclose(model.w, torch.ones(2), atol=0.1)
+
+
+def test_its_validation_has_the_same_noise_in_every_epoch():
+    frozen = replace(PLAIN, learning_rate=1e-12)
+    record = fit(objective=around_one, train=1, validation=3, config=frozen)[1]
+    assert len({round(e.validation, 9) for e in record.epochs}) == 1
+    again, other = (fit(objective=around_one, train=1, validation=n, config=frozen)[1] for n in (3, 4))
+    assert again.epochs[0].validation == record.epochs[0].validation != other.epochs[0].validation
+
+
 # -- errors ------------------------------------------------------------------------------------------
 
 
@@ -353,6 +377,8 @@ REFUSED = {
     "infinity": ({"validation": with_one(-math.inf, 0, 0)}, r"the validation data, .* \(-inf\) at row 0, column 0 "),
     "nan row": ({"train": with_one(math.nan, 7)}, "got 2 non-finite of 80, the first .* row 7, column 0 .* 1 of 40 r"),
     "nan in context": ({"train": (ROWS, with_one(math.nan, 1, 0))}, "at row 1, column 0"),
+    "no steps": ({"train": 0}, r"expected the training data as a whole number of at least 1, got 0"),
+    "no evaluations": ({"validation": 0}, r"expected the validation data as a whole number of at least 1, got 0"),
     "tuple of two lengths": ({"train": (ROWS, ROWS[:30])}, r"as many rows in each part of the training .* \[30, 40\]"),
     "validation of two lengths": ({"validation": (ROWS, ROWS[:3])}, r"each part of the validation data, got \[3, 40\]"),
 }  # fmt: skip

@@ -192,6 +192,16 @@ def test_diagonal_normal_is_its_formula():
     assert (fresh.mean == 0).all() and (fresh.stddev == 1).all()
 
 
+def test_the_student_base_is_its_formula():
+    base = stir(cf.StudentT(3, most=12.0))
+    x = torch.randn(9, 3, dtype=torch.float64)
+    df = 1 / (1 / 12 + (base.a - 4).exp())
+    assert (df < 12).all()
+    close(base().log_prob(x), torch.distributions.StudentT(df).log_prob(x).sum(-1))
+    with pytest.raises(ValueError, match="expected most, the highest degrees of freedom, as a positive number, got 0"):
+        cf.StudentT(3, most=0)
+
+
 @over(FLOWS)
 def test_a_copy_and_a_loaded_state_give_the_same_numbers(name):
     flow, c = flow_and_context(name, 4)

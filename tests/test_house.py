@@ -18,6 +18,7 @@ ROOMS = (
     # mathematics: no training, no files
     "transform",
     "univariate",
+    "staircase",
     "made",
     "substitution",
     "autoregressive",
@@ -31,15 +32,18 @@ ROOMS = (
     "objectives",
     "fit",
     "diagnostics",
+    "gaussian",
+    "blackbox",
+    "checkpoint",
     # what people call
     "targets",
+    "refine",
     "posterior",
     "density",
     "distill",
     "interop",
     # the world
     "data",
-    "checkpoint",
     "plots",
     "commands",
     "cli",
@@ -47,16 +51,23 @@ ROOMS = (
 LAZY = [
     "PIL",
     "arviz",
+    "flowjax",
     "jax",
     "matplotlib",
+    "nflows",
+    "normflows",
     "numba",
+    "numpyro",
     "pandas",
     "pyarrow",
     "pymc",
     "pyro",
+    "pytensor",
     "rich",
     "sklearn",
+    "stan",
     "tyro",
+    "zuko",
 ]
 
 TREES = {path.relative_to(SRC): ast.parse(path.read_text("utf-8")) for path in sorted(SRC.rglob("*.py"))}

@@ -161,6 +161,26 @@ ERRORS = {
         r"expected finite means .*, got mean=nan",
     ),
     "an infinite std": (lambda: cf.Standardize([0.0], [torch.inf]), ValueError, r"expected finite .*std=inf"),
+    "mean and factor of two sizes": (
+        lambda: cf.Triangular([0.0, 1.0], [[1.0]]),
+        ValueError,
+        r"expected mean \(D,\) and factor \(D, D\), got \(2,\) and \(1, 1\)",
+    ),
+    "a factor that is no number": (
+        lambda: cf.Triangular([0.0], [[torch.nan]]),
+        ValueError,
+        r"expected finite numbers in mean and factor",
+    ),
+    "a full factor": (
+        lambda: cf.Triangular([0.0, 0.0], [[1.0, 0.5], [0.5, 1.0]]),
+        ValueError,
+        r"expected factor as a lower triangular matrix .* torch\.linalg\.cholesky\(covariance\)",
+    ),
+    "a factor that is flat": (
+        lambda: cf.Triangular([0.0], [[0.0]]),
+        ValueError,
+        r"lower triangular matrix with a positive diagonal",
+    ),
     "by feature backwards": (
         lambda: cf.Inverse(plain()).forward_by_feature(X, X),
         TypeError,
@@ -253,6 +273,12 @@ def test_permute_and_standardize_are_what_they_say():
     y, log_det = cf.Standardize([10.0, 0.0, 0.0], [1.0, 2.0, 5.0])(x)
     assert y.tolist() == [[0.0, 10.0, 6.0]]
     assert log_det.item() == pytest.approx(-2.302585)
+
+
+def test_triangular_is_its_formula():
+    factor = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
+    y, log_det = cf.Triangular([1.0, -1.0], factor)(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
+    assert y.tolist() == [[3.0, 1.0], [1.0, -1.0]] and log_det.tolist() == [0.0, 0.0]
 
 
 @over([torch.float32, torch.float64], "dtype")

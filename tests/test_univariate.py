@@ -12,6 +12,8 @@ MAPS = {
     "affine": cf.Affine(),
     "affine, tight": cf.Affine(bound=0.5),
     "gated": cf.Gated(),
+    "sinh-arcsinh": cf.SinhArcsinh(),
+    "sinh-arcsinh, tight": cf.SinhArcsinh(bound=0.2),
     "spline": cf.RationalQuadraticSpline(),
     "spline, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0),
     "spline, 30 bins": cf.RationalQuadraticSpline(bins=30, bound=8.0),
@@ -104,6 +106,23 @@ def test_gated_is_its_formula():
     y, log_slope = cf.Gated().forward(x, params)
     close(y, s * x + (1 - s) * m, 1e-14)
     close(log_slope, s.log(), 1e-14)
+
+
+def test_sinh_arcsinh_is_its_formula():
+    g = cf.SinhArcsinh(bound=0.7)
+    x, params = points(g, 100)
+    m, a = params.unbind(-1)
+    u = torch.exp(0.7 * torch.tanh(a / 0.7)) * torch.asinh(x) + 2.1 * torch.tanh(m / 2.1)
+    close(g.forward(x, params)[0], torch.sinh(u), 1e-13)
+
+
+def test_sinh_arcsinh_shapes_tails_and_skewness():
+    x = torch.tensor([-50.0, 50.0], dtype=torch.float64)
+    heavier, lighter, right = (
+        cf.SinhArcsinh().forward(x, torch.tensor([p, p], dtype=x.dtype))[0] for p in ([0, 0.5], [0, -0.5], [1.0, 0])
+    )
+    assert (heavier.abs() > 200).all() and (lighter.abs() < 20).all()
+    assert right[1] > 100 and right[0] > -25
 
 
 @over(SPLINES)

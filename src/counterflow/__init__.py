@@ -1,13 +1,27 @@
 """Counterflow: autoregressive normalizing flows, both directions at the cost of one pass."""
 
+from counterflow import targets
 from counterflow.autoregressive import Autoregressive
+from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, save
 from counterflow.fit import Epoch, FitConfig, Record, fit
-from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal
-from counterflow.objectives import Evaluation, elbo, evaluate, iw_elbo, log_likelihood, path_elbo, warm_up
+from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
+from counterflow.objectives import (
+    Evaluation,
+    dreg_elbo,
+    elbo,
+    evaluate,
+    forward_kl,
+    iw_elbo,
+    log_likelihood,
+    path_elbo,
+    renyi_elbo,
+    warm_up,
+)
+from counterflow.posterior import Posterior, fit_posterior
 from counterflow.recipes import IAF, MAF, NSF, Coupling
-from counterflow.transform import Compose, Inverse, Permute, Standardize, Transform
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
+from counterflow.transform import Compose, Inverse, Permute, Standardize, Transform, Triangular
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
 from counterflow.vae import VAE
 
 __version__ = "0.1.0"
@@ -19,14 +33,19 @@ __all__ = [
     "Evaluation",
     "FitConfig",
     "Record",
+    "dreg_elbo",
     "elbo",
     "evaluate",
     "fit",
+    "fit_posterior",
+    "forward_kl",
     "iw_elbo",
     "load",
     "log_likelihood",
     "path_elbo",
+    "renyi_elbo",
     "save",
+    "targets",
     "warm_up",
     "MAF",
     "NSF",
@@ -41,9 +60,14 @@ __all__ = [
     "Gated",
     "Inverse",
     "Permute",
+    "Posterior",
+    "PosteriorConfig",
     "RationalQuadraticSpline",
+    "SinhArcsinh",
     "StandardNormal",
     "Standardize",
+    "StudentT",
     "Transform",
+    "Triangular",
     "Univariate",
 ]

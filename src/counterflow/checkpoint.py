@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from counterflow.autoregressive import Autoregressive
-from counterflow.flow import DiagonalNormal, Flow, StandardNormal
-from counterflow.transform import Compose, Inverse, Permute, Standardize
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
+from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
+from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
 from counterflow.vae import VAE
 
 # Only these are ever built from a file.
@@ -31,8 +31,11 @@ TYPES: dict[str, type] = {
         Inverse,
         Permute,
         RationalQuadraticSpline,
+        SinhArcsinh,
         StandardNormal,
         Standardize,
+        StudentT,
+        Triangular,
         VAE,
     )
 }

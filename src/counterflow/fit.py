@@ -7,13 +7,16 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-Batch = Any  # a tensor (B, ...), or a tuple of tensors of B rows each
+from counterflow.transform import positive
+
+Batch = Any  # a tensor (B, ...), or a tuple of tensors of B rows each; None where the objective draws its own
 Objective = Callable[..., Tensor]  # (model, batch, **annealed) -> terms in nats; the loss is their negative mean
 Stopped = Literal["finished", "settled", "interrupted", "not finite"]
 
@@ -99,8 +102,8 @@ class Record:
 def fit(
     model: nn.Module,
     objective: Objective,
-    train: Batch,
-    validation: Batch,
+    train: Batch | int,
+    validation: Batch | int,
     config: FitConfig = FitConfig(),
     *,
     validate: Objective | None = None,
@@ -117,7 +120,9 @@ def fit(
     Args:
         model: trained in place, and moved to the config's device.
         objective: (model, batch, **annealed) -> terms.
-        train, validation: tensors of N rows, or tuples of such tensors (data and context); finite.
+        train, validation: tensors of N rows, or tuples of such tensors (data and context); finite. An objective that
+            needs no data takes two numbers instead, the steps of an epoch and the evaluations of a validation: its
+            batch is None.
         config: how to train.
         validate: the objective of the validation rows, objective itself when not given. Its noise is the same
             in every epoch.
@@ -136,13 +141,12 @@ def fit(
         >>> len(record.epochs), record.stopped
         (3, 'finished')
     """
-    rows = _check_rows(train, "the training data", config.batch_size)
+    steps_per_epoch = _check_rows(train, "the training data", config.batch_size) // config.batch_size
     _check_rows(validation, "the validation data", 1)
     device = torch.device(config.device)
     model.to(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps_per_epoch = rows // config.batch_size
     steps = steps_per_epoch * config.epochs
     averaged = AveragedModel(model, multi_avg_fn=_ema(config.ema)) if config.ema else None
     evaluated = model if averaged is None else averaged.module
@@ -157,7 +161,7 @@ def fit(
             for epoch in range(config.epochs):
                 model.train()
                 begun, total, counted, skipped = time.perf_counter(), 0.0, 0, 0
-                for k, batch in enumerate(_batches(train, rows, config.batch_size)):
+                for k, batch in enumerate(_batches(train, config.batch_size)):
                     progress = epoch + k / steps_per_epoch
                     optimizer.zero_grad(set_to_none=True)
                     for group in optimizer.param_groups:
@@ -248,7 +252,10 @@ def _parts(data: Batch) -> tuple[Tensor, ...]:
     return data if isinstance(data, tuple) else (data,)
 
 
-def _check_rows(data: Batch, what: str, least: int) -> int:
+def _check_rows(data: Batch | int, what: str, least: int) -> int:
+    """How many rows there are; a step without data counts as a batch of them."""
+    if isinstance(data, int):
+        return positive(data, what) * least
     sizes = {len(part) for part in _parts(data)}
     if len(sizes) > 1:
         raise ValueError(f"expected as many rows in each part of {what}, got {sorted(sizes)}")
@@ -261,14 +268,20 @@ def _check_rows(data: Batch, what: str, least: int) -> int:
     return rows
 
 
-def _batches(data: Batch, rows: int, size: int) -> Iterator[Batch]:
+def _batches(data: Batch | int, size: int) -> Iterator[Batch]:
     """Full batches in a new random order; the last rows of an order that do not fill a batch wait for another one."""
+    if isinstance(data, int):
+        yield from repeat(None, data)
+        return
+    rows = len(_parts(data)[0])
     for index in torch.randperm(rows)[: rows - rows % size].split(size):
         picked = tuple(part[index] for part in _parts(data))
         yield picked if isinstance(data, tuple) else picked[0]
 
 
 def _to(batch: Batch, device: torch.device) -> Batch:
+    if batch is None:
+        return None
     moved = tuple(part.to(device) for part in _parts(batch))
     return moved if isinstance(batch, tuple) else moved[0]
 
@@ -308,16 +321,24 @@ def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
 
 
 @torch.no_grad()
-def _validate(model: nn.Module, objective: Objective, data: Batch, config: FitConfig, autocast: Any) -> float:
+def _validate(model: nn.Module, objective: Objective, data: Batch | int, config: FitConfig, autocast: Any) -> float:
     """The mean term over all rows, with the same noise at every call."""
     model.eval()
     device = torch.device(config.device)
-    total, rows = 0.0, len(_parts(data)[0])
+    total, rows = 0.0, 0
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         torch.manual_seed(config.seed)
-        for index in torch.arange(rows).split(config.batch_size):
-            picked = tuple(part[index].to(device) for part in _parts(data))
+        for batch, size in _in_order(data, config.batch_size):
             with autocast:
-                terms = objective(model, picked if isinstance(data, tuple) else picked[0])
-            total += _mean(terms).item() * len(index)
+                terms = objective(model, _to(batch, device))
+            total, rows = total + _mean(terms).item() * size, rows + size
     return total / rows
+
+
+def _in_order(data: Batch | int, size: int) -> Iterator[tuple[Batch, int]]:
+    """All rows in batches, the last one shorter, and how many rows each has."""
+    if isinstance(data, int):
+        yield from repeat((None, 1), data)
+        return
+    for parts in zip(*(part.split(size) for part in _parts(data)), strict=True):
+        yield parts if isinstance(data, tuple) else parts[0], len(parts[0])
