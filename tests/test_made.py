@@ -59,6 +59,7 @@ def test_what_a_forbidden_weight_holds_does_not_matter():
     expected = made(x)
     with torch.no_grad():
         for layer in made.layers:
+            assert (layer.weight[~layer.mask.bool()] != 0).any()
             layer.weight[~layer.mask.bool()] = 1e6
     assert torch.equal(made(x), expected)
 
@@ -72,8 +73,10 @@ def test_weights_of_a_fresh_network_vary_by_how_many_inputs_their_row_sees():
         assert standard.var().item() == pytest.approx(1, abs=0.02)
         assert standard.abs().max() <= 3**0.5 + 1e-6
         assert (layer.bias == 0).all()
+        assert (layer.weight[~layer.mask.bool()] == 0).all()
     last = made.layers[-1]
-    assert last.masked_weight().abs().max() <= 1e-3 * 3**0.5 and (last.bias == 0).all()
+    assert last.weight.abs().max() <= 1e-3 * 3**0.5 and (last.bias == 0).all()
+    assert (last.weight[~last.mask.bool()] == 0).all()
 
 
 @over(ACTIVATIONS, "activation")

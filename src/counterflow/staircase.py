@@ -7,13 +7,13 @@ step sees:
     x_bar[:, :seen]     +=  y_bar[:, rows] W[rows, :seen]
     W_bar[rows, :seen]   =  y_bar[:, rows]^T x[:, :seen]
 
-Many steps come to half of the dense arithmetic. What the weight holds where it is not seen does not matter: it is masked
-on its way into a product, or never read. Its gradient there is exactly 0, so that a 0 stays a 0.
+Many steps come to half of the dense arithmetic. A finite number has no effect where it is not seen: it is never read,
+or masked on its way into a product. The gradient there is exactly 0, so that a 0 stays a 0 whatever the optimizer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,9 +21,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Without a public name. The public way, rules for vmap, costs 50 us a layer more (one core of an EPYC 9004).
+from torch._C import _are_functorch_transforms_active as functions_are_transformed
+from torch.compiler import is_compiling
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
+
 # In weights that are multiplied in the same time; from benchmarks/results/staircase.md.
-STEP = 1 << 13  # a step's calls, and what its products lose by being narrow
-START = 1 << 14  # not taking the dense product
+STEP = 1 << 13  # for a step: its calls, and what its products lose by being narrow
+START = 1 << 15  # not taking the dense product, which is one call
 LINE = 16  # numbers; a cache line in float32, where steps begin and end
 
 
@@ -34,11 +39,6 @@ class Step(NamedTuple):
     last: int
     full: int
     seen: int
-
-    @property
-    def diagonal(self) -> tuple[int, int]:
-        """The shape of the part that only some of its rows see."""
-        return self.last - self.first, self.seen - self.full
 
 
 @lru_cache(maxsize=256)
@@ -94,7 +94,7 @@ class Staircase(nn.Module):
         super().__init__()
         self.steps = cut(tuple(mask.sum(1).tolist()), mask.shape[1]) if steps is None else tuple(steps)
         numbers = mask.to(torch.get_default_dtype())
-        parts = [numbers[step.first : step.last, step.full : step.seen].flatten() for step in self.steps]
+        parts = [numbers[first:last, full:seen].flatten() for first, last, full, seen in self.steps]
         self.register_buffer("mask", mask if parts else numbers, persistent=False)
         self.register_buffer("diagonals", torch.cat(parts) if parts else numbers[:0, 0], persistent=False)
 
@@ -102,30 +102,35 @@ class Staircase(nn.Module):
 def linear(x: Tensor, weight: Tensor, bias: Tensor, staircase: Staircase) -> Tensor:
     """x (..., in), weight (out, in), bias (out,) -> y = b + x (W * mask)^T, (..., out).
 
-    In steps on the CPU. The dense product is what other devices and the compiler get.
+    In steps on the CPU. Other devices, the compiler, tracers and torch.func get the dense product.
     """
-    steps = staircase.steps
-    if not steps or x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return _dense(x, weight, bias, staircase.mask)
+    steps, mask = staircase.steps, staircase.mask
+    if not steps or x.device.type != "cpu" or is_compiling() or is_tracing() or functions_are_transformed():
+        return _dense(x, weight, bias, mask)
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # as for F.linear
-        x = x.to(torch.get_autocast_dtype("cpu"))
-    return _Linear.apply(x, weight, bias, staircase.mask, staircase.diagonals, steps)
+        low = torch.get_autocast_dtype("cpu")
+        x, weight, bias = x.to(low), weight.to(low), bias.to(low)
+    return _Linear.apply(x, weight, bias, mask, staircase.diagonals.to(x.dtype), steps)
 
 
 def weight_gradient(staircase: Staircase, y_bar: Tensor, x: Tensor) -> Tensor:
     """The gradient (out, in) of the weight, y_bar^T x * mask, for rows y_bar (N, out) and x (N, in)."""
-    if not staircase.steps or y_bar.device.type != "cpu" or torch.compiler.is_compiling():
+    if not staircase.steps or y_bar.device.type != "cpu" or is_compiling():
         return (y_bar.T @ x) * staircase.mask
-    return _weight_gradient(y_bar, x, staircase.diagonals, staircase.steps)
+    return _weight_gradient(y_bar, x, staircase.diagonals.to(y_bar.dtype), staircase.steps)
 
 
 def _dense(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
     return F.linear(x, weight * mask, bias)
 
 
-def _dense_gradients(y_bar: Tensor, x: Tensor, weight: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of x and of the weight, by operations that can be differentiated and mapped."""
-    return y_bar @ (weight * mask).to(y_bar.dtype), (_rows(y_bar).T @ _rows(x)).to(weight.dtype) * mask
+def _is_batched(t: Tensor) -> bool:
+    """Whether it stands for many tensors, such as the cotangents of a vectorised Jacobian: then it has no memory."""
+    try:
+        t.untyped_storage()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _rows(t: Tensor) -> Tensor:
@@ -133,113 +138,78 @@ def _rows(t: Tensor) -> Tensor:
     return t.reshape(-1, t.shape[-1])
 
 
-def _masks(diagonals: Tensor, steps: Sequence[Step]) -> list[Tensor]:
-    """Those of the steps' diagonals, (rows, seen - full) each."""
-    shapes = [step.diagonal for step in steps]
-    parts = diagonals.split([rows * columns for rows, columns in shapes])
+def _split(masks: Tensor, steps: Sequence[Step]) -> list[Tensor]:
+    """The mask of each step's diagonal, (rows, seen - full)."""
+    shapes = [(last - first, seen - full) for first, last, full, seen in steps]
+    parts = masks.split([rows * columns for rows, columns in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _parts(weight: Tensor, diagonals: Tensor, steps: Sequence[Step]) -> Iterator[tuple[Step, Tensor, Tensor]]:
-    """Each step with the weights that all its rows see, and with its diagonal, masked."""
-    for step, mask in zip(steps, _masks(diagonals, steps), strict=True):
-        rows = weight[step.first : step.last]
-        yield step, rows[:, : step.full], rows[:, step.full : step.seen] * mask
+def _diagonals(weight: Tensor, masks: Tensor, steps: Sequence[Step]) -> list[Tensor]:
+    """What only some rows of a step see, masked."""
+    each = zip(steps, _split(masks, steps), strict=True)
+    return [weight[first:last, full:seen] * mask for (first, last, full, seen), mask in each]
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor, diagonals: Tensor, steps: Sequence[Step]) -> Tensor:
+def _product(x: Tensor, weight: Tensor, bias: Tensor, steps: Sequence[Step], diagonals: Sequence[Tensor]) -> Tensor:
     y = bias.repeat(len(x), 1)
-    for step, block, diagonal in _parts(weight, diagonals, steps):
-        into = y[:, step.first : step.last]
-        into.addmm_(x[:, : step.full], block.T)
-        into.addmm_(x[:, step.full : step.seen], diagonal.T)
+    for (first, last, full, seen), diagonal in zip(steps, diagonals, strict=True):
+        into = y[:, first:last]
+        into.addmm_(x[:, :full], weight[first:last, :full].T)
+        into.addmm_(x[:, full:seen], diagonal.T)
     return y
 
 
-def _input_gradient(y_bar: Tensor, weight: Tensor, diagonals: Tensor, steps: Sequence[Step]) -> Tensor:
+def _input_gradient(y_bar: Tensor, weight: Tensor, steps: Sequence[Step], diagonals: Sequence[Tensor]) -> Tensor:
     x_bar = y_bar.new_zeros(len(y_bar), weight.shape[1])
-    for step, block, diagonal in _parts(weight, diagonals, steps):
-        received = y_bar[:, step.first : step.last]
-        x_bar[:, : step.full].addmm_(received, block)
-        x_bar[:, step.full : step.seen].addmm_(received, diagonal)
+    for (first, last, full, seen), diagonal in zip(steps, diagonals, strict=True):
+        sent = y_bar[:, first:last]
+        x_bar[:, :full].addmm_(sent, weight[first:last, :full])
+        x_bar[:, full:seen].addmm_(sent, diagonal)
     return x_bar
 
 
-def _weight_gradient(y_bar: Tensor, x: Tensor, diagonals: Tensor, steps: Sequence[Step]) -> Tensor:
+def _weight_gradient(y_bar: Tensor, x: Tensor, masks: Tensor, steps: Sequence[Step]) -> Tensor:
     weight_bar = y_bar.new_empty(y_bar.shape[1], x.shape[1])
-    for step, mask in zip(steps, _masks(diagonals, steps), strict=True):
-        rows = weight_bar[step.first : step.last]
-        torch.mm(y_bar[:, step.first : step.last].T, x[:, : step.seen], out=rows[:, : step.seen])
-        rows[:, step.full : step.seen].mul_(mask)
-        rows[:, step.seen :].zero_()
+    for (first, last, full, seen), mask in zip(steps, _split(masks, steps), strict=True):
+        rows = weight_bar[first:last]
+        torch.mm(y_bar[:, first:last].T, x[:, :seen], out=rows[:, :seen])
+        rows[:, full:seen].mul_(mask)
+        rows[:, seen:].zero_()
     return weight_bar
 
 
 class _Linear(torch.autograd.Function):
-    """The product in steps. Its second derivatives, and what torch.func makes of it, are those of the dense one."""
+    """The product in steps; its second derivatives are those of the dense one."""
 
     @staticmethod
     def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, diagonals: Tensor, steps: Sequence[Step]
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, masks: Tensor, steps: Sequence[Step]
     ) -> Tensor:
-        y = _product(_rows(x), weight.to(x.dtype), bias.to(x.dtype), diagonals.to(x.dtype), steps)
-        return y.view(*x.shape[:-1], len(bias))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, _, mask, diagonals, ctx.steps = inputs
-        ctx.save_for_backward(x, weight, mask, diagonals)
+        diagonals = _diagonals(weight, masks, steps)
+        ctx.steps = steps
+        ctx.save_for_backward(x, weight, mask, masks, *diagonals)
         ctx.save_for_forward(x, weight, mask)
+        return _product(_rows(x), weight, bias, steps, diagonals).view(*x.shape[:-1], len(bias))
 
     @staticmethod
     def backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mask, diagonals = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            x_bar, weight_bar = _dense_gradients(y_bar, x, weight, mask)
+        x, weight, mask, masks, *diagonals = ctx.saved_tensors
+        rows = _rows(y_bar).contiguous()  # those of a sum are one row, expanded
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled() or _is_batched(y_bar):
+            x_bar, weight_bar = y_bar @ (weight * mask), rows.T @ _rows(x) * mask
         else:
-            needed = ctx.needs_input_grad[:2]
-            x_bar, weight_bar = _Gradients.apply(y_bar, x, weight, mask, diagonals, ctx.steps, needed)
-        return x_bar, weight_bar, _rows(y_bar).sum(0).to(weight.dtype), None, None, None
+            x_bar = _input_gradient(rows, weight, ctx.steps, diagonals).view(x.shape) if of_x else None
+            weight_bar = _weight_gradient(rows, _rows(x), masks, ctx.steps) if of_weight else None
+        return x_bar, weight_bar, rows.sum(0) if of_bias else None, None, None, None
 
     @staticmethod
     def jvp(ctx: Any, x_dot: Tensor | None, weight_dot: Tensor | None, bias_dot: Tensor | None, *_: None) -> Tensor:
         x, weight, mask = ctx.saved_tensors
-        y_dot = x.new_zeros(*x.shape[:-1], len(weight))
+        y_dot = x.new_zeros(*x.shape[:-1], len(weight)) if bias_dot is None else bias_dot
         if x_dot is not None:
-            y_dot = y_dot + F.linear(x_dot, (weight * mask).to(x.dtype))
+            y_dot = y_dot + F.linear(x_dot, weight * mask)
         if weight_dot is not None:
-            y_dot = y_dot + F.linear(x, (weight_dot * mask).to(x.dtype))
-        return y_dot if bias_dot is None else y_dot + bias_dot.to(x.dtype)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Tensor, int]:
-        return torch.vmap(_dense, in_dims[:4])(*args[:4]), 0
-
-
-class _Gradients(torch.autograd.Function):
-    """The backward pass of `_Linear`: a function of its own, so that a batch of cotangents can be mapped over."""
-
-    @staticmethod
-    def forward(
-        y_bar: Tensor,
-        x: Tensor,
-        weight: Tensor,
-        mask: Tensor,
-        diagonals: Tensor,
-        steps: Sequence[Step],
-        needed: Sequence[bool],
-    ) -> tuple[Tensor | None, Tensor | None]:
-        received, low, x_bar, weight_bar = _rows(y_bar).contiguous(), diagonals.to(x.dtype), None, None
-        if needed[0]:
-            x_bar = _input_gradient(received, weight.to(x.dtype), low, steps).view(x.shape)
-        if needed[1]:
-            weight_bar = _weight_gradient(received, _rows(x), low, steps).to(weight.dtype)
-        return x_bar, weight_bar
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing to keep: it only runs where nothing is recorded."""
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-        return torch.vmap(_dense_gradients, in_dims[:4])(*args[:4]), (0, 0)
+            y_dot = y_dot + F.linear(x, weight_dot * mask)
+        return y_dot.expand(*x.shape[:-1], -1)

@@ -1,0 +1,147 @@
+"""What do steps save? One layer of a masked network with its zeros multiplied, and with its zeros left out.
+
+    OMP_NUM_THREADS=1 python benchmarks/staircase.py
+
+float32. The first layer of a network (H rows, D columns), a hidden one (H, H) and the last (2 D, H), forward alone and
+forward plus backward for input, weight and bias, with B rows. All ways to compute a layer run in random order, again and
+again, and the least time of each counts, divided by that of the dense product whose mask is multiplied at each call (the
+times are in the table). "once" is the dense product of a weight that was masked beforehand, with its gradient masked in
+place; "k" are k steps of equal height; "cut" is what `counterflow.staircase.cut` chooses, with the number of its steps. On
+one thread the time is the processor's, which other programs on the machine disturb less. Written to results/staircase.md,
+or results/staircase_THREADS.md where there are several.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from counterflow.made import MADE
+from counterflow.staircase import Staircase, Step, linear
+
+FEATURES = (8, 64, 784)
+HIDDEN = (64, 128, 256, 512, 1024, 2048)
+ROWS = (64, 256, 1024)
+STEPS = (2, 3, 4, 6, 8)
+LINE = 16
+
+
+class _Once(torch.autograd.Function):
+    """The dense product of a masked weight, whose gradient is masked in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, mask)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mask = ctx.saved_tensors
+        return y_bar @ weight, (y_bar.T @ x).mul_(mask), y_bar.sum(0), None
+
+
+def equal(mask: Tensor, count: int) -> list[Step]:
+    """Steps of equal height, as far as whole cache lines allow."""
+    rows, columns = mask.shape
+    borders = sorted({rows * k // count // LINE * LINE for k in range(count)} | {rows})
+    reach = mask.sum(1).tolist()
+    spans = [(first, last, reach[first], reach[last - 1]) for first, last in zip(borders, borders[1:], strict=False)]
+    return [
+        Step(first, last, full // LINE * LINE, min(-(-seen // LINE) * LINE, columns))
+        for first, last, full, seen in spans
+    ]
+
+
+def ways(mask: Tensor) -> tuple[dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]], Staircase]:
+    numbers, chosen = mask.float(), Staircase(mask)
+    calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+        "dense": lambda x, weight, bias: F.linear(x, weight * numbers, bias),
+        "once": lambda x, weight, bias: _Once.apply(x, weight, bias, numbers),
+    }
+    cuts = {str(k): Staircase(mask, equal(mask, k)) for k in STEPS if len(mask) >= LINE * k}
+    if chosen.steps:
+        cuts["cut"] = chosen
+    for name, staircase in cuts.items():
+        calls[name] = lambda x, weight, bias, staircase=staircase: linear(x, weight, bias, staircase)
+    return calls, chosen
+
+
+def measure(mask: Tensor, B: int, seconds: float, clock: Callable[[], float]) -> dict[str, tuple[float, float]]:
+    """Way -> least seconds of forward, and of forward plus backward."""
+    out, columns = mask.shape
+    leaves = [torch.randn(B, columns), torch.randn(out, columns) * mask, torch.randn(out)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    y_bar, (calls, chosen) = torch.randn(B, out), ways(mask)
+    least = dict.fromkeys(calls, (float("inf"), float("inf")))
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 5 or time.perf_counter() < end:
+        rounds += 1
+        for name, call in random.sample(list(calls.items()), len(calls)):
+            begun = clock()
+            y = call(*leaves)
+            between = clock()
+            torch.autograd.grad(y, leaves, y_bar)
+            took = between - begun, clock() - begun
+            least[name] = min(least[name][0], took[0]), min(least[name][1], took[1])
+    if chosen.steps:
+        least[f"cut, {len(chosen.steps)}"] = least.pop("cut")
+    return least
+
+
+def line(label: str, least: dict[str, tuple[float, float]]) -> str:
+    dense = least["dense"]
+    cells = [label, f"{1e3 * dense[0]:.2f}, {1e3 * dense[1]:.2f}"]
+    for name in ("once", *map(str, STEPS)):
+        both = least.get(name)
+        cells.append(f"{both[0] / dense[0]:.2f}, {both[1] / dense[1]:.2f}" if both else "")
+    for name, both in least.items():
+        if name.startswith("cut"):
+            cells.append(f"{both[0] / dense[0]:.2f}, {both[1] / dense[1]:.2f} ({name[5:]})")
+    return "| " + " | ".join(cells + [""] * (10 - len(cells) - 1)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each line")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    clock = time.thread_time if args.threads == 1 else time.perf_counter
+    lines = [
+        f"# Steps against the dense product, threads: {args.threads}",
+        "",
+        f"Made by `python benchmarks/staircase.py --threads {args.threads}` ({platform.machine()}, "
+        f"torch {torch.__version__}); float32. Forward, forward + backward: milliseconds of the dense product with its "
+        "mask, then parts of these.",
+        "",
+        "| layer: out, in; B | dense, ms | once | " + " | ".join(f"{k} steps" for k in STEPS) + " | cut (steps) |",
+        "|---|" + "---|" * (len(STEPS) + 3),
+    ]
+    seen = set()
+    for H in HIDDEN:
+        for D in FEATURES:
+            for layer in MADE(range(1, D + 1), 2, (H, H), "relu", 0).masked_layers():
+                mask = layer.mask.bool()
+                for B in ROWS:
+                    label = f"{mask.shape[0]}, {mask.shape[1]}; {B}"
+                    if label in seen:
+                        continue  # the hidden layer is nearly the same for all D
+                    seen.add(label)
+                    lines.append(line(label, measure(mask, B, args.seconds, clock)))
+                    print(lines[-1], flush=True)
+    path = Path(__file__).parent / "results" / f"staircase{f'_{args.threads}' * (args.threads > 1)}.md"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
