@@ -179,3 +179,177 @@ def _ellipse(axis: Any, points: Array) -> None:
     axis.plot(
         center[0] + 2 * spread[0] * np.cos(angle), center[1] + 2 * spread[1] * np.sin(angle), color="0.25", lw=0.8
     )
+
+
+class Directions(NamedTuple):
+    """What the direction of one pass and the other one cost at each D: (D, cost) each."""
+
+    parallel: tuple[Sequence[float], Sequence[float]]
+    sequential: tuple[Sequence[float], Sequence[float]]
+
+
+def directions(path: Path, lines: Mapping[str, Directions], unit: str, title: str) -> Path:
+    """Cost of both directions against D, on logarithmic axes; the first contestant is drawn thick."""
+    figure, ((axis,),) = _figure(1, 1, 9, 5)
+    colors = ("#d1603d", "#4c6a92", "#5b8e5a", "#8a5a9e", "#b08d2e", "#4aa3a2", "#7d7d7d", "#c06c9b")
+    dashed = (0, (4, 2))
+    for (name, line), color in zip(lines.items(), colors, strict=False):
+        first = name == next(iter(lines))
+        style = {"color": color, "marker": "o", "ms": 5 if first else 3.5, "zorder": 3 if first else 2}
+        axis.plot(*line.sequential, lw=2.6 if first else 1.3, label=name, **style)
+        axis.plot(*line.parallel, lw=1.6 if first else 0.8, ls=dashed, alpha=0.8, **style)
+    axis.plot([], [], color="0.4", lw=1, label="sequential direction")
+    axis.plot([], [], color="0.4", lw=1, ls=dashed, label="parallel direction")
+    ticks = sorted({D for line in lines.values() for D in line.parallel[0]})
+    axis.set(xscale="log", yscale="log", xlabel="D", ylabel=unit, title=title)
+    axis.set_xticks(ticks, [str(D) for D in ticks])
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.minorticks_off()
+    axis.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False)
+    return _save(figure, path)
+
+
+class Marginal(NamedTuple):
+    """One number of a posterior: draws of the approximation, and their importance weights."""
+
+    name: str
+    draws: Array  # (S,)
+    weights: Array  # (S,), summing to one
+    note: str
+
+
+def marginals(path: Path, panels: Sequence[Marginal], title: str, columns: int = 4) -> Path:
+    """Histograms of each number: the draws weighted towards the posterior (filled), and as they are (line)."""
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(rows, columns, max(2.6 * columns + 0.3, 5.5), 2.0 * rows + 0.9)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        low, high = _span(panel.draws, panel.weights)
+        as_they_are = np.full(len(panel.draws), 1 / len(panel.draws))
+        both = (("posterior, by importance weights", panel.weights), ("approximation as it is", as_they_are))
+        for (label, weights), style in zip(both, _FILLED_AND_LINE, strict=True):
+            axis.hist(panel.draws, bins=40, range=(low, high), weights=weights, label=label, **style)
+        axis.set(yticks=[], xlim=(low, high))
+        axis.set_title(panel.name, fontsize=10)
+        axis.text(0.98, 0.95, panel.note, transform=axis.transAxes, ha="right", va="top", fontsize=7, color="0.35")
+    _finish_panels(figure, axes, len(panels), title)
+    return _save(figure, path)
+
+
+_FILLED_AND_LINE = (
+    {"histtype": "stepfilled", "color": COLORS[1], "alpha": 0.45},
+    {"histtype": "step", "color": COLORS[0], "lw": 1.2},
+)
+
+
+def _span(draws: Array, weights: Array) -> tuple[float, float]:
+    """Where nearly all of the draws are, with and without their weights."""
+    order = np.argsort(draws)
+    places = np.searchsorted(np.cumsum(weights[order]), [0.003, 0.997]).clip(max=len(draws) - 1)
+    low, high = draws[order][places]
+    plain = np.percentile(draws, [0.3, 99.7])
+    low, high = min(low, plain[0]), max(high, plain[1])
+    margin = 0.03 * (high - low) or 1.0
+    return low - margin, high + margin
+
+
+def _finish_panels(figure: Any, axes: Any, used: int, title: str) -> None:
+    """Hide what is left over of a grid of panels, and write the legend of the first one and the title."""
+    for axis in axes.flat[used:]:
+        axis.axis("off")
+    handles, labels = axes.flat[0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    for handle in legend.legend_handles:
+        handle.set_alpha(0.9)
+    figure.suptitle(title, fontsize=11)
+
+
+class Cross(NamedTuple):
+    """Two coordinates of a posterior: draws of the approximation and of the posterior."""
+
+    names: tuple[str, str]
+    approximation: Array  # (n, 2)
+    posterior: Array  # (n, 2)
+    note: str
+
+
+def crosses(path: Path, panels: Sequence[Cross], title: str, columns: int = 3) -> Path:
+    """Scatter plots of pairs: the approximation's draws as they are, and those of the posterior over them."""
+    columns = min(columns, len(panels))
+    rows = -(-len(panels) // columns)
+    figure, axes = _figure(rows, columns, max(3.3 * columns + 0.4, 5.5), 3.1 * rows + 1.0)
+    for axis, panel in zip(axes.flat, panels, strict=False):
+        sets = (("approximation as it is", panel.approximation), ("posterior, resampled by weights", panel.posterior))
+        for (label, points), color in zip(sets, COLORS, strict=False):
+            axis.scatter(*points.T, s=6, alpha=0.4, color=color, lw=0, label=label, rasterized=True)
+        both = np.concatenate([panel.approximation, panel.posterior])
+        low, high = np.percentile(both, [0.2, 99.8], axis=0)
+        margin = 0.1 * (high - low) + 1e-9
+        axis.set(xlim=(low[0] - margin[0], high[0] + margin[0]), ylim=(low[1] - margin[1], high[1] + margin[1]))
+        axis.set(xlabel=panel.names[0], ylabel=panel.names[1])
+        axis.set_title(panel.note, fontsize=9)
+    _finish_panels(figure, axes, len(panels), title)
+    return _save(figure, path)
+
+
+class Course(NamedTuple):
+    """What one stage of a fit reached, and the verdict on its draws."""
+
+    name: str
+    steps: int
+    elbo: Sequence[float]  # evenly spaced over the steps, nats
+    note: str
+
+
+def stages(path: Path, courses: Sequence[Course]) -> Path:
+    """The ELBO of a fit, stage after stage."""
+    figure, ((axis,),) = _figure(1, 1, 7.5, 4.2)
+    begun, shown = 0, []
+    for k, course in enumerate(courses):
+        at = begun + course.steps * np.arange(1, len(course.elbo) + 1) / max(len(course.elbo), 1)
+        style = {"color": COLORS[k % len(COLORS)], "marker": "o", "ms": 3.5, "lw": 1.8}
+        axis.plot(at, course.elbo, label=f"{course.name}: {course.note}", **style)
+        if k:
+            axis.axvline(begun, color="0.8", lw=0.8, zorder=0)
+        begun += course.steps
+        shown += [value for value in course.elbo[1 if k == 0 else 0 :] if np.isfinite(value)]
+    if shown:  # where a fit begins says little, and would flatten the rest
+        low, high = min(shown), max(shown)
+        room = max(high - low, 0.02)
+        axis.set_ylim(low - 0.15 * room, high + 0.15 * room)
+    axis.set(xlabel="steps", ylabel="ELBO, nats", xlim=(0, None), title="ELBO by stage, each on noise of its own")
+    axis.ticklabel_format(axis="y", useOffset=False)
+    axis.grid(alpha=0.25)
+    axis.legend(loc="lower right", fontsize=9)
+    return _save(figure, path)
+
+
+def weight_tail(path: Path, log_weights: Array, smoothed: Array, note: str) -> Path:
+    """The importance weights in order, on logarithmic axes: those of the draws, and the Pareto tail fitted to them.
+
+    Both (S,), in nats, smoothed as they come from `psis`; shown in units of the mean weight. A line of slope -k is a
+    Pareto tail of shape k.
+    """
+    figure, ((axis,),) = _figure(1, 1, 7.5, 4.4)
+    order = np.argsort(-log_weights)
+    raw, smooth = (np.exp(values[order] - _log_mean(values)) for values in (log_weights, smoothed))
+    rank = np.arange(1, len(order) + 1)
+    tail = int(np.ceil(min(len(order) / 5, 3 * len(order) ** 0.5)))
+    axis.plot(rank, raw, ".", color=COLORS[0], ms=4, label="weights of the draws")
+    axis.plot(rank[:tail], np.sort(smooth[:tail])[::-1], color=COLORS[1], lw=2, label="fitted Pareto tail, " + note)
+    axis.axvline(tail, color="0.7", lw=0.8, ls=(0, (4, 2)))
+    axis.axhline(1, color="0.7", lw=0.8)
+    axis.set(xscale="log", yscale="log", xlabel="draws, the heaviest first", ylabel="weight / mean weight")
+    shown = raw[: max(1, int(0.99 * len(raw)))]  # the lightest may be as light as they like
+    axis.set_ylim(max(shown.min(), 1e-4) / 1.5, max(raw.max(), smooth.max()) * 1.8)
+    axis.set_title(f"the heaviest draw has {100 * raw[0] / len(raw):.2g} % of the weight, all alike would have "
+                   f"{100 / len(raw):.2g} %", fontsize=10)  # fmt: skip
+    axis.grid(alpha=0.25)
+    axis.legend(loc="lower left", fontsize=9)
+    return _save(figure, path)
+
+
+def _log_mean(log_values: Array) -> float:
+    top = log_values.max()
+    return float(top + np.log(np.exp(log_values - top).mean()))

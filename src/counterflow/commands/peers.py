@@ -1,0 +1,227 @@
+"""The same layer in every library: one builder each, as the library's users build it.
+
+A layer is affine autoregressive: two hidden layers of H relu units give every feature a shift and a scale, in
+D H + H + H^2 + H + 2 D H + 2 D parameters. Each library bounds the scale in its own way; where one differs beyond that,
+its builder says so. Between the layers of a stack the features change their order, by what the library has for it.
+
+`parallel` is the direction of one pass and `sequential` the other, whatever the library calls them. Both take (B, D)
+and return the value (B, D) and log_det (B,).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from counterflow.autoregressive import Autoregressive
+from counterflow.made import MADE
+from counterflow.recipes import IAF
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
+
+
+class TorchFlow(NamedTuple):
+    """A flow of a torch library in both directions."""
+
+    module: nn.Module
+    parallel: Callable[[Tensor], tuple[Tensor, Tensor]]
+    sequential: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+class JaxFlow(NamedTuple):
+    """A flow of a JAX library in both directions: pure functions of its weights, which hold inexact arrays alone."""
+
+    weights: Any
+    parallel: Callable[[Any, Any], tuple[Any, Any]]
+    sequential: Callable[[Any, Any], tuple[Any, Any]]
+
+
+def counterflow(D: int, H: int, layers: int, univariate: Univariate) -> TorchFlow:
+    """One layer by itself, or the stack of an IAF."""
+    if layers == 1:
+        layer = Autoregressive(D, hidden=(H, H), univariate=univariate)
+        return TorchFlow(layer, layer, layer.inverse)
+    stack = IAF(D, layers=layers, hidden=(H, H), univariate=univariate).transform
+    return TorchFlow(stack, stack, stack.inverse)
+
+
+def nflows(D: int, H: int, layers: int) -> TorchFlow:
+    """Its MADE has a hidden layer ahead of its blocks: one block makes two."""
+    from nflows.transforms import CompositeTransform, MaskedAffineAutoregressiveTransform, ReversePermutation
+
+    parts: list[nn.Module] = []
+    for k in range(layers):
+        parts += [ReversePermutation(D)] if k else []
+        parts += [MaskedAffineAutoregressiveTransform(D, H, num_blocks=1, use_residual_blocks=False)]
+    flow = CompositeTransform(parts)
+    return TorchFlow(flow, flow, flow.inverse)
+
+
+def normflows(D: int, H: int, layers: int) -> TorchFlow:
+    """As in nflows, one block makes two hidden layers, but no relu follows the first of them.
+
+    `forward` is the one pass here. With its autoregressive splines, which are not built here, that is `inverse`.
+    """
+    from normflows import NormalizingFlow
+    from normflows.distributions import DiagGaussian
+    from normflows.flows import MaskedAffineAutoregressive, Permute
+
+    parts: list[nn.Module] = []
+    for k in range(layers):
+        parts += [Permute(D, mode="swap")] if k else []
+        parts += [MaskedAffineAutoregressive(D, H, num_blocks=1, use_residual_blocks=False)]
+    flow = NormalizingFlow(DiagGaussian(D, trainable=False), parts)
+    return TorchFlow(flow, flow.forward_and_log_det, flow.inverse_and_log_det)
+
+
+def zuko(D: int, H: int, layers: int) -> TorchFlow:
+    """It passes through its network once more for the log_det of the sequential direction."""
+    from zuko.flows import MAF
+
+    lazy = MAF(D, transforms=layers, hidden_features=(H, H)).transform  # every second layer in reversed order
+    # Called anew for each value, as its distributions do.
+    return TorchFlow(lazy, lambda x: lazy().call_and_ladj(x), lambda y: lazy().inv.call_and_ladj(y))
+
+
+def pyro(D: int, H: int, layers: int) -> TorchFlow:
+    """It wants H >= D, and remembers its last x and y, which has to be forgotten before each call."""
+    from pyro.distributions.transforms import AffineAutoregressive
+    from pyro.nn import AutoRegressiveNN
+
+    orders = [torch.arange(D).flip(0) if k % 2 else torch.arange(D) for k in range(layers)]
+    parts: Any = nn.ModuleList(AffineAutoregressive(AutoRegressiveNN(D, [H, H], permutation=k)) for k in orders)
+
+    def run(transforms: Iterable[Any], x: Tensor) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(len(x))
+        for transform in transforms:
+            y = transform(x)
+            total = total + transform.log_abs_det_jacobian(x, y)
+            x = y
+        return x, total
+
+    def forget() -> None:
+        for part in parts:
+            part.clear_cache()
+
+    def parallel(x: Tensor) -> tuple[Tensor, Tensor]:
+        forget()
+        return run(parts, x)
+
+    def sequential(y: Tensor) -> tuple[Tensor, Tensor]:
+        forget()
+        return run((part.inv for part in reversed(parts)), y)
+
+    return TorchFlow(parts, parallel, sequential)
+
+
+def flowjax(D: int, H: int) -> JaxFlow:
+    """It maps over the rows of a batch by vmap."""
+    import equinox
+    import jax
+    import paramax
+    from flowjax.bijections import Affine, MaskedAutoregressive
+
+    layer = MaskedAutoregressive(jax.random.key(0), transformer=Affine(), dim=D, nn_width=H, nn_depth=2)
+    weights, rest = equinox.partition(layer, equinox.is_inexact_array)
+
+    def whole(weights: Any) -> Any:
+        return paramax.unwrap(equinox.combine(weights, rest))
+
+    return JaxFlow(
+        weights,
+        lambda weights, x: jax.vmap(whole(weights).transform_and_log_det)(x),
+        lambda weights, y: jax.vmap(whole(weights).inverse_and_log_det)(y),
+    )
+
+
+def numpyro(D: int, H: int) -> JaxFlow:
+    """It wants H >= D, and passes through its network once more for the log_det of the sequential direction."""
+    import jax
+    from numpyro.distributions.flows import InverseAutoregressiveTransform
+    from numpyro.nn import AutoregressiveNN
+
+    initial, network = AutoregressiveNN(D, [H, H])
+
+    def parallel(weights: Any, x: Any) -> tuple[Any, Any]:
+        transform = InverseAutoregressiveTransform(partial(network, weights))
+        y, log_scale = transform.call_with_intermediates(x)
+        return y, transform.log_abs_det_jacobian(x, y, log_scale)
+
+    def sequential(weights: Any, y: Any) -> tuple[Any, Any]:
+        transform = InverseAutoregressiveTransform(partial(network, weights))
+        x = transform.inv(y)
+        return x, -transform.log_abs_det_jacobian(x, y)
+
+    return JaxFlow(initial(jax.random.key(0), (D,))[1], parallel, sequential)
+
+
+def tfp(D: int, H: int) -> JaxFlow:
+    """Its network is Keras alone, which JAX does not run: the network is Counterflow's, written in jax.numpy.
+
+    `forward` is the sequential direction here.
+    """
+    import jax
+    import jax.numpy as jnp
+    from tensorflow_probability.substrates.jax.bijectors import MaskedAutoregressiveFlow
+
+    layers = MADE(range(1, D + 1), 2, (H, H), "relu", 0).masked_layers()
+    masks = [jnp.asarray(layer.mask.numpy()) for layer in layers]
+    weights = [(jnp.asarray(layer.weight.detach()), jnp.asarray(layer.bias.detach())) for layer in layers]
+
+    def network(weights: Any, x: Any) -> Any:
+        for k, ((weight, bias), mask) in enumerate(zip(weights, masks, strict=True)):
+            x = (jax.nn.relu(x) if k else x) @ (weight * mask).T + bias
+        return x.reshape(*x.shape[:-1], D, 2)
+
+    def parallel(weights: Any, x: Any) -> tuple[Any, Any]:
+        flow = MaskedAutoregressiveFlow(partial(network, weights))
+        return flow.inverse(x), flow.inverse_log_det_jacobian(x)
+
+    def sequential(weights: Any, y: Any) -> tuple[Any, Any]:
+        flow = MaskedAutoregressiveFlow(partial(network, weights))
+        x = flow.forward(y)
+        return x, -flow.inverse_log_det_jacobian(x)
+
+    return JaxFlow(weights, parallel, sequential)
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Who builds it, out of which package, and how that is installed."""
+
+    build: Callable[..., Any]  # D, H, layers -> TorchFlow; D, H -> JaxFlow
+    module: str
+    package: str
+    install: str
+    jax: bool = False
+
+    @property
+    def installed(self) -> bool:
+        """Whether its module can be found; importing it may fail all the same."""
+        return find_spec(self.module) is not None
+
+
+def _ours(univariate: Univariate) -> Contestant:
+    return Contestant(partial(counterflow, univariate=univariate), "counterflow", "counterflow", "counterflow")
+
+
+OURS = {
+    "counterflow": _ours(Affine()),
+    "counterflow gated": _ours(Gated()),
+    "counterflow spline": _ours(RationalQuadraticSpline(bins=8)),
+}
+PEERS = {
+    "nflows": Contestant(nflows, "nflows", "nflows", "counterflow[bench]"),
+    "normflows": Contestant(normflows, "normflows", "normflows", "counterflow[bench]"),
+    "zuko": Contestant(zuko, "zuko", "zuko", "counterflow[bench]"),
+    "pyro": Contestant(pyro, "pyro", "pyro-ppl", "counterflow[bench]"),
+    "flowjax": Contestant(flowjax, "flowjax", "flowjax", "counterflow[bench-jax]", jax=True),
+    "numpyro": Contestant(numpyro, "numpyro", "numpyro", "counterflow[bench-jax]", jax=True),
+    # 0.25 imports with jax 0.6, no longer with 0.10
+    "tfp": Contestant(tfp, "tensorflow_probability", "tensorflow-probability", "tensorflow-probability", jax=True),
+}
