@@ -14,6 +14,8 @@ def main(arguments: list[str] | None = None) -> int:
         import tyro
 
         from counterflow.commands import console
+        from counterflow.commands.bench import Bench
+        from counterflow.commands.posterior import Posterior
         from counterflow.commands.sample import Sample
         from counterflow.commands.score import Score
         from counterflow.commands.vae import Vae
@@ -24,9 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: console.note(f"counterflow: {message}")
         try:
             command = tyro.extras.subcommand_cli_from_dict(
-                {"vae": Vae, "sample": Sample, "score": Score},
+                {"vae": Vae, "posterior": Posterior, "sample": Sample, "score": Score, "bench": Bench},
                 prog="counterflow",
-                description=f"Autoregressive normalizing flows: VAEs with flow posteriors. Version {__version__}.",
+                description=f"Autoregressive normalizing flows: for VAEs, for posteriors. Version {__version__}.",
                 args=arguments,
             )
             return command.run()

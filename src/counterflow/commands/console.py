@@ -32,10 +32,15 @@ def new_run(folder: Path | None, kind: str) -> Path:
     """
     if folder is None:
         folder = Path("runs") / time.strftime(f"{kind}-%Y%m%d-%H%M%S")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"expected a new folder for the run, got {folder}, which exists; give another --out")
+    check_new(folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def check_new(folder: Path | None) -> None:
+    """Raise FileExistsError for a run folder that exists and holds something."""
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"expected a new folder for the run, got {folder}, which exists; give another --out")
 
 
 def new_file(path: Path) -> Path:

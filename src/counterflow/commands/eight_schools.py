@@ -1,0 +1,45 @@
+"""The model that `counterflow posterior` fits when it is given none: coaching in eight schools."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import HalfCauchy, Normal, constraints
+
+from counterflow.targets import Target, from_torch
+
+EFFECTS = torch.tensor([28, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)  # points gained, as each school estimates it
+ERRORS = torch.tensor([15, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)  # and the estimate's standard error
+
+
+def log_density(mu: Tensor, tau: Tensor, z: Tensor) -> Tensor:
+    """log p(mu, tau, z, y) (B,) of mu (B,), tau (B,) and z (B, 8), the schools' effects being mu + tau z.
+
+    Source: Rubin 1981, "Estimation in Parallel Randomized Experiments", for the data; Gelman et al., "Bayesian Data
+    Analysis", for the model.
+    """
+    prior = Normal(0, 5).log_prob(mu) + HalfCauchy(5).log_prob(tau) + Normal(0, 1).log_prob(z).sum(-1)
+    return prior + Normal(schools(mu, tau, z)["theta"], ERRORS).log_prob(EFFECTS).sum(-1)
+
+
+def schools(mu: Tensor, tau: Tensor, z: Tensor) -> dict[str, Tensor]:
+    """The effect theta (B, 8) of coaching in each school."""
+    return {"theta": mu[:, None] + tau[:, None] * z}
+
+
+def eight_schools() -> Target:
+    """The target.
+
+    Example:
+        >>> eight_schools()
+        Target(dim=10, parameters=('mu', 'tau', 'z'))
+    """
+    return from_torch(
+        log_density,
+        shapes={"mu": (), "tau": (), "z": (8,)},
+        constraints={"tau": constraints.positive},
+        derived=schools,
+        observed={"y": EFFECTS.numpy()},
+        dims={name: ["school"] for name in ("z", "theta", "y")},
+        coords={"school": list("ABCDEFGH")},
+    )
