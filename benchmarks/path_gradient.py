@@ -27,7 +27,7 @@ from counterflow.vae import Density, Draws, draw_from
 HERE = Path(__file__).parent / "results"
 LAYERS = 4
 SHAPES = ((8, 64, 256), (32, 320, 256), (64, 512, 256), (256, 512, 64))  # D, H (two hidden layers each), S
-DELTAS = (0.0, 0.001, 0.01, 0.1)
+DELTAS = (0.0, 0.0001, 0.001, 0.01)
 MARK = 2.0  # the ratio that the path gradient may cost
 
 
@@ -89,7 +89,7 @@ def noise(delta: float, D: int = 16, H: int = 64, S: int = 64, runs: int = 100) 
                 p += by * torch.randn(p.shape, generator=generator, dtype=p.dtype)
         return flow
 
-    truth = moved(cf.IAF(D, layers=LAYERS, hidden=(H, H), activation="elu", seed=0).double(), 0.05)
+    truth = moved(cf.IAF(D, layers=LAYERS, hidden=(H, H), activation="elu", seed=0).double(), 0.02)
     model = Fitting(moved(truth, delta), truth.requires_grad_(False)().log_prob)
     model.flow.requires_grad_()
     found = {}
@@ -128,7 +128,8 @@ def main() -> None:
             for shape, found in steps.items()
         )
         + "\nThe gradient's noise (root of its total variance over all weights) near q = p: D = 16, H = 64,\n"
-        "64 samples, 100 gradients in float64. p is q with every weight moved by a normal of standard deviation delta.\n\n"
+        "64 samples, 100 gradients in float64. p is q with every weight moved by a normal of standard deviation "
+        "delta.\n\n"
         "| delta | noise of `elbo` | noise of `path_elbo` | length of the mean of the latter |\n|---|---|---|---|\n"
         + "".join(
             f"| {delta:g} | {found['elbo']:.2g} | {found['path_elbo']:.2g} | {found['mean']:.2g} |\n"

@@ -2,13 +2,17 @@
 
     OMP_NUM_THREADS=1 python benchmarks/staircase.py
 
-float32. The first layer of a network (H rows, D columns), a hidden one (H, H) and the last (2 D, H), forward alone and
-forward plus backward for input, weight and bias, with B rows. All ways to compute a layer run in random order, again and
-again, and the least time of each counts, divided by that of the dense product whose mask is multiplied at each call (the
-times are in the table). "once" is the dense product of a weight that was masked beforehand, with its gradient masked in
-place; "k" are k steps of equal height; "cut" is what `counterflow.staircase.cut` chooses, with the number of its steps. On
-one thread the time is the processor's, which other programs on the machine disturb less. Written to results/staircase.md,
-or results/staircase_THREADS.md where there are several.
+float32. The first layer of a network (H rows, D columns), a hidden one (H, H) and the last (2 D, H), with B rows of
+input: forward alone, and forward plus backward for input, weight and bias. All ways to compute a layer run in random
+order, again and again; the least time of each counts, as a part of the time of the dense product that multiplies its mask
+at each call.
+
+    once    the dense product of a weight that was masked beforehand; its gradient is masked in place
+    k       k steps of equal height
+    cut     what `counterflow.staircase.cut` chooses, with the number of steps; empty where it leaves the product dense
+
+With one thread the time is that of the processor, which other programs on the machine disturb less. Written to
+results/staircase.md, or with several threads to results/staircase_THREADS.md.
 """
 
 from __future__ import annotations
@@ -18,6 +22,8 @@ import platform
 import random
 import time
 from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +32,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from counterflow.made import MADE
-from counterflow.staircase import Staircase, Step, linear
+from counterflow.staircase import LINE, Staircase, Step, linear, step
 
-FEATURES = (8, 64, 784)
+FEATURES = (784, 64, 8)
 HIDDEN = (64, 128, 256, 512, 1024, 2048)
 ROWS = (64, 256, 1024)
 STEPS = (2, 3, 4, 6, 8)
-LINE = 16
 
 
 class _Once(torch.autograd.Function):
@@ -54,25 +59,19 @@ def equal(mask: Tensor, count: int) -> list[Step]:
     rows, columns = mask.shape
     borders = sorted({rows * k // count // LINE * LINE for k in range(count)} | {rows})
     reach = mask.sum(1).tolist()
-    spans = [(first, last, reach[first], reach[last - 1]) for first, last in zip(borders, borders[1:], strict=False)]
-    return [
-        Step(first, last, full // LINE * LINE, min(-(-seen // LINE) * LINE, columns))
-        for first, last, full, seen in spans
-    ]
+    return [step(reach, columns, first, last) for first, last in pairwise(borders)]
 
 
-def ways(mask: Tensor) -> tuple[dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]], Staircase]:
+def ways(mask: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     numbers, chosen = mask.float(), Staircase(mask)
-    calls: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-        "dense": lambda x, weight, bias: F.linear(x, weight * numbers, bias),
-        "once": lambda x, weight, bias: _Once.apply(x, weight, bias, numbers),
-    }
     cuts = {str(k): Staircase(mask, equal(mask, k)) for k in STEPS if len(mask) >= LINE * k}
     if chosen.steps:
-        cuts["cut"] = chosen
-    for name, staircase in cuts.items():
-        calls[name] = lambda x, weight, bias, staircase=staircase: linear(x, weight, bias, staircase)
-    return calls, chosen
+        cuts[f"cut {len(chosen.steps)}"] = chosen
+    return {
+        "dense": lambda x, weight, bias: F.linear(x, weight * numbers, bias),
+        "once": lambda x, weight, bias: _Once.apply(x, weight, bias, numbers),
+        **{name: partial(linear, staircase=staircase) for name, staircase in cuts.items()},
+    }
 
 
 def measure(mask: Tensor, B: int, seconds: float, clock: Callable[[], float]) -> dict[str, tuple[float, float]]:
@@ -80,7 +79,7 @@ def measure(mask: Tensor, B: int, seconds: float, clock: Callable[[], float]) ->
     out, columns = mask.shape
     leaves = [torch.randn(B, columns), torch.randn(out, columns) * mask, torch.randn(out)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    y_bar, (calls, chosen) = torch.randn(B, out), ways(mask)
+    y_bar, calls = torch.randn(B, out), ways(mask)
     least = dict.fromkeys(calls, (float("inf"), float("inf")))
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 5 or time.perf_counter() < end:
@@ -92,21 +91,15 @@ def measure(mask: Tensor, B: int, seconds: float, clock: Callable[[], float]) ->
             torch.autograd.grad(y, leaves, y_bar)
             took = between - begun, clock() - begun
             least[name] = min(least[name][0], took[0]), min(least[name][1], took[1])
-    if chosen.steps:
-        least[f"cut, {len(chosen.steps)}"] = least.pop("cut")
     return least
 
 
 def line(label: str, least: dict[str, tuple[float, float]]) -> str:
     dense = least["dense"]
-    cells = [label, f"{1e3 * dense[0]:.2f}, {1e3 * dense[1]:.2f}"]
-    for name in ("once", *map(str, STEPS)):
-        both = least.get(name)
-        cells.append(f"{both[0] / dense[0]:.2f}, {both[1] / dense[1]:.2f}" if both else "")
-    for name, both in least.items():
-        if name.startswith("cut"):
-            cells.append(f"{both[0] / dense[0]:.2f}, {both[1] / dense[1]:.2f} ({name[5:]})")
-    return "| " + " | ".join(cells + [""] * (10 - len(cells) - 1)) + " |"
+    parts = {name: f"{times[0] / dense[0]:.2f}, {times[1] / dense[1]:.2f}" for name, times in least.items()}
+    cut = [f"{cell} ({name.split()[1]})" for name, cell in parts.items() if name.startswith("cut")] or [""]
+    cells = [parts.get(name, "") for name in ("once", *map(str, STEPS))] + cut
+    return f"| {label} | {1e3 * dense[0]:.2f}, {1e3 * dense[1]:.2f} | " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -120,10 +113,10 @@ def main() -> None:
         f"# Steps against the dense product, threads: {args.threads}",
         "",
         f"Made by `python benchmarks/staircase.py --threads {args.threads}` ({platform.machine()}, "
-        f"torch {torch.__version__}); float32. Forward, forward + backward: milliseconds of the dense product with its "
-        "mask, then parts of these.",
+        f"torch {torch.__version__}); float32. Forward, forward + backward: milliseconds of the dense product, then "
+        "parts of them.",
         "",
-        "| layer: out, in; B | dense, ms | once | " + " | ".join(f"{k} steps" for k in STEPS) + " | cut (steps) |",
+        "| out, in; B | dense, ms | once | " + " | ".join(f"{k} steps" for k in STEPS) + " | cut |",
         "|---|" + "---|" * (len(STEPS) + 3),
     ]
     seen = set()
@@ -134,7 +127,7 @@ def main() -> None:
                 for B in ROWS:
                     label = f"{mask.shape[0]}, {mask.shape[1]}; {B}"
                     if label in seen:
-                        continue  # the hidden layer is nearly the same for all D
+                        continue  # the hidden layer of another D
                     seen.add(label)
                     lines.append(line(label, measure(mask, B, args.seconds, clock)))
                     print(lines[-1], flush=True)

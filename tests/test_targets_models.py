@@ -57,8 +57,9 @@ def test_pymc_scans_are_vectorised_and_the_model_stays_whole():
 
     with pm.Model() as model:
         rate = pm.Uniform("rate", 0, 1)
-        path, _ = pytensor.scan(
-            lambda last, rate: rate * last + 1, [pm.math.constant(0.5)], non_sequences=rate, n_steps=6
+        start = pytensor.tensor.as_tensor(np.array(0.5))
+        path = pytensor.scan(
+            lambda y, r: r * y + 1, outputs_info=[start], non_sequences=[rate], n_steps=6, return_updates=False
         )
         pm.Normal("y", path, 1, observed=np.arange(6.0))
     target = from_pymc(model)
@@ -129,6 +130,23 @@ def empty_pymc():
 
     with pm.Model() as model:
         pm.Normal("y", 0, 1, observed=[1.0])
+    return from_pymc(model)
+
+
+def gradientless_pymc():
+    import pymc as pm
+    import pytensor.tensor as pt
+    from pytensor.graph import Apply, Op
+
+    class BlackBox(Op):
+        def make_node(self, x):
+            return Apply(self, [x], [pt.dscalar()])
+
+        def perform(self, node, inputs, outputs):
+            outputs[0][0] = -(inputs[0] ** 2)
+
+    with pm.Model() as model:
+        pm.Potential("box", BlackBox()(pm.Normal("x")))
     return from_pymc(model)
 
 
@@ -389,6 +407,7 @@ ERRORS = {
     ),
     "pymc: nothing free": (empty_pymc, ValueError, FREE),
     "pymc: no start": (hopeless_pymc, ValueError, START + r"log p of y is -inf; look for data outside of a support"),
+    "pymc: no gradient": (gradientless_pymc, ValueError, r"expected a log density with a gradient, got one without"),
     "pymc: no model": (lambda: from_pymc([1]), TypeError, r"expected a PyMC model, got list; give the object that"),
     "pyro: discrete": (
         lambda: pyro_model("discrete")("pyro", from_pyro),
@@ -452,6 +471,11 @@ STAN_ERRORS = {
         r"expected data that fit the program, got N, y, unused: .*name=y; .*dims declared=\(3\); dims found=\(2\)",
     ),
     "not whole": (lambda: counting(N=2.5), ValueError, r"got N, y, unused: .*int variable .* variable name=N"),
+    "observed what is not there": (
+        lambda: from_stan(COUNTING, {"N": 0}, observed=["y"]),
+        ValueError,
+        r"expected observed to name some of the data N, got y",
+    ),
     "text": (lambda: counting(y=["a", "b"]), TypeError, r"expected numbers for the data y, got an array of <U1"),
     "ragged": (
         lambda: counting(unused=[[1.0], [1.0, 2.0]]),

@@ -65,13 +65,16 @@ def cut(reach: tuple[int, ...], columns: int) -> tuple[Step, ...]:
     steps, k = [], len(borders) - 1
     while k:
         first, last, k = borders[best[k][1]], borders[k], best[k][1]
-        steps.append(Step(first, last, *_lines(reach[first], reach[last - 1], columns)))
+        steps.append(step(reach, columns, first, last))
     return tuple(reversed(steps))
 
 
-def _lines(full: int, seen: int, columns: int) -> tuple[int, int]:
-    """The diagonal's columns, widened to whole cache lines."""
-    return (full - full % LINE, min(seen + -seen % LINE, columns)) if full < seen else (full, seen)
+def step(reach: Sequence[int], columns: int, first: int, last: int) -> Step:
+    """The step of these rows. What only some of them see, its diagonal, is widened to whole cache lines."""
+    full, seen = reach[first], reach[last - 1]
+    if full < seen:
+        full, seen = full - full % LINE, min(seen + -seen % LINE, columns)
+    return Step(first, last, full, seen)
 
 
 class Staircase(nn.Module):

@@ -28,6 +28,10 @@ class Results:
         empty = Measured(contestant, size, measurement)
         return self._at.get((contestant, size, measurement), empty)
 
+    def asked(self, contestant: str, size: Size, measurement: str) -> bool:
+        """Whether it was to be measured."""
+        return (contestant, size, measurement) in self._at
+
     def seconds(self, contestant: str, size: Size, measurement: str) -> float | None:
         """The median, where there is one."""
         return self.at(contestant, size, measurement).seconds
@@ -199,17 +203,16 @@ def directions(results: Results) -> Sheet:
 
 
 def against(results: Results, measurement: str, title: str) -> Sheet:
-    """One measurement at all sizes: ours, and each peer with how many times as long it takes."""
+    """One measurement at all sizes: ours, and how many times as long each peer takes."""
+    peers = [name for name in results.contestants if name in PEERS]
+    asked = [name for name in peers if any(results.asked(name, size, measurement) for size in results.sizes)]
     rows = []
-    for name in ["counterflow", *(name for name in results.contestants if name in PEERS)]:
-        cells = []
-        for size in results.sizes:
-            measured, ours = results.at(name, size, measurement), results.seconds("counterflow", size, measurement)
-            factor = f" ({times(ratio(measured.seconds, ours))}x)" if name in PEERS and measured.seconds else ""
-            cells.append(milliseconds(measured) + factor)
-        if any(cells):
-            rows.append([name, *cells])
-    return Sheet(title, ["", *map(str, results.sizes)], rows)
+    for size in results.sizes:
+        ours = results.at("counterflow", size, measurement)
+        beside = [results.at(name, size, measurement) for name in asked]
+        factors = [times(ratio(measured.seconds, ours.seconds)) or measured.failure for measured in beside]
+        rows.append([str(size), milliseconds(ours), *factors])
+    return Sheet(f"{title}: ours in ms, the others as multiples of it", ["D/H/B", "counterflow", *asked], rows)
 
 
 def everything(results: Results, size: Size) -> Sheet:

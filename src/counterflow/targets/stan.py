@@ -50,6 +50,8 @@ def from_stan(
     ValueError for a program that does not compile, for data that do not fit it, and for a program without parameters.
     """
     values = _values(data)
+    if not set(observed) <= set(values):
+        raise ValueError(f"expected observed to name some of the data {', '.join(values)}, got {', '.join(observed)}")
     library = open_program(_code(program), json.dumps(values))
     places, parameters = _places(library.names), _places(library.parameters)
 

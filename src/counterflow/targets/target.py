@@ -124,7 +124,8 @@ class Target:
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
         """Draws of new data, one for each row of theta (S, D): name -> (S, *shape); empty where the tool has none."""
         theta = self._checked(theta.detach())
-        return self._predictive(theta, seed) if self._predictive and len(theta) else {}
+        with torch.no_grad():
+            return self._predictive(theta, seed) if self._predictive and len(theta) else {}
 
     def __repr__(self) -> str:
         return f"Target(dim={self.dim}, parameters={self.parameters})"
@@ -223,7 +224,7 @@ def float64_by_default() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def compiled(value_and_gradient: Callable[[Array], tuple[Array, Array]]) -> Callable[[Tensor], Tensor]:
+def compiled(value_and_gradient: Callable[[Array], Sequence[Array]]) -> Callable[[Tensor], Tensor]:
     """A differentiable log density out of a tool's function, which is called once for the value and the gradient.
 
     value_and_gradient takes theta (B, D) and returns (B,) and (B, D), all in float64.
@@ -242,7 +243,7 @@ def compiled(value_and_gradient: Callable[[Array], tuple[Array, Array]]) -> Call
 
 class _Compiled(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, value_and_gradient: Callable[[Array], tuple[Array, Array]]) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, value_and_gradient: Callable[[Array], Sequence[Array]]) -> Tensor:
         value, gradient = value_and_gradient(np.ascontiguousarray(theta.detach().cpu().numpy()))
         ctx.save_for_backward(torch.as_tensor(gradient, device=theta.device))
         return torch.as_tensor(value, device=theta.device)
