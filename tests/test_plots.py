@@ -12,6 +12,7 @@ from counterflow import plots
 
 RNG = np.random.default_rng(0)
 FALLING = ([1.0, 2.0, 2.5], [0.5, 1.0, 0.9])
+BOTH = plots.Directions(([8, 64], [1.0, 2.0]), ([8], [30.0]))
 
 
 def rows(n, d, shift=0.0):
@@ -47,6 +48,10 @@ PICTURES = {
     "pairs, constant": lambda path: plots.pairs(path, {"data": np.ones((9, 2)), "iaf": rows(9, 2)}, "title"),
     "pairs far apart": lambda path: plots.pairs(path, {"data": rows(50, 2), "iaf": rows(50, 2, 1e3)}, "title"),
     "posteriors": lambda path: plots.posteriors(path, list(images(2)), [[panel("gaussian"), panel()]] * 2),
+    "directions": lambda path: plots.directions(path, {"ours": BOTH, "peer": BOTH}, "ms", "title"),
+    "directions, nothing solved": lambda path: plots.directions(
+        path, {"ours": BOTH._replace(sequential=([], []))}, "", ""
+    ),
     "posterior of a row": lambda path: plots.posteriors(path, list(rows(1, 5)), [[panel()]]),
 }
 

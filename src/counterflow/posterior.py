@@ -187,8 +187,8 @@ class Posterior:
             return self.verdict.sentence
         return (
             f"The approximation cannot be trusted: {100 * self.missed:.0f} % of the posterior mass that was found lies "
-            "where it has next to none, as with several separate modes; look at the model for a symmetry, or fit each "
-            f"mode by itself (k-hat {self.k_hat:.2f} speaks only for the part that is covered)."
+            "where it has next to none, as with separate modes or a funnel that it does not reach; look at the model "
+            f"for a symmetry or a better parameterisation (k-hat {self.k_hat:.2f} speaks only for what is covered)."
         )
 
     def sample(self, n: int) -> dict[str, Tensor]:

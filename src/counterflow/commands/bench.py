@@ -251,14 +251,12 @@ def _table(sheet: Sheet) -> Table:
 
 def _draw(folder: Path, growth: Results) -> None:
     """Time, and the memory of a call with gradients, of both directions against D."""
-    layer = f"of one layer in both directions: H = 2 D, {GROWTH_ROWS} rows, float32"
-    for file, figure, unit, label, suffix in (
-        ("time", "seconds", 1e-3, "ms", ""),
-        ("memory", "peak", 2**20, "MiB", " backward"),
+    for file, figure, suffix, unit, label, title in (
+        ("time.png", "seconds", "", 1e-3, "ms", "Time"),
+        ("memory.png", "peak", " backward", 2**20, "MiB", "Peak memory with gradients"),
     ):
         lines = {}
         for name in growth.contestants:
             both = [standings.series(growth, name, side + suffix, figure) for side in ("parallel", "sequential")]
             lines[name] = plots.Directions(*((x, [value / unit for value in y]) for x, y in both))
-        title = f"{'Peak memory' if suffix else 'Time'} {layer}{', with gradients' if suffix else ''}"
-        plots.directions(folder / f"{file}.png", lines, label, title)
+        plots.directions(folder / file, lines, label, f"{title}: one layer, H = 2 D, {GROWTH_ROWS} rows, float32")
