@@ -4,8 +4,8 @@
 
 float32. The first layer of a network (H rows, D columns), a hidden one (H, H) and the last (2 D, H), with B rows of
 input: forward alone, and forward plus backward for input, weight and bias. All ways to compute a layer run in random
-order, again and again; the least time of each counts, as a part of the time of the dense product that multiplies its mask
-at each call.
+order, again and again; the least time of each counts, as a part of the time of the dense product that multiplies its
+mask at each call.
 
     once    the dense product of a weight that was masked beforehand; its gradient is masked in place
     k       k steps of equal height

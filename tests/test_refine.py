@@ -99,6 +99,22 @@ def test_draws_have_the_moments_of_the_target_and_not_those_of_the_flow(sampler,
     assert flow.training and all(torch.equal(one, before[name]) for name, one in flow.state_dict().items())
 
 
+@pytest.mark.slow
+def test_neutra_of_a_target_that_computes_in_jax_itself():
+    """The sampler and the target share one JAX: a normal mean with a normal prior, known variance and seven data."""
+    from numpyro import distributions, sample
+
+    y = torch.arange(7.0).numpy()
+    target = cf.targets.from_numpyro(
+        lambda: sample("y", distributions.Normal(sample("mean", distributions.Normal(0, 2)), 1.5).expand([7]), obs=y)
+    )
+    found = neutra(cf.IAF(1, layers=1, hidden=(4,)), target, draws=100, warm_up=100)
+    precision = 1 / 2**2 + 7 / 1.5**2
+    error = precision**-0.5 / found.convergence.ess_bulk.item() ** 0.5
+    assert abs(found.draws.mean().item() - 21 / 1.5**2 / precision) < 5 * error
+    assert abs(found.draws.std().item() - precision**-0.5) < 5 * error
+
+
 def test_metropolis_has_the_whole_distribution_of_its_target():
     wide = cf.Flow(cf.StudentT(1, most=3.0), cf.IAF(1, layers=1, hidden=(4,)).transform)
     found = independence_metropolis(wide, standard, chains=64, draws=2_000)
@@ -223,10 +239,12 @@ def test_an_error_of_the_target_comes_through_neutra():
         neutra(FLOW, failing(50, fail), chains=4, draws=20, warm_up=20)
 
 
+@pytest.mark.slow
 def test_neutra_can_be_interrupted():
     interrupted = failing(50, lambda: os.kill(os.getpid(), signal.SIGINT))
+    linear = cf.Flow(cf.StandardNormal(2), cf.Permute([1, 0]))  # its log-determinant is a constant without a graph
     with pytest.raises(KeyboardInterrupt):
-        neutra(FLOW, interrupted, chains=4, draws=2_000, warm_up=20)
+        neutra(linear, interrupted, chains=4, draws=2_000, warm_up=20)
 
 
 def test_without_numpyro(monkeypatch):

@@ -220,7 +220,7 @@ class _Energy:
             leaf = eps.clone().requires_grad_()
             z, log_det = self.flow.transform(leaf)
             value, score = log_density_and_score(self.target, z)
-            (gradient,) = torch.autograd.grad((z, log_det), leaf, (score, torch.ones_like(log_det)))
+            (gradient,) = torch.autograd.grad((score * z).sum() + log_det.sum(), leaf)
         return -(value + log_det.detach()) - self.offset, -gradient
 
     def __call__(self, eps: Any) -> tuple[Any, Any]:

@@ -102,13 +102,11 @@ class Bench:
         strangers = [name for name in self.peers if name not in PEERS]
         if strangers:
             raise ValueError(f"expected peers out of {', '.join(PEERS)}, got {', '.join(strangers)}")
-        for name, value, least in (
-            ("threads", self.threads, 1),
-            ("repeats", self.repeats, 1),
-            ("growth", growth[0], 2),
-        ):
-            if value < least:
-                raise ValueError(f"expected {name} of at least {least}, got {value}")
+        if growth[0] < 2:
+            raise ValueError(f"expected growth of at least 2, got {growth[0]}")
+        for name in ("threads", "repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         for name in ("budget", "cap", "memory"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -94,7 +94,7 @@ class _Entry:
 
     def measured(self) -> Measured:
         """The medians; where no call was timed, of the watched ones, if possible without the first."""
-        if self.failure:
+        if not self.watched:
             return Measured(self.trial.name, self.size, self.measurement, failure=self.failure)
         seconds = self.timed or [reply.seconds[0] for reply in self.watched[1:] or self.watched]
         cuts = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else 3 * seconds
@@ -216,5 +216,5 @@ class Contest:
 
 
 def offers(name: str, measurement: str) -> bool:
-    """Stacks are for affine layers in torch: the parallel direction of the others is not what they are here for."""
+    """Stacks are of affine layers in torch alone: they are to show what the parallel direction costs in training."""
     return not measurement.startswith("stack") or name == "counterflow" or (name in PEERS and not PEERS[name].jax)

@@ -88,22 +88,21 @@ class Trial:
         Raises:
             FailedError: there is none after so many seconds, memory ran out, or the library raised an error.
         """
-        try:
-            if self._process is None:
-                self._start()
-            self._pipe.send(request)
-            if not self._pipe.poll(seconds):
-                raise FailedError(f"over {seconds:g} s")
-            reply = self._pipe.recv()
-        except (EOFError, OSError):  # the process is gone
-            self._process.join(5)
-            reply = FailedError(f"its process ended with code {self._process.exitcode}")
-        except FailedError as error:
-            reply = error
+        if self._process is None:
+            self._start()
+        reply = self._reply(request, seconds)
         if isinstance(reply, FailedError):
             self.close()
             raise reply
         return reply
+
+    def _reply(self, request: Request, seconds: float) -> Reply | FailedError:
+        try:
+            self._pipe.send(request)
+            return self._pipe.recv() if self._pipe.poll(seconds) else FailedError(f"over {seconds:g} s")
+        except (EOFError, OSError):  # the process is gone
+            self._process.join(5)
+            return FailedError(f"its process ended with code {self._process.exitcode}")
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half alive
