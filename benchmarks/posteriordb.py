@@ -232,7 +232,7 @@ def cell(found: dict[str, float]) -> str:
     if not found:
         return ""
     if found["mean_error"] == math.inf:
-        return "failed"
+        return "diverged or failed"
     resampled = f" ({found['resampled_mean_error']:.3f})" if "resampled_mean_error" in found else ""
     return f"{found['mean_error']:.3f}{resampled}; {found['k_hat']:.2f}; {found['cpu_seconds']:.0f} s"
 

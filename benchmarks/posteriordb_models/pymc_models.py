@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pymc as pm
 import pytensor.tensor as pt
-from pymc.distributions.transforms import Chain, log, ordered
+from pymc.distributions.transforms import Ordered, ordered
 
 Data = dict[str, Any]
 
@@ -194,7 +194,7 @@ def hmm_example(data: Data) -> pm.Model:
     with pm.Model() as model:
         theta1 = pm.Dirichlet("theta1", np.ones(2))
         theta2 = pm.Dirichlet("theta2", np.ones(2))
-        mu = pm.Normal("mu", [3, 10], 1, transform=Chain([log, ordered]))
+        mu = pm.Normal("mu", [3, 10], 1, transform=Ordered(positive=True))
         emission = pm.logp(pm.Normal.dist(mu, 1), y[:, None])  # (N, 2)
         transition = pt.log(pt.stack([theta1, theta2]))  # from row to column
         paths = log_matrix_chain(transition + emission[1:, None, :])  # (2, 2)
