@@ -94,7 +94,7 @@ def check_solver(name: str) -> str:
 def body_for(solver: str, layout: Layout, device: torch.device) -> Body:
     """The body that a solver's name stands for; "auto" is `cpu` where that can do the system, else `sliced`.
 
-    At the sizes of benchmarks/results/bench.md `sliced` took 2.6 to 9 times as long as `cpu` (two cores of an EPYC 9004).
+    At the sizes of benchmarks/results/bench.md `sliced` took 2.6 to 9 times as long as `cpu` (an EPYC 9004, two cores).
     """
     if torch.compiler.is_compiling():
         from counterflow.substitution.traced import Traced
