@@ -133,17 +133,16 @@ class Autoregressive(Transform):
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Transform.push_score`: one pass, then one back substitution."""
         x = self._prepare(x, c, "x")
-        with torch.no_grad():
-            flat = self._sort(x).reshape(-1, self.features)
-            rows = None if c is None else c.expand(*x.shape[:-1], self.context).reshape(-1, self.context)
-            params, hidden = self.made.run(flat, rows)
-            params, hidden = params.to(flat.dtype), tuple(a.to(flat.dtype) for a in hidden)  # lower under autocast
-            y, log_slope = self.univariate.forward(flat, params)
-            log_det = log_slope.sum(1)
-            with without_autocast(x.device.type):
-                solution = Solution(flat, -log_det, params, hidden)
-                v, w = self._sort(score.expand(x.shape)).reshape(flat.shape), torch.ones_like(log_det)
-                u = self._body(x).back_substitution(self._system(flat, rows), solution, v, w).u
+        flat = self._sort(x).reshape(-1, self.features)
+        rows = None if c is None else c.expand(*x.shape[:-1], self.context).reshape(-1, self.context)
+        params, hidden = self.made.run(flat, rows)
+        params = params.to(flat.dtype)  # lower under autocast, as hidden is
+        y, log_slope = self.univariate.forward(flat, params)
+        log_det = log_slope.sum(1)
+        with torch.no_grad(), without_autocast(x.device.type):
+            solution = Solution(flat, -log_det, params, tuple(a.to(flat.dtype) for a in hidden))
+            v, w = self._sort(score.expand(x.shape)).reshape(flat.shape), torch.ones_like(log_det)
+            u = self._body(x).back_substitution(self._system(flat, rows), solution, v, w).u
         return self._unsort(y.reshape(x.shape)), log_det.reshape(x.shape[:-1]), self._unsort(u.reshape(x.shape))
 
     def _prepare(self, x: Tensor, c: Tensor | None, name: str) -> Tensor:

@@ -291,7 +291,7 @@ def suspects(target: LogDensity, flow: Flow, n: int, draws: int = 1000) -> Tenso
     eps = wide * base.sample((n * draws,))
     theta, log_det = flow.transform(eps)
     ratio = log_density(target, theta) - base.log_prob(eps) + log_det
-    best = ratio.nan_to_num(nan=-math.inf).reshape(n, draws).argmax(1)
+    best = ratio.nan_to_num(nan=-math.inf, neginf=-math.inf).reshape(n, draws).argmax(1)
     return theta.reshape(n, draws, -1)[torch.arange(n), best]
 
 
@@ -307,7 +307,7 @@ def uncovered(target: LogDensity, flow: Flow, found: Gaussians, generator: torch
     eps = torch.randn(K, S, D, generator=generator, dtype=found.mean.dtype)
     theta = torch.cat([found.rsample_and_log_prob(eps)[0].reshape(-1, D), flow().sample((K * S,))])
     log_p = log_density(target, theta)
-    log_q = flow().log_prob(theta).nan_to_num(nan=-math.inf)
+    log_q = flow().log_prob(theta).nan_to_num(nan=-math.inf, neginf=-math.inf)
     log_m = torch.logaddexp(log_q, torch.logsumexp(found.log_prob(theta), 0) - math.log(K)) - math.log(2)
     log_w = log_p - log_m
     log_z = torch.logsumexp(log_w, 0) - math.log(len(log_w))

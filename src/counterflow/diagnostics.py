@@ -408,7 +408,7 @@ def _replicate(simulate: Callable[[], tuple[Tensor, Any]], fit: Callable[[Any], 
 
 def _place(truth: Tensor, draws: Tensor) -> Tensor:
     """Randomised ranks: exactly uniform where truth and draws are of one distribution, however few the draws are."""
-    return ((draws < truth).sum(0) + torch.rand(len(truth), dtype=torch.float64)) / (len(draws) + 1)
+    return ((draws < truth).sum(0).cpu() + torch.rand(len(truth), dtype=torch.float64)) / (len(draws) + 1)
 
 
 def _symmetry(p: Tensor) -> Tensor:

@@ -216,13 +216,11 @@ class FlowDistribution(Distribution):
         Source: Roeder et al. 2017, "Sticking the Landing"; Vaitl et al. 2024, as in `Transform.push_score`.
         """
         eps = self.base.rsample(Size(sample_shape))
-        z, _ = self.transform(eps, self.context)
         with torch.enable_grad():
             leaf = eps.detach().requires_grad_()
             log_base = self._log_base(leaf).sum(-1)
             (score,) = torch.autograd.grad(log_base.sum(), leaf)
-        c = None if self.context is None else self.context.detach()
-        _, log_det, score = self.transform.push_score(leaf.detach(), score, c)
+        z, log_det, score = self.transform.push_score(eps, score, self.context)
         return z, (log_base - log_det).detach() + (score * (z - z.detach())).sum(-1)
 
     def __repr__(self) -> str:

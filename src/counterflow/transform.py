@@ -58,18 +58,17 @@ class Transform(nn.Module, ABC):
         )
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Carry a score through the map: y, log_det and the gradient of log q_y(y) for y, without a graph.
+        """Carry a score through the map: y, log_det and, without a graph, the gradient of log q_y(y) for y.
 
             score_y = J^-T (score_x - d log_det / dx),     score_x = d log q_x(x) / dx,  J = dy/dx
 
         Source: Vaitl et al. 2024, "Fast and unified path gradient estimators for normalizing flows".
         """
-        with torch.no_grad():
-            y, log_det = self.forward(x, c)
+        y, log_det = self.forward(x, c)
         with torch.enable_grad():
             # score_y is the vector-Jacobian product of (x, log_det of the inverse) for y with (score, 1).
             leaf = y.detach().requires_grad_()
-            back, inverse_log_det = self.inverse(leaf, c)
+            back, inverse_log_det = self.inverse(leaf, None if c is None else c.detach())
             (score_y,) = torch.autograd.grad((back * score).sum() + inverse_log_det.sum(), leaf)
         return y, log_det, score_y
 

@@ -29,7 +29,8 @@ def from_pymc(model: Model | None = None) -> Target:
 
     The graph of one point is vectorised over the batch and compiled with Numba: the densities of 256 draws of the eight
     schools and their gradients take 0.16 ms on one core of an AMD EPYC 9004. Operations that PyTensor never met on a
-    machine take it some 20 s, or minutes for an LKJ prior; it keeps them on disk, and then needs about a second.
+    machine take it some 20 s; it keeps most of them on disk, and then needs about a second. What it does not keep is
+    the linear algebra of an LKJ prior: that takes 25 s in each process.
 
         >>> import pymc as pm
         >>> with pm.Model() as model:
