@@ -230,9 +230,12 @@ def test_autocast_is_that_of_the_dense_product(layer):
         assert layer(x.double()).dtype == torch.float64
 
 
-def test_another_dtype_is_torchs_error(layer):
+def test_another_dtype_or_width_is_torchs_error(layer):
     with pytest.raises(RuntimeError, match="dtype"):
         layer(rows(layer, 2).float())
+    for width in (layer.in_features - 1, layer.in_features + 1):
+        with pytest.raises(RuntimeError, match="shapes"):
+            layer(torch.randn(2, width, dtype=torch.float64))
 
 
 @over([name for name, make in TRANSFORMS.items() if isinstance(make(), cf.Autoregressive)])

@@ -175,7 +175,7 @@ class MADE(nn.Module):
         """Parameters (..., D, P), and what each hidden layer holds before its activation, (..., H) each."""
         before: list[Tensor] = []
         h = x
-        *layers, last = self.layers  # a slice would build a new ModuleList, a tenth of a small network's time
+        *layers, last = self.layers  # a slice would build another ModuleList
         for k, layer in enumerate(layers):
             a = layer(h)
             if k == 0 and self.context is not None:

@@ -99,7 +99,7 @@ class Staircase(nn.Module):
         numbers = mask.to(torch.get_default_dtype())
         parts = [numbers[first:last, full:seen].flatten() for first, last, full, seen in self.steps]
         self.register_buffer("mask", mask if parts else numbers, persistent=False)
-        self.register_buffer("diagonals", torch.cat(parts) if parts else numbers[:0, 0], persistent=False)
+        self.register_buffer("diagonals", torch.cat(parts) if parts else numbers.new_empty(0), persistent=False)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, staircase: Staircase) -> Tensor:
@@ -108,8 +108,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, staircase: Staircase) -> Ten
     In steps on the CPU. Other devices, the compiler, tracers and torch.func get the dense product.
     """
     steps, mask = staircase.steps, staircase.mask
-    if not steps or x.device.type != "cpu" or is_compiling() or is_tracing() or functions_are_transformed():
-        return _dense(x, weight, bias, mask)
+    in_steps = steps and x.device.type == "cpu" and x.shape[-1:] == weight.shape[1:]  # the dense product refuses others
+    if not in_steps or is_compiling() or is_tracing() or functions_are_transformed():
+        return F.linear(x, weight * mask, bias)
     if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # as for F.linear
         low = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(low), weight.to(low), bias.to(low)
@@ -121,10 +122,6 @@ def weight_gradient(staircase: Staircase, y_bar: Tensor, x: Tensor) -> Tensor:
     if not staircase.steps or y_bar.device.type != "cpu" or is_compiling():
         return (y_bar.T @ x) * staircase.mask
     return _weight_gradient(y_bar, x, staircase.diagonals.to(y_bar.dtype), staircase.steps)
-
-
-def _dense(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
-    return F.linear(x, weight * mask, bias)
 
 
 def _is_batched(t: Tensor) -> bool:
