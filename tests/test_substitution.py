@@ -1,5 +1,8 @@
 """Every body gives the numbers of `reference`, and `reference` those of plain autograd."""
 
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from itertools import cycle, product
@@ -328,3 +331,29 @@ def test_a_map_of_ones_own_needs_partials_inside_torch_compile():
     close(t(x)[0], y)
     with pytest.raises(RuntimeError, match=r"expected partials\(\) of Shift\(\) in closed form inside torch.compile"):
         x.sum().backward()
+
+
+FITS = """
+import sys, torch, counterflow as cf
+from registry import close, inputs, stir
+from counterflow.substitution import cpu, reference
+with torch.no_grad():
+    for hidden, activation in (((6,) * 5, "elu"), ((37, 70), "tanh"), ((9, 7), "relu")):
+        t = stir(cf.Autoregressive(6, 2, hidden, activation=activation))
+        y, c = inputs(t, 6)
+        system, v, w = t._system(y, c), torch.randn_like(y), torch.randn_like(y[:, 0])
+        solution = reference.forward_substitution(system, y)
+        close(cpu.forward_substitution(system, y).x, solution.x)
+        if sys.argv[1] == "both":
+            u = [body.back_substitution(system, solution, v, w).u for body in (reference, cpu)]
+            close(u[1], u[0])
+"""
+
+
+@pytest.mark.slow
+def test_code_that_two_processes_have_compiled_fits_together(tmp_path):
+    """Numba links what it compiled and what it finds on disk by names, and two processes may give one name twice."""
+    there = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    for which in ("forward", "both", "both"):
+        ran = subprocess.run([sys.executable, "-c", FITS, which], env=there, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr

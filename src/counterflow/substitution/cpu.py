@@ -246,6 +246,16 @@ def _notice(dtype: torch.dtype) -> Iterator[None]:
 compiled = njit(fastmath={"contract"}, error_model="numpy")  # contract: a * b + c is one operation
 
 
+def _named(name: str, function: Any) -> Any:
+    """A function that is made more than once, compiled under a name of its own.
+
+    By their names functions are linked, also those that come from disk and were compiled by different processes: two of
+    one name and type would be mixed up.
+    """
+    function.__name__ = function.__qualname__ = name
+    return compiled(function)
+
+
 @compiled
 def _copy(to, row):
     for r in range(len(to)):
@@ -352,7 +362,6 @@ def _strip(units: int) -> Any:
     """The same for any number of vectors, two at a time."""
     pair, single = _register_block(units, 2), _register_block(units, 1)
 
-    @compiled
     def strip(out, weight, fed):
         lanes, r = VECTOR // out.itemsize, 0
         while r + 2 * lanes <= out.shape[1]:
@@ -361,7 +370,7 @@ def _strip(units: int) -> Any:
         if r < out.shape[1]:
             single(out[:, r:], weight, fed[:, r:])
 
-    return strip
+    return _named(f"strip_of_{units}", strip)
 
 
 _strip_of_all, _strip_of_4, _strip_of_2, _strip_of_1 = (_strip(units) for units in (UNITS, 4, 2, 1))
@@ -492,11 +501,10 @@ def _codes() -> dict[Any, int]:
     return {ACTIVATIONS[name]: code for code, name in enumerate(FUNCTIONS)}
 
 
-def _by_code(loops: Sequence[Any]) -> Any:
+def _by_code(purpose: str, loops: Sequence[Any]) -> Any:
     """A function of (code, *rows) that runs loops[code](*rows): the branches stand outside of the loops."""
     relu, leaky_relu, elu, tanh, sigmoid, silu, softplus = loops
 
-    @compiled
     def choose(code, *rows):
         if code == 0:
             relu(*rows)
@@ -513,34 +521,32 @@ def _by_code(loops: Sequence[Any]) -> Any:
         else:
             softplus(*rows)
 
-    return choose
+    return _named(purpose, choose)
 
 
-def _activation_loop(f: Any) -> Any:
-    f = compiled(f)
+def _activation_loop(name: str, f: Any) -> Any:
+    f = _named(name, f)
 
-    @compiled
     def loop(after, before):
         for r in range(len(after)):
             after[r] = f(before[r])
 
-    return loop
+    return _named(f"{name}_loop", loop)
 
 
-def _adjoint_loop(df: Any) -> Any:
-    df = compiled(df)
+def _adjoint_loop(name: str, df: Any) -> Any:
+    df = _named(f"df_{name}", df)
 
-    @compiled
     def loop(adjoint, before, recorded):
         for r in range(len(recorded)):
             adjoint[r] *= df(before[r])
             recorded[r] = adjoint[r]
 
-    return loop
+    return _named(f"df_{name}_loop", loop)
 
 
-_activate = _by_code([_activation_loop(f) for f, _ in FUNCTIONS.values()])
-_take_back = _by_code([_adjoint_loop(df) for _, df in FUNCTIONS.values()])
+_activate = _by_code("activate", [_activation_loop(name, f) for name, (f, _) in FUNCTIONS.items()])
+_take_back = _by_code("take_back", [_adjoint_loop(name, df) for name, (_, df) in FUNCTIONS.items()])
 
 
 @compiled
