@@ -10,7 +10,7 @@ from threading import Timer
 
 import pytest
 import torch
-from registry import UNIVARIATES, close, inputs, over, stir
+from registry import UNIVARIATES, WIRINGS, close, inputs, over, stir
 
 import counterflow as cf
 from counterflow.made import ACTIVATIONS
@@ -39,6 +39,27 @@ CASES = {
     )
     if (univariate, D) != ("sinh-arcsinh", 64)  # a power of a power of a power overflows
 }
+CASES |= {
+    f"{D}, {univariate}, {activation}, {name}, {degrees}, context {context}": (
+        D,
+        context,
+        hidden,
+        UNIVARIATES[univariate],
+        DEGREES[degrees](D),
+        activation,
+        wiring,
+    )
+    for (D, univariate, activation, degrees, context), (name, (hidden, wiring)) in product(
+        (
+            (4, "affine", "elu", "own", 2),
+            (5, "gated", "tanh", "own", 0),
+            (17, "spline", "relu", "own", 3),
+            (70, "affine", "silu", "own", 2),
+            (11, "affine", "silu", "own", 0),
+        ),
+        WIRINGS.items(),
+    )
+}
 
 COMPILED = [name for name, u in UNIVARIATES.items() if type(u) in (cf.Affine, cf.Gated, cf.RationalQuadraticSpline)]
 ABLE = [(body, u) for body, u in product(["reference", *BODIES], UNIVARIATES) if body != "cpu" or u in COMPILED]
@@ -65,7 +86,8 @@ def poisoned(monkeypatch):
 
 def made(case, device="cpu", dtype=torch.float64, rows=6):
     """The transform of a case, y of which some lie far out, and c."""
-    t = stir(cf.Autoregressive(*CASES[case])).to(device, dtype)
+    *arguments, wiring = (*CASES[case], None)[:7]
+    t = stir(cf.Autoregressive(*arguments, wiring=wiring)).to(device, dtype)
     y, c = (v if v is None else v.to(device, dtype) for v in inputs(t, rows))
     y[::3] *= 3
     return t, y, c

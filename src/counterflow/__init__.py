@@ -6,6 +6,7 @@ from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, save
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
+from counterflow.made import Wiring
 from counterflow.objectives import (
     Evaluation,
     dreg_elbo,
@@ -70,4 +71,5 @@ __all__ = [
     "Transform",
     "Triangular",
     "Univariate",
+    "Wiring",
 ]

@@ -14,6 +14,7 @@ from torch import nn
 
 from counterflow.autoregressive import Autoregressive
 from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
+from counterflow.made import Wiring
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
 from counterflow.vae import VAE
@@ -37,6 +38,7 @@ TYPES: dict[str, type] = {
         StudentT,
         Triangular,
         VAE,
+        Wiring,
     )
 }
 KEY = "counterflow"  # in the header of the file
@@ -103,7 +105,7 @@ def load(path: str | Path, device: str = "cpu") -> Any:
 
 def encode(value: Any) -> Any:
     """The constructor's arguments of a module or univariate map, all the way down, as JSON knows them."""
-    if isinstance(value, nn.Module | Univariate):
+    if isinstance(value, nn.Module | Univariate | Wiring):
         name = type(value).__name__
         if TYPES.get(name) is not type(value):
             raise TypeError(f"expected a class that counterflow can load again ({', '.join(TYPES)}), got {name}")

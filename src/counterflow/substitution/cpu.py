@@ -10,6 +10,10 @@ weights[k - 1] leads from level k - 1 to level k, and below[k, g] counts the uni
     a hidden unit of degree g sees the units of level k - 1 up to below[k - 1, g + 1]
     params of degree g see those up to below[k - 1, g]
 
+links[0, k] is the level that is added to level k before the activation, or 0, and links[1, k] whether level k feeds the
+next one without the activation. Where the features lead straight to the params as well, the weight from level 0 to
+level `top` is the last one, weights[top].
+
 Degree by degree alone, each product would be a few units thin, and read all that is known for them. So degrees are
 taken in blocks: one product brings to all units of a block what is known of degrees below it, and degree by degree only
 the triangle within the block is left. Back substitution takes the same blocks from the last to the first: the triangle
@@ -58,7 +62,7 @@ UNITS = 8 if AVX512 else 4  # times 2 vectors of rows: the sums take half of the
 BLOCK = 64  # units of the widest level in a block of degrees
 TILE = 128  # rows
 ALONE = 1 << 18  # multiply-adds that one thread does before a second one would have begun
-WEIGHTS = 6
+WEIGHTS = 7
 AFFINE, GATED, SPLINE = 0, 1, 2
 MAPS: dict[type, int] = {Affine: AFFINE, Gated: GATED, RationalQuadraticSpline: SPLINE}
 
@@ -90,7 +94,7 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
 class _Plan(NamedTuple):
     """What stays the same from call to call."""
 
-    tables: tuple[Tensor, ...]  # below, starts, blocks, bound
+    tables: tuple[Tensor, ...]  # below, starts, blocks, bound, links
     rows: list[tuple[int, int, int, int]]  # of the tables in a job
     activation: int  # its code
     univariate: int  # its code
@@ -120,7 +124,9 @@ def _plan(layout: Layout, dtype: torch.dtype) -> _Plan:
     # The degree where each block begins, and G + 1: degrees are 0..G.
     blocks = torch.tensor([*range(0, G + 1, max(1, BLOCK * (G + 1) // max(sizes))), G + 1])
     bound = torch.tensor([getattr(layout.univariate, "bound", 0.0)], dtype=dtype)
-    tables = (below, starts[None], blocks[None], bound[None])
+    added = [0, *(0 if skip is None else skip + 1 for skip in layout.chain.skips)]
+    links = torch.tensor([added, [0, *layout.chain.linear]])
+    tables = (below, starts[None], blocks[None], bound[None], links)
     return _Plan(
         tables,
         rows=[_row(table) for table in tables],
@@ -158,7 +164,7 @@ def _run(
     """Have the kernel do all tiles, on no more threads than torch may take.
 
     A job is a table of four whole numbers a row, so that compiled code takes any number of matrices: the next tile,
-    the table's rows, N and the rows of a tile; levels above the first, activation, univariate map, P; then the
+    the table's rows, N and the rows of a tile; the number of weights, activation, univariate map, P; then the
     matrices, the weights from row WEIGHTS on.
     """
     like = results[0]
@@ -260,6 +266,12 @@ def _named(name: str, function: Any) -> Any:
 def _copy(to, row):
     for r in range(len(to)):
         to[r] = row[r]
+
+
+@compiled
+def _add(to, row):
+    for r in range(len(to)):
+        to[r] += row[r]
 
 
 @compiled
@@ -738,32 +750,35 @@ def _solve_spline(u, bars, returned, v, w, x, params, knots, bound):
 
 
 @compiled
-def _bring(below, starts, job, k, new_0, new_1, seen_0, seen_1, record, left, known, width):
-    """Level k, degrees new_0..new_1 - 1, gains what it sees of degrees seen_0..seen_1 - 1 of the level before."""
-    new_0, new_1, seen_0, seen_1 = below[k, new_0], below[k, new_1], below[k - 1, seen_0], below[k - 1, seen_1]
+def _bring(below, starts, job, w, top, new_0, new_1, seen_0, seen_1, record, left, known, width):
+    """By weight w a level, degrees new_0..new_1 - 1, gains what it sees of degrees seen_0..seen_1 - 1 of another."""
+    source, level = (w, w + 1) if w < top else (0, top)
+    new_0, new_1 = below[level, new_0], below[level, new_1]
+    seen_0, seen_1 = below[source, seen_0], below[source, seen_1]
     _add_product(
-        record[starts[k] + new_0 : starts[k] + new_1, left : left + width],
-        _matrix(job, WEIGHTS + k - 1, known)[new_0:new_1, seen_0:seen_1],
-        known[starts[k - 1] + seen_0 : starts[k - 1] + seen_1, :width],
+        record[starts[level] + new_0 : starts[level] + new_1, left : left + width],
+        _matrix(job, WEIGHTS + w, known)[new_0:new_1, seen_0:seen_1],
+        known[starts[source] + seen_0 : starts[source] + seen_1, :width],
     )
 
 
 @compiled
-def _send(below, starts, job, k, by_0, by_1, to_0, to_1, adjoint, width):
-    """Level k, degrees by_0..by_1 - 1, sends its adjoints to degrees to_0..to_1 - 1 of the level before."""
-    by_0, by_1, to_0, to_1 = below[k, by_0], below[k, by_1], below[k - 1, to_0], below[k - 1, to_1]
+def _send(below, starts, job, w, top, by_0, by_1, to_0, to_1, adjoint, width):
+    """By weight w a level, degrees by_0..by_1 - 1, sends its adjoints to degrees to_0..to_1 - 1 of another."""
+    source, level = (w, w + 1) if w < top else (0, top)
+    by_0, by_1, to_0, to_1 = below[level, by_0], below[level, by_1], below[source, to_0], below[source, to_1]
     _add_product(
-        adjoint[starts[k - 1] + to_0 : starts[k - 1] + to_1, :width],
-        _matrix(job, WEIGHTS + k - 1, adjoint)[by_0:by_1, to_0:to_1].T,
-        adjoint[starts[k] + by_0 : starts[k] + by_1, :width],
+        adjoint[starts[source] + to_0 : starts[source] + to_1, :width],
+        _matrix(job, WEIGHTS + w, adjoint)[by_0:by_1, to_0:to_1].T,
+        adjoint[starts[level] + by_0 : starts[level] + by_1, :width],
     )
 
 
 @compiled
 def _job(numbers):
-    """The table that `_run` wrote, and from it below, starts, blocks."""
+    """The table that `_run` wrote, and from it below, starts, blocks, links."""
     job = carray(numbers, (numbers[1], 4))
-    return job, _matrix(job, 2, job), _matrix(job, 3, job)[0], _matrix(job, 4, job)[0]
+    return job, _matrix(job, 2, job), _matrix(job, 3, job)[0], _matrix(job, 4, job)[0], _matrix(job, 6, job)
 
 
 @compiled
@@ -779,9 +794,9 @@ def _forward(pointer):
     the one before has left.
     """
     numbers = _whole_numbers(pointer)
-    job, below, starts, blocks = _job(numbers)
-    N, tile, top, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
-    bound, given = _matrix(job, WEIGHTS - 1, pointer)[0, 0], WEIGHTS + top
+    job, below, starts, blocks, links = _job(numbers)
+    N, tile, weights, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
+    bound, given, top = _matrix(job, 5, pointer)[0, 0], WEIGHTS + weights, len(starts) - 1
     results = given + 1 + top
     y, x = _matrix(job, given, pointer), _matrix(job, results, pointer)
     record, log_det = _matrix(job, results + 1, pointer), _matrix(job, results + 2, pointer)
@@ -810,10 +825,11 @@ def _forward(pointer):
                     _copy(record[at + i, start : start + rows], bias[i, left : left + rows])
         for b in range(len(blocks) - 1):
             begin, end = blocks[b], blocks[b + 1]
-            for k in range(1, top + 1):
-                _bring(below, starts, job, k, begin, end, 0, begin, record, start, known, width)
+            for k in range(weights):
+                _bring(below, starts, job, k, top, begin, end, 0, begin, record, start, known, width)
             for g in range(begin, end):
-                _bring(below, starts, job, top, g, g + 1, begin, g, record, start, known, width)
+                for k in range(top - 1, weights):
+                    _bring(below, starts, job, k, top, g, g + 1, begin, g, record, start, known, width)
                 for i in range(below[0, g], below[0, g + 1]):
                     params = record[starts[top] + P * i : starts[top] + P * (i + 1), start:stop]
                     x_i, total = known[features + i, :width], log_det[0, left:right]
@@ -824,9 +840,15 @@ def _forward(pointer):
                     else:
                         _invert_spline(x_i, total, params, knots, bound)
                 for k in range(1, top):
-                    _bring(below, starts, job, k, g, g + 1, begin, g + 1, record, start, known, width)
-                    for at in range(starts[k] + below[k, g], starts[k] + below[k, g + 1]):
-                        _activate(activation, known[at, :width], record[at, start:stop])
+                    _bring(below, starts, job, k - 1, top, g, g + 1, begin, g + 1, record, start, known, width)
+                    for i in range(below[k, g], below[k, g + 1]):
+                        fed, own = known[starts[k] + i, :width], record[starts[k] + i, start:stop]
+                        if links[0, k]:
+                            _add(own, record[starts[links[0, k]] + i, start:stop])
+                        if links[1, k]:
+                            _copy(fed, own)
+                        else:
+                            _activate(activation, fed, own)
         for i in range(len(x)):
             _copy(x[i, left:right], known[features + i, :width])
 
@@ -837,9 +859,9 @@ def _back(pointer):
     The record holds the adjoints of every level before activation.
     """
     numbers = _whole_numbers(pointer)
-    job, below, starts, blocks = _job(numbers)
-    N, tile, top, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
-    bound, given = _matrix(job, WEIGHTS - 1, pointer)[0, 0], WEIGHTS + top
+    job, below, starts, blocks, links = _job(numbers)
+    N, tile, weights, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
+    bound, given, top = _matrix(job, 5, pointer)[0, 0], WEIGHTS + weights, len(starts) - 1
     x, params = _matrix(job, given, pointer), _matrix(job, given + top, pointer)
     v, w = _matrix(job, given + top + 1, pointer), _matrix(job, given + top + 2, pointer)
     u, record = _matrix(job, given + top + 3, pointer), _matrix(job, given + top + 4, pointer)
@@ -857,11 +879,18 @@ def _back(pointer):
         for b in range(len(blocks) - 2, -1, -1):
             begin, end = blocks[b], blocks[b + 1]
             for g in range(end - 1, begin - 1, -1):
-                for k in range(top, 0, -1):
-                    _send(below, starts, job, k, g + 1 if k == top else g, end, g, g + 1, adjoint, width)
-                    for i in range(below[k - 1, g], below[k - 1, g + 1] if k > 1 else 0):
-                        at, before = starts[k - 1] + i, _matrix(job, given + k - 1, pointer)
-                        _take_back(activation, adjoint[at], before[i, left:right], record[at, left:right])
+                for k in range(weights - 1, -1, -1):  # from level k + 1, or by the direct weight, to level k or 0
+                    _send(below, starts, job, k, top, g + 1 if k >= top - 1 else g, end, g, g + 1, adjoint, width)
+                    for i in range(below[k, g], below[k, g + 1] if 0 < k < top else 0):
+                        at, before = starts[k] + i, _matrix(job, given + k, pointer)
+                        if links[1, k]:
+                            _copy(record[at, left:right], adjoint[at, :rows])
+                        else:
+                            _take_back(activation, adjoint[at], before[i, left:right], record[at, left:right])
+                        for later in range(k + 1, top):
+                            if links[0, later] == k:
+                                _add(adjoint[at, :rows], record[starts[later] + i, left:right])
+                                _copy(record[at, left:right], adjoint[at, :rows])
                 for i in range(below[0, g], below[0, g + 1]):
                     at = starts[top] + P * i
                     u_i, returned, x_i = u[i, left:right], adjoint[features + i], x[i, left:right]
@@ -875,5 +904,5 @@ def _back(pointer):
                         _solve_spline(u_i, bars, returned, v_i, w_i, x_i, params_i, knots, bound)
                     for p in range(P):
                         _copy(record[at + p, left:right], bars[p])
-            for k in range(top, 0, -1):
-                _send(below, starts, job, k, begin, end, 0, begin, adjoint, width)
+            for k in range(weights):
+                _send(below, starts, job, k, top, begin, end, 0, begin, adjoint, width)
