@@ -3,8 +3,8 @@
 from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
-from counterflow.checkpoint import load, save
-from counterflow.fit import Epoch, FitConfig, Record, fit
+from counterflow.checkpoint import load, load_state, save, save_state
+from counterflow.fit import Epoch, FitConfig, Record, State, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.made import Wiring
 from counterflow.objectives import (
@@ -34,6 +34,7 @@ __all__ = [
     "Evaluation",
     "FitConfig",
     "Record",
+    "State",
     "dreg_elbo",
     "elbo",
     "evaluate",
@@ -42,10 +43,12 @@ __all__ = [
     "forward_kl",
     "iw_elbo",
     "load",
+    "load_state",
     "log_likelihood",
     "path_elbo",
     "renyi_elbo",
     "save",
+    "save_state",
     "targets",
     "warm_up",
     "MAF",
