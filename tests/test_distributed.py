@@ -47,3 +47,68 @@ def test_two_processes_come_to_the_gradient_of_one(tmp_path):
     for rank in range(2):
         for came, wanted in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
             close(came, wanted)
+
+
+CONFIG = cf.FitConfig(epochs=4, batch_size=20, warm_up_steps=5, learning_rate=1e-2, ema=0.9)
+
+
+def trained(folder=None, resume=None, stop_after=None):
+    """The weights and the course of a short training of a MAF."""
+    rows = torch.randn(130, 3, generator=torch.Generator().manual_seed(0)).cumsum(1)
+    flow = cf.MAF(3, layers=2, hidden=(9,), seed=dist.get_rank() if dist.is_initialized() else 0)
+
+    def on_step(done, steps):
+        if done == stop_after and dist.get_rank() == 1:  # what one is asked, all do
+            raise KeyboardInterrupt
+
+    def keep(state):
+        assert not dist.is_initialized() or dist.get_rank() == 0
+        cf.save_state(state, folder)
+
+    on_state = None if folder is None else keep
+    more = {"on_step": on_step, "on_state": on_state, "resume": resume}
+    record = cf.fit(flow, cf.log_likelihood, rows[:100], rows[100:], CONFIG, **more)
+    return flow.state_dict(), record
+
+
+def train(rank, folder):
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    _, interrupted = trained(f"{folder}/states", stop_after=7)
+    assert interrupted.stopped == "interrupted"
+    dist.barrier()
+    state = cf.load_state(f"{folder}/states")
+    assert state.steps == 7
+    for name, resume in (("whole", None), ("resumed", state)):
+        weights, record = trained(resume=resume)
+        torch.save((weights, [(e.train, e.validation) for e in record.epochs]), f"{folder}/{name}{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_processes_train_as_one_does(tmp_path):
+    mp.spawn(train, (str(tmp_path),), nprocs=2)
+    weights, record = trained()
+    read = {file.stem: torch.load(file) for file in tmp_path.glob("*.pt")}
+    for came, curve in read.values():
+        assert all(torch.equal(came[k], read["whole0"][0][k]) for k in came)  # in both, and after an interruption
+        for one, other in zip(curve, record.epochs, strict=True):
+            torch.testing.assert_close(one, (other.train, other.validation), rtol=1e-4, atol=0)
+    for k, expected in weights.items():
+        close(read["whole0"][0][k], expected, 1e-4)
+
+
+def refuse(rank, folder):
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    try:
+        cf.fit(cf.MAF(2), cf.log_likelihood, torch.randn(40, 2), torch.randn(9, 2), cf.FitConfig(batch_size=9))
+    except ValueError as error:
+        assert str(error) == "expected batch_size as a multiple of the 2 processes, got 9"
+        dist.destroy_process_group()
+    else:
+        raise AssertionError("no error")
+
+
+def test_a_batch_that_cannot_be_shared_is_refused(tmp_path):
+    mp.spawn(refuse, (str(tmp_path),), nprocs=2)

@@ -8,11 +8,13 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from itertools import repeat
+from itertools import islice, repeat
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from counterflow.transform import positive
@@ -134,6 +136,11 @@ def fit(
     max_skipped of them in a row end the run with a RuntimeWarning. Ctrl-C ends it as well. However it ends, the
     best weights so far are restored and `Record.stopped` says why.
 
+    Where torch.distributed has a process group, all its processes call this with the same arguments, and come to the
+    same weights by DistributedDataParallel: each takes its share of every batch, with noise of its own, and of the
+    validation rows. What an objective draws without data is drawn by each. on_epoch and on_state are called by the
+    first process alone.
+
     Args:
         model: trained in place, and moved to the config's device.
         objective: (model, batch, **annealed) -> terms.
@@ -164,14 +171,15 @@ def fit(
     """
     steps_per_epoch = _check_rows(train, "the training data", config.batch_size) // config.batch_size
     _check_rows(validation, "the validation data", 1)
-    device = torch.device(config.device)
+    device, group = torch.device(config.device), Group.here()
+    group.share(config.batch_size, "batch_size")
     fingerprint = _fingerprint((train, validation)) if resume is not None or on_state is not None else ""
-    training = _Training(model.to(device), config, steps_per_epoch, fingerprint)
+    training = _Training(model.to(device), objective, config, steps_per_epoch, fingerprint, group)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     started = saved = time.perf_counter()
     forked = list(range(torch.cuda.device_count()))  # manual_seed reaches every one
     with torch.random.fork_rng(forked):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(group.seed(config.seed))
         if resume is not None:
             training.restore(resume)
         before = training.record.seconds
@@ -180,7 +188,9 @@ def fit(
             nonlocal saved
             training.record.seconds = before + time.perf_counter() - started
             if on_state is not None:
-                on_state(training.state())
+                state = training.state()
+                if group.rank == 0:
+                    on_state(state)
             saved = time.perf_counter()
 
         try:
@@ -190,24 +200,23 @@ def fit(
                 for batch in training.batches(train):
                     annealed = {} if anneal is None else anneal(training.progress)
                     with autocast:
-                        terms = objective(model, _to(batch, device), **annealed)
-                    training.step(-_mean(terms))
-                    if on_step is not None:
-                        training.between = True
-                        on_step(training.steps, steps_per_epoch * config.epochs)
-                        training.between = False
-                    if time.perf_counter() - saved > state_every:
+                        loss = training.loss(_to(batch, device), annealed)
+                    training.step(loss)
+                    ended = _interrupted(on_step, training.steps, steps_per_epoch * config.epochs)
+                    due = time.perf_counter() - saved > state_every
+                    due, ended = group.any(due or ended, ended)
+                    if due:
                         keep()
+                    if ended:
+                        raise KeyboardInterrupt
                 seconds = time.perf_counter() - begun
-                reached = _validate(training.evaluated, validate or objective, validation, config, autocast)
+                reached = _validate(training.evaluated, validate or objective, validation, config, autocast, group)
                 row = training.end_epoch(reached, seconds)
-                if on_epoch is not None:
+                if on_epoch is not None and group.rank == 0:
                     on_epoch(row, training.evaluated)
             keep()
         except KeyboardInterrupt:
             training.record.stopped = "interrupted"
-            if training.between:
-                keep()
         except _NotFinite:
             training.record.stopped = "not finite"
     record = training.record
@@ -228,15 +237,26 @@ def fit(
 class _Training:
     """A training as it stands between two steps."""
 
-    def __init__(self, model: nn.Module, config: FitConfig, steps_per_epoch: int, fingerprint: str) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        config: FitConfig,
+        steps_per_epoch: int,
+        fingerprint: str,
+        group: Group,
+    ) -> None:
         self.model, self.config, self.steps_per_epoch, self.fingerprint = model, config, steps_per_epoch, fingerprint
+        self.group, loss = group, _Loss(model, objective)
+        self.loss: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss, broadcast_buffers=False)
+        self.shuffle = torch.Generator().manual_seed(config.seed)  # of the order of rows, the same in all processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[config.optimizer](
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
         self.averaged = AveragedModel(model, multi_avg_fn=_ema(config.ema)) if config.ema else None
         self.evaluated: nn.Module = model if self.averaged is None else self.averaged.module
-        self.record, self.between = Record(), False
+        self.record = Record()
         self.steps = 0  # done, over all epochs
         self.order: Tensor | None = None  # of the rows, in this epoch
         self.total, self.counted, self.skipped = 0.0, 0, 0  # of this epoch
@@ -254,16 +274,20 @@ class _Training:
         return self.steps / self.steps_per_epoch
 
     def batches(self, data: Batch | int) -> Iterator[Batch]:
-        """The batches that the epoch still has, in a new random order; rows that do not fill one wait for another."""
+        """This process' share of the batches that the epoch still has.
+
+        In a new random order; rows that do not fill a batch wait for another one.
+        """
         done = self.steps - len(self.record.epochs) * self.steps_per_epoch
         if isinstance(data, int):
             yield from repeat(None, data - done)
             return
         size = self.config.batch_size
         if self.order is None:
-            self.order = torch.randperm(len(_parts(data)[0]))
+            self.order = torch.randperm(len(_parts(data)[0]), generator=self.shuffle)
         for k in range(done, self.steps_per_epoch):
-            picked = tuple(part[self.order[k * size : (k + 1) * size]] for part in _parts(data))
+            index = self.order[k * size + self.group.rank : (k + 1) * size : self.group.size]
+            picked = tuple(part[index] for part in _parts(data))
             yield picked if isinstance(data, tuple) else picked[0]
 
     def step(self, loss: Tensor) -> None:
@@ -274,7 +298,8 @@ class _Training:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.steps += 1
-        if math.isfinite(reached := loss.item()) and math.isfinite(norm.item()):
+        reached = self.group.mean(loss.item())
+        if math.isfinite(reached) and math.isfinite(norm.item()):
             self.optimizer.step()
             self.total, self.counted, self.in_a_row = self.total - reached, self.counted + 1, 0
             if self.averaged is not None:
@@ -314,8 +339,8 @@ class _Training:
         tensors = {f"optimizer.{i}.{key}": value for i, slot in optimizer.items() for key, value in slot.items()}
         for prefix, part in self._parts().items():
             tensors |= {f"{prefix}.{key}": value for key, value in part.items()}
-        tensors["generator.cpu"] = torch.get_rng_state()
-        tensors |= {f"generator.cuda.{i}": g for i, g in enumerate(torch.cuda.get_rng_state_all())}
+        tensors["shuffle"] = self.shuffle.get_state()
+        tensors |= {f"noise.{rank}": state for rank, state in enumerate(self.group.gather(self._noise()))}
         if self.order is not None:
             tensors["order"] = self.order
         numbers = {name: getattr(self, name) for name in _POSITION}
@@ -343,9 +368,12 @@ class _Training:
             i, _, key = name.partition(".")
             slots.setdefault(int(i), {})[key] = value
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        torch.set_rng_state(tensors["generator.cpu"].cpu())
-        if torch.cuda.is_available():
-            torch.cuda.set_rng_state_all([g.cpu() for g in _under(tensors, "generator.cuda").values()])
+        self.shuffle.set_state(tensors["shuffle"].cpu())
+        noise = _under(tensors, "noise")
+        if len(noise) == self.group.size:
+            self._set_noise(noise[str(self.group.rank)].cpu())
+        else:  # other processes than before: new noise, the same in every repetition
+            torch.manual_seed(self.group.seed(self.config.seed) + state.steps)
         self.order = tensors.get("order")
         for name in _POSITION:
             setattr(self, name, state.numbers[name])
@@ -353,10 +381,95 @@ class _Training:
         stopped: Stopped = "settled" if course["stopped"] == "settled" else "finished"
         self.record = Record([Epoch(**row) for row in course["epochs"]], stopped, course["seconds"])
 
+    def _noise(self) -> Tensor:
+        """The state of the generator that noise comes from, on the device of the training."""
+        cuda = self.config.device.startswith("cuda")
+        return torch.cuda.get_rng_state(self.config.device) if cuda else torch.get_rng_state()
+
+    def _set_noise(self, state: Tensor) -> None:
+        if self.config.device.startswith("cuda"):
+            torch.cuda.set_rng_state(state, self.config.device)
+        else:
+            torch.set_rng_state(state)
+
     def _parts(self) -> dict[str, dict[str, Tensor]]:
         """The weights of which there are several."""
         averaged = {} if self.averaged is None else self.averaged.state_dict()
         return {"model": self.model.state_dict(), "averaged": averaged, "best": self.best_weights}
+
+
+class _Loss(nn.Module):
+    """What DistributedDataParallel wraps: minus the mean of an objective's terms."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self.objective = model, objective
+
+    def forward(self, batch: Batch, annealed: dict[str, float]) -> Tensor:
+        return -_mean(self.objective(self.model, batch, **annealed))
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes that train together, and what they tell each other; one process is a group as well."""
+
+    rank: int = 0
+    size: int = 1
+
+    @classmethod
+    def here(cls) -> Group:
+        """That of torch.distributed, if it has been set up."""
+        if dist.is_available() and dist.is_initialized():
+            return cls(dist.get_rank(), dist.get_world_size())
+        return cls()
+
+    def share(self, whole: int, name: str) -> int:
+        """This process' part of a number; ValueError where it cannot be divided."""
+        if whole % self.size:
+            raise ValueError(f"expected {name} as a multiple of the {self.size} processes, got {whole}")
+        return whole // self.size
+
+    def seed(self, seed: int) -> int:
+        """A seed of its own for each process; that of the first one is the seed itself."""
+        return seed + 1_000_003 * self.rank
+
+    def mean(self, value: float) -> float:
+        """The mean over all processes."""
+        return self.sum(value)[0] / self.size
+
+    def sum(self, *values: float) -> list[float]:
+        """Sums over all processes."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self._device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def any(self, *values: bool) -> list[bool]:
+        """Whether it is so in one process at least."""
+        return [total > 0 for total in self.sum(*map(float, values))]
+
+    def gather(self, mine: Tensor) -> list[Tensor]:
+        """The tensors of all processes, of one shape."""
+        if self.size == 1:
+            return [mine]
+        every = [torch.empty_like(mine, device=self._device) for _ in range(self.size)]
+        dist.all_gather(every, mine.to(self._device))
+        return [each.cpu() for each in every]
+
+    @property
+    def _device(self) -> str:
+        return "cuda" if dist.get_backend() == "nccl" else "cpu"
+
+
+def _interrupted(on_step: Callable[[int, int], None] | None, done: int, steps: int) -> bool:
+    """Whether on_step asked for an end."""
+    try:
+        if on_step is not None:
+            on_step(done, steps)
+    except KeyboardInterrupt:
+        return True
+    return False
 
 
 _POSITION = ("steps", "total", "counted", "skipped", "in_a_row", "since_best", "best")
@@ -457,17 +570,20 @@ def _ema(decay: float) -> Callable[[Any, Any, Any], None]:
 
 
 @torch.no_grad()
-def _validate(model: nn.Module, objective: Objective, data: Batch | int, config: FitConfig, autocast: Any) -> float:
-    """The mean term over all rows, with the same noise at every call."""
+def _validate(
+    model: nn.Module, objective: Objective, data: Batch | int, config: FitConfig, autocast: Any, group: Group
+) -> float:
+    """The mean term over all rows, with the same noise at every call; every process takes its share of the batches."""
     model.eval()
     device = torch.device(config.device)
-    total, rows = 0.0, 0
+    total, rows = 0.0, 0.0
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
-        torch.manual_seed(config.seed)
-        for batch, size in _in_order(data, config.batch_size):
+        torch.manual_seed(group.seed(config.seed))
+        for batch, size in islice(_in_order(data, config.batch_size), group.rank, None, group.size):
             with autocast:
                 terms = objective(model, _to(batch, device))
             total, rows = total + _mean(terms).item() * size, rows + size
+    total, rows = group.sum(total, rows)
     return total / rows
 
 
