@@ -12,6 +12,13 @@ import counterflow as cf
 M = TypeVar("M", bound=nn.Module)
 SPLINE = cf.RationalQuadraticSpline(bins=5, bound=5.0)
 UNIVARIATES = {"affine": cf.Affine(), "gated": cf.Gated(), "sinh-arcsinh": cf.SinhArcsinh(), "spline": SPLINE}
+FOREIGN = {  # what flows of other libraries are converted to
+    "softplus scale": cf.ScaledAffine("softplus"),
+    "sigmoid scale": cf.ScaledAffine("sigmoid"),
+    "softclip scale": cf.ScaledAffine("softclip"),
+    "clamp scale": cf.ScaledAffine("clamp"),
+    "clipped spline": cf.RationalQuadraticSpline(bins=5, bound=5.0, clipped=True),
+}
 
 
 def stir(module: M, seed: int = 0, gain: float = 0.8) -> M:
@@ -26,7 +33,18 @@ def stir(module: M, seed: int = 0, gain: float = 0.8) -> M:
 def autoregressive(
     features: int, context: int = 0, hidden: Iterable[int] = (7, 5), univariate: str = "affine", **more: object
 ) -> Callable[[], cf.Autoregressive]:
-    return lambda: stir(cf.Autoregressive(features, context, hidden, UNIVARIATES[univariate], **more))
+    return lambda: stir(cf.Autoregressive(features, context, hidden, (UNIVARIATES | FOREIGN)[univariate], **more))
+
+
+def coupling_layer(
+    features: int,
+    moved: tuple[int, ...],
+    context: int = 0,
+    hidden: tuple[int, ...] = (7, 5),
+    *more: object,
+    **kw: object,
+) -> Callable[[], cf.CouplingLayer]:
+    return lambda: stir(cf.CouplingLayer(features, moved, context, hidden, *more, **kw))
 
 
 def _several() -> cf.Compose:
@@ -67,6 +85,18 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
     "sinh-arcsinh 3": autoregressive(3, 0, (10,), "sinh-arcsinh", activation="elu"),
     "one degree": autoregressive(3, 0, (4,), degrees=(1, 1, 1), activation="softplus"),
     "one degree context": autoregressive(3, 2, (4, 6), "gated", degrees=(1, 1, 1), activation="tanh"),
+    "softplus 3": autoregressive(3, 0, (10,), "softplus scale", activation="elu"),
+    "sigmoid 3 context": autoregressive(3, 2, (10,), "sigmoid scale", activation="silu"),
+    "softclip 17": autoregressive(17, 0, (21, 17), "softclip scale", activation="tanh"),
+    "clamp 3": autoregressive(3, 0, (8, 6), "clamp scale", activation="softplus"),
+    "clipped spline 3": autoregressive(3, 0, (8, 8), "clipped spline", activation="elu"),
+    "coupling layer": coupling_layer(5, (1, 4)),
+    "coupling layer, spline, gated residual": coupling_layer(
+        4, (2, 0), 2, (6, 5, 6, 6), SPLINE, "silu", skips=(None, None, 0, None), linear=(3,), gates=(2,)
+    ),
+    "coupling layer, linear": coupling_layer(3, (2, 1), 1, (), activation="elu"),
+    "coupling layer, of the context": coupling_layer(2, (0, 1), 2, (7,), cf.Gated(), "softplus"),
+    "coupling layer, constant": coupling_layer(3, (0, 2, 1), 0, (), SPLINE),
     "permute": lambda: cf.Permute([3, 0, 2, 1]),
     "standardize": lambda: cf.Standardize([0.5, -1.0, 2.0], [0.5, 2.0, 1.5]).double(),
     "triangular": lambda: cf.Triangular([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]]).double(),

@@ -22,6 +22,7 @@ ROOMS = (
     "made",
     "substitution",
     "autoregressive",
+    "coupling",
     # probability
     "flow",
     "recipes",
@@ -64,6 +65,7 @@ LAZY = [
     "pyro",
     "pytensor",
     "rich",
+    "sbi",
     "sklearn",
     "stan",
     "tyro",

@@ -4,6 +4,7 @@ from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, save
+from counterflow.coupling import CouplingLayer
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.objectives import (
@@ -21,7 +22,7 @@ from counterflow.objectives import (
 from counterflow.posterior import Posterior, fit_posterior
 from counterflow.recipes import IAF, MAF, NSF, Coupling
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Transform, Triangular
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
 
 __version__ = "0.1.0"
@@ -54,6 +55,7 @@ __all__ = [
     "Base",
     "Compose",
     "Coupling",
+    "CouplingLayer",
     "DiagonalNormal",
     "Flow",
     "FlowDistribution",
@@ -63,6 +65,7 @@ __all__ = [
     "Posterior",
     "PosteriorConfig",
     "RationalQuadraticSpline",
+    "ScaledAffine",
     "SinhArcsinh",
     "StandardNormal",
     "Standardize",

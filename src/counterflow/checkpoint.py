@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from counterflow.autoregressive import Autoregressive
+from counterflow.coupling import CouplingLayer
 from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
 
 # Only these are ever built from a file.
@@ -25,12 +26,14 @@ TYPES: dict[str, type] = {
         Affine,
         Autoregressive,
         Compose,
+        CouplingLayer,
         DiagonalNormal,
         Flow,
         Gated,
         Inverse,
         Permute,
         RationalQuadraticSpline,
+        ScaledAffine,
         SinhArcsinh,
         StandardNormal,
         Standardize,
