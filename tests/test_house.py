@@ -17,6 +17,7 @@ SRC = ROOT / "src" / "counterflow"
 ROOMS = (
     # mathematics: no training, no files
     "transform",
+    "context",
     "univariate",
     "staircase",
     "made",

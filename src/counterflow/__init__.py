@@ -4,9 +4,11 @@ from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, save
+from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
+from counterflow.interop import convert
 from counterflow.objectives import (
     Evaluation,
     dreg_elbo,
@@ -34,6 +36,7 @@ __all__ = [
     "Evaluation",
     "FitConfig",
     "Record",
+    "convert",
     "dreg_elbo",
     "elbo",
     "evaluate",
@@ -69,6 +72,7 @@ __all__ = [
     "SinhArcsinh",
     "StandardNormal",
     "Standardize",
+    "StandardizedContext",
     "StudentT",
     "Transform",
     "Triangular",

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from counterflow.autoregressive import Autoregressive
+from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
 from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
@@ -37,6 +38,7 @@ TYPES: dict[str, type] = {
         SinhArcsinh,
         StandardNormal,
         Standardize,
+        StandardizedContext,
         StudentT,
         Triangular,
         VAE,

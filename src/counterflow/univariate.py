@@ -210,7 +210,7 @@ class ScaledAffine(Univariate):
     def _scale(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """The scale s, and log s."""
         if self.scale == "softplus":
-            s = self.least + F.softplus(a + self._unit)
+            s = self.least + F.softplus(a + self.unit)
             return s, s.log()
         if self.scale == "sigmoid":
             s = self.least + torch.sigmoid(a + 2)
@@ -221,7 +221,7 @@ class ScaledAffine(Univariate):
     def _slope(self, a: Tensor, s: Tensor) -> Tensor:
         """The derivative of log s by a."""
         if self.scale == "softplus":
-            return torch.sigmoid(a + self._unit) / s
+            return torch.sigmoid(a + self.unit) / s
         if self.scale == "sigmoid":
             return torch.sigmoid(a + 2) * torch.sigmoid(-a - 2) / s
         if self.scale == "softclip":
@@ -229,7 +229,8 @@ class ScaledAffine(Univariate):
         return ((a >= self.low) & (a <= self.high)).to(a.dtype)
 
     @property
-    def _unit(self) -> float:
+    def unit(self) -> float:
+        """What softplus is given at a = 0."""
         return math.log(math.expm1(1 - self.least))
 
     @property
@@ -451,7 +452,7 @@ class RationalQuadraticSpline(Univariate):
         if self.clipped:
             w, h, slopes = (*(_softclip(v, self._most / 2) for v in (w, h)), _softclip(d, self._most).exp())
         else:
-            slopes = self.least + F.softplus(d + math.log(math.expm1(1 - self.least)))
+            slopes = self.least + F.softplus(d + self.unit)
         return self._edges(w), self._edges(h), F.pad(slopes, (1, 1), value=1.0)
 
     def _edges(self, raw: Tensor) -> Tensor:
@@ -461,6 +462,11 @@ class RationalQuadraticSpline(Univariate):
 
     def _split(self, params: Tensor) -> tuple[Tensor, ...]:
         return params.split([self.bins, self.bins, self.bins - 1], -1)
+
+    @property
+    def unit(self) -> float:
+        """What softplus is given at d = 0."""
+        return math.log(math.expm1(1 - self.least))
 
     @property
     def _floor(self) -> float:
