@@ -102,6 +102,10 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
     "triangular": lambda: cf.Triangular([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]]).double(),
     "inverse": lambda: cf.Inverse(autoregressive(3, 2, (9,), activation="tanh")()),
     "inverse spline": lambda: cf.Inverse(autoregressive(3, 0, (9,), "spline", activation="elu")()),
+    "inverse of linear": lambda: cf.Inverse(cf.Linear([0.5, -1.0], [[0.2, -1.5], [1.0, 0.3]]).double()),
+    "standardized context": lambda: cf.StandardizedContext(
+        autoregressive(3, 2, (9,), activation="tanh")(), [1.0, -2.0], [0.5, 3.0]
+    ).double(),
     "compose": _several,
     "inverse of compose": lambda: cf.Inverse(_several()),
     "compose of compose": lambda: cf.Compose([cf.Inverse(_several()), cf.Permute([1, 0, 2]), _several()]),

@@ -18,6 +18,7 @@ ROOMS = (
     # mathematics: no training, no files
     "transform",
     "context",
+    "linear",
     "univariate",
     "staircase",
     "made",

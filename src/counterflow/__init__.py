@@ -9,6 +9,7 @@ from counterflow.coupling import CouplingLayer
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.interop import convert
+from counterflow.linear import Linear
 from counterflow.objectives import (
     Evaluation,
     dreg_elbo,
@@ -64,6 +65,7 @@ __all__ = [
     "FlowDistribution",
     "Gated",
     "Inverse",
+    "Linear",
     "Permute",
     "Posterior",
     "PosteriorConfig",

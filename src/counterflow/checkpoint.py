@@ -16,6 +16,7 @@ from counterflow.autoregressive import Autoregressive
 from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
 from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
+from counterflow.linear import Linear
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
@@ -32,6 +33,7 @@ TYPES: dict[str, type] = {
         Flow,
         Gated,
         Inverse,
+        Linear,
         Permute,
         RationalQuadraticSpline,
         ScaledAffine,

@@ -118,6 +118,21 @@ def linear_layer(module: Any, **more: Any) -> Layer:
     return Layer(weight, bias, None if mask is None else mask.bool(), **more)
 
 
+def activated(layer: Layer) -> Layer:
+    """The layer fed on through its activation."""
+    return replace(layer, linear=False)
+
+
+def split(layer: Layer, features: int, first: int = 0) -> Layer:
+    """The layer, of whose inputs all but `features` from number `first` on are the context."""
+    inputs = torch.arange(layer.weight.shape[1])
+    is_feature = (inputs >= first) & (inputs < first + features)
+    if is_feature.all():
+        return layer
+    mask = None if layer.mask is None else layer.mask[:, is_feature]
+    return replace(layer, weight=layer.weight[:, is_feature], mask=mask, context=layer.masked()[:, ~is_feature])
+
+
 def batch_norm(module: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
     """Scale and shift of a batch norm in eval mode."""
     if module.running_mean is None or module.running_var is None:
@@ -146,6 +161,11 @@ def autoregressive(
         activation: its name.
         direct: what the features, and the context, add to the params without a hidden layer.
     """
+    if any(layer.gate is not None for layer in layers):
+        raise ValueError(
+            "expected a context that is added to a masked network, got gates (GLU) between its layers, by which each row "
+            "of a batch has other weights; train coupling layers for a context, or nflows' masked ones, which add it"
+        )
     known, before = torch.tensor(degrees), torch.tensor(degrees)
     order = torch.argsort(known, stable=True)
     of: list[Tensor] = []
