@@ -11,6 +11,23 @@ import counterflow as cf
 
 M = TypeVar("M", bound=nn.Module)
 SPLINE = cf.RationalQuadraticSpline(bins=5, bound=5.0)
+RESIDUAL = cf.Wiring(skips=(None, None, 0, None, 2), linear=(False,) * 4 + (True,), contexts=(0, 1, 3))
+WIRINGS = {  # for hidden layers of these sizes, four features or more
+    "residual": ((6,) * 5, RESIDUAL),
+    "residual, unactivated": ((7, 5, 7), cf.Wiring(skips=(None, None, 0), linear=(True, False, True))),
+    "direct": ((9, 8), cf.Wiring(direct=True)),
+    "all": (
+        (5, 4, 5, 5),
+        cf.Wiring(
+            hidden_degrees=[[0, 1, 1, 2, 3], [1, 2, 3, 3], [0, 1, 1, 2, 3], [0, 1, 1, 2, 3]],
+            skips=(None, None, 0, 0),
+            linear=(False, False, True, False),
+            contexts=(0, 2, 1),
+            activated_contexts=(0,),
+            direct=True,
+        ),
+    ),
+}
 UNIVARIATES = {"affine": cf.Affine(), "gated": cf.Gated(), "sinh-arcsinh": cf.SinhArcsinh(), "spline": SPLINE}
 FOREIGN = {  # what flows of other libraries are converted to
     "softplus scale": cf.ScaledAffine("softplus"),
@@ -97,6 +114,11 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
     "coupling layer, linear": coupling_layer(3, (2, 1), 1, (), activation="elu"),
     "coupling layer, of the context": coupling_layer(2, (0, 1), 2, (7,), cf.Gated(), "softplus"),
     "coupling layer, constant": coupling_layer(3, (0, 2, 1), 0, (), SPLINE),
+    **{
+        f"{name} {D} {univariate}": autoregressive(D, context, hidden, univariate, activation="elu", wiring=wiring)
+        for D, context, univariate in ((4, 0, "affine"), (4, 2, "gated"), (17, 2, "affine"))
+        for name, (hidden, wiring) in WIRINGS.items()
+    },
     "permute": lambda: cf.Permute([3, 0, 2, 1]),
     "standardize": lambda: cf.Standardize([0.5, -1.0, 2.0], [0.5, 2.0, 1.5]).double(),
     "triangular": lambda: cf.Triangular([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]]).double(),

@@ -1,5 +1,8 @@
 """Every body gives the numbers of `reference`, and `reference` those of plain autograd."""
 
+import os
+import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from itertools import cycle, product
@@ -7,7 +10,7 @@ from threading import Timer
 
 import pytest
 import torch
-from registry import FOREIGN, UNIVARIATES, close, inputs, over, stir
+from registry import FOREIGN, UNIVARIATES, WIRINGS, close, inputs, over, stir
 
 import counterflow as cf
 from counterflow.made import ACTIVATIONS
@@ -39,6 +42,27 @@ CASES = {
     )
     if (univariate, D) != ("sinh-arcsinh", 64)  # a power of a power of a power overflows
 }
+CASES |= {
+    f"{D}, {univariate}, {activation}, {name}, {degrees}, context {context}": (
+        D,
+        context,
+        hidden,
+        UNIVARIATES[univariate],
+        DEGREES[degrees](D),
+        activation,
+        wiring,
+    )
+    for (D, univariate, activation, degrees, context), (name, (hidden, wiring)) in product(
+        (
+            (4, "affine", "elu", "own", 2),
+            (5, "gated", "tanh", "own", 0),
+            (17, "spline", "relu", "own", 3),
+            (70, "affine", "silu", "own", 2),
+            (11, "affine", "silu", "own", 0),
+        ),
+        WIRINGS.items(),
+    )
+}
 
 COMPILED = [*(name for name in UNIVARIATES if name != "sinh-arcsinh"), *FOREIGN]
 ABLE = [(body, u) for body, u in product(["reference", *BODIES], UNIVARIATES) if body != "cpu" or u in COMPILED]
@@ -66,7 +90,8 @@ def poisoned(monkeypatch):
 
 def made(case, device="cpu", dtype=torch.float64, rows=6):
     """The transform of a case, y of which some lie far out, and c."""
-    t = stir(cf.Autoregressive(*CASES[case])).to(device, dtype)
+    *arguments, wiring = (*CASES[case], None)[:7]
+    t = stir(cf.Autoregressive(*arguments, wiring=wiring)).to(device, dtype)
     y, c = (v if v is None else v.to(device, dtype) for v in inputs(t, rows))
     y[::3] *= 3
     return t, y, c
@@ -332,3 +357,29 @@ def test_a_map_of_ones_own_needs_partials_inside_torch_compile():
     close(t(x)[0], y)
     with pytest.raises(RuntimeError, match=r"expected partials\(\) of Shift\(\) in closed form inside torch.compile"):
         x.sum().backward()
+
+
+FITS = """
+import sys, torch, counterflow as cf
+from registry import close, inputs, stir
+from counterflow.substitution import cpu, reference
+with torch.no_grad():
+    for hidden, activation in (((6,) * 5, "elu"), ((37, 70), "tanh"), ((9, 7), "relu")):
+        t = stir(cf.Autoregressive(6, 2, hidden, activation=activation))
+        y, c = inputs(t, 6)
+        system, v, w = t._system(y, c), torch.randn_like(y), torch.randn_like(y[:, 0])
+        solution = reference.forward_substitution(system, y)
+        close(cpu.forward_substitution(system, y).x, solution.x)
+        if sys.argv[1] == "both":
+            u = [body.back_substitution(system, solution, v, w).u for body in (reference, cpu)]
+            close(u[1], u[0])
+"""
+
+
+@pytest.mark.slow
+def test_code_that_two_processes_have_compiled_fits_together(tmp_path):
+    """Numba links what it compiled and what it finds on disk by names, and two processes may give one name twice."""
+    there = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    for which in ("forward", "both", "both"):
+        ran = subprocess.run([sys.executable, "-c", FITS, which], env=there, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr

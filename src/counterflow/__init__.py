@@ -10,6 +10,7 @@ from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.interop import convert
 from counterflow.linear import Linear
+from counterflow.made import Wiring
 from counterflow.objectives import (
     Evaluation,
     dreg_elbo,
@@ -79,4 +80,5 @@ __all__ = [
     "Transform",
     "Triangular",
     "Univariate",
+    "Wiring",
 ]

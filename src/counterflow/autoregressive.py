@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from counterflow.made import MADE
+from counterflow.made import MADE, Wiring
 from counterflow.staircase import Staircase
 from counterflow.substitution import (
     Body,
@@ -39,6 +39,7 @@ class Autoregressive(Transform):
         degrees: D degrees that use every number of 1..G; 1, 2, ..., D when not given. Features of one degree do
             not see each other, so that degrees (1, 1, 2, 2) make a coupling layer.
         activation: of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
+        wiring: how the hidden layers are joined, such as a residual network; a chain when not given.
 
     Attributes:
         solver: which body solves: "auto", "cpu" (compiled; the maps of this library), "sliced" (torch operations, any
@@ -72,6 +73,8 @@ class Autoregressive(Transform):
         univariate: Univariate | None = None,
         degrees: Sequence[int] | None = None,
         activation: str = "relu",
+        *,
+        wiring: Wiring | None = None,
     ) -> None:
         super().__init__()
         self.features = positive(features, "features")
@@ -87,9 +90,9 @@ class Autoregressive(Transform):
         self.register_buffer("places", torch.argsort(order), persistent=False)
         self._sorted = order.tolist() == list(range(features))
         ascending = sorted(self.degrees)
-        self.made = MADE(ascending, self.univariate.parameters, hidden, activation, self.context)
-        self.hidden = tuple(hidden)
-        self._layout = Layout(self.made.ends, self.made.activation, self.univariate)
+        self.made = MADE(ascending, self.univariate.parameters, hidden, activation, self.context, wiring)
+        self.hidden, self.wiring = tuple(hidden), wiring
+        self._layout = Layout(self.made.ends, self.made.activation, self.univariate, self.made.chain)
         self.solver = "auto"
 
     @property
@@ -165,9 +168,11 @@ class Autoregressive(Transform):
         """The system for the rows of `like` (..., D), its batch shape flattened."""
         layers = self.made.masked_layers()
         biases: list[Tensor] = [layer.bias for layer in layers]
-        if self.made.context is not None:
-            shift = biases[0] + self.made.context(c)
-            biases[0] = shift.expand(*like.shape[:-1], -1).reshape(-1, shift.shape[-1])
+        if self.made.direct is not None:  # the direct layer ends where the last one does
+            biases[-2:] = [biases[-2] + biases[-1]]
+        for k, shift in self.made.shifts(c).items():
+            bias = biases[k] + shift
+            biases[k] = bias.expand(*like.shape[:-1], -1).reshape(-1, bias.shape[-1])
         return System(self._layout, tuple(layer.weight for layer in layers), tuple(biases))
 
     def _sort(self, x: Tensor) -> Tensor:
@@ -186,6 +191,7 @@ class Autoregressive(Transform):
             "univariate": self.univariate,
             "degrees": None if natural else list(self.degrees),
             "activation": self.activation,
+            "wiring": self.wiring,
         }
 
     def __repr__(self) -> str:

@@ -17,6 +17,7 @@ from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
 from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
 from counterflow.linear import Linear
+from counterflow.made import Wiring
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
@@ -44,6 +45,7 @@ TYPES: dict[str, type] = {
         StudentT,
         Triangular,
         VAE,
+        Wiring,
     )
 }
 KEY = "counterflow"  # in the header of the file
@@ -110,7 +112,7 @@ def load(path: str | Path, device: str = "cpu") -> Any:
 
 def encode(value: Any) -> Any:
     """The constructor's arguments of a module or univariate map, all the way down, as JSON knows them."""
-    if isinstance(value, nn.Module | Univariate):
+    if isinstance(value, nn.Module | Univariate | Wiring):
         name = type(value).__name__
         if TYPES.get(name) is not type(value):
             raise TypeError(f"expected a class that counterflow can load again ({', '.join(TYPES)}), got {name}")

@@ -27,9 +27,7 @@ class StandardizedContext(Transform):
         True
     """
 
-    def __init__(
-        self, transform: Transform, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]
-    ) -> None:
+    def __init__(self, transform: Transform, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> None:
         super().__init__()
         self.transform = transform
         self.standardize = Standardize(mean, std)

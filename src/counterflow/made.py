@@ -13,8 +13,9 @@ Source: Germain et al. 2015, "MADE: Masked Autoencoder for Distribution Estimati
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -122,10 +123,100 @@ class MaskedLinear(nn.Linear):
         return linear(x, self.weight, self.bias, self.staircase)
 
 
+@dataclass(frozen=True)
+class Wiring:
+    """How the layers of a MADE are joined, where it is more than a chain; what every field allows keeps the degrees.
+
+    With h the hidden layers before their activation f, x the features and c the context:
+
+        h_k = W_k fed_{k-1} + b_k + V_k c + h_{skips[k]}, where fed_{k-1} = f(h_{k-1}), or h_{k-1} if linear[k-1]
+        params = W fed_last + b + direct x
+
+    A residual network has skips of two layers: with skips=(None, None, 0, None, 2) and
+    linear=(False, False, False, False, True) it has two blocks, and the last sum is not activated.
+
+    Args:
+        hidden_degrees: of each hidden layer, in ascending order; spread evenly when not given. A unit of degree e sees
+            the features of degree e and below.
+        skips: for each hidden layer an earlier one of the same degrees that is added to it, or None.
+        linear: for each hidden layer whether what it feeds on is itself, without the activation.
+        contexts: the hidden layers that receive the context.
+        activated_contexts: those of them to which f(V c + v) is added in place of V c.
+        direct: whether the features (and the context) lead straight to the parameters as well.
+
+    Raises:
+        ValueError: layers that do not exist, degrees out of order.
+
+    Source: residual networks, He et al. 2016, "Identity Mappings in Deep Residual Networks"; in a MADE, Durkan and Nash
+    2019, "Autoregressive Energy Machines".
+
+    Example:
+        >>> import counterflow as cf
+        >>> wiring = Wiring(skips=(None, None, 0), linear=(False, False, True))
+        >>> cf.Autoregressive(3, hidden=(16, 16, 16), wiring=wiring).inverse_cost
+        'forward substitution'
+    """
+
+    hidden_degrees: Sequence[Sequence[int]] | None = None
+    skips: Sequence[int | None] = ()
+    linear: Sequence[bool] = ()
+    contexts: Sequence[int] = (0,)
+    activated_contexts: Sequence[int] = ()
+    direct: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("skips", "linear", "contexts", "activated_contexts"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if self.hidden_degrees is not None:
+            object.__setattr__(self, "hidden_degrees", tuple(map(tuple, self.hidden_degrees)))
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        return asdict(self)
+
+    def degrees(self, sizes: Sequence[int], G: int, lowest: int) -> list[list[int]]:
+        """The degrees of hidden layers of these sizes; ValueError where the wiring does not fit to them."""
+        if self.hidden_degrees is None:
+            found = [hidden_degrees(size, G - 1, lowest) for size in sizes]
+        else:
+            found = [list(level) for level in self.hidden_degrees]
+        layers = range(len(sizes))
+        if [len(level) for level in found] != list(sizes) or any(
+            level != sorted(level) or not 0 <= level[0] <= level[-1] < G for level in found
+        ):
+            raise ValueError(
+                f"expected hidden_degrees in ascending order from 0..{G - 1} for hidden layers of {tuple(sizes)} "
+                f"units, got {self.hidden_degrees!r}"
+            )
+        if any(field and len(field) != len(sizes) for field in (self.skips, self.linear)) or not (
+            set(self.activated_contexts) <= set(self.contexts) <= set(layers)
+        ):
+            raise ValueError(f"expected a wiring of {len(sizes)} hidden layers, got {self!r}")
+        for k, source in enumerate(self.skips):
+            if source is not None and not (source in range(k) and found[source] == found[k]):
+                raise ValueError(
+                    f"expected skips[{k}] as an earlier hidden layer of the same degrees, got {source}; a sum of units "
+                    "of other degrees would break the order of the features"
+                )
+        return found
+
+
+class Chain(NamedTuple):
+    """What substitution has to know of a wiring, which says what these are; the tuples have every hidden layer."""
+
+    skips: tuple[int | None, ...]
+    linear: tuple[bool, ...]
+    direct: bool
+
+    def added_to(self, k: int) -> list[int]:
+        """The hidden layers to which layer k is added."""
+        return [later for later, source in enumerate(self.skips) if source == k]
+
+
 class MADE(nn.Module):
     """A masked network: features x (..., D), sorted by degree, and a context c (..., C) to parameters (..., D, P).
 
-    The context enters the first hidden layer unmasked. The output layer starts at 3e-4 of the
+    The context enters the first hidden layer unmasked, or as the wiring says. The output layer starts at 3e-4 of the
     others' size, so that a flow of five layers starts within 1e-2 of what its univariate map does with zero parameters.
 
     Args:
@@ -134,14 +225,22 @@ class MADE(nn.Module):
         hidden: the sizes of the hidden layers.
         activation: a name from ACTIVATIONS.
         context: C.
+        wiring: how the layers are joined; a chain when not given.
 
     Attributes:
         ends: for the features and for each hidden layer, how many units have a degree of at most g, for
             g = 0..G. This is all that substitution has to know about the masks.
+        chain: what it has to know about the wiring.
     """
 
     def __init__(
-        self, degrees: Sequence[int], parameters: int, hidden: Sequence[int], activation: str, context: int
+        self,
+        degrees: Sequence[int],
+        parameters: int,
+        hidden: Sequence[int],
+        activation: str,
+        context: int,
+        wiring: Wiring | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation_named(activation)
@@ -149,18 +248,29 @@ class MADE(nn.Module):
         if isinstance(hidden, int) or not hidden:
             raise ValueError(f"expected the sizes of the hidden layers, such as hidden=(64, 64), got hidden={hidden!r}")
         sizes = [positive(size, f"hidden[{k}]") for k, size in enumerate(hidden)]
-        G = max(degrees)
+        G, wiring = max(degrees), Wiring() if wiring is None else wiring
         # Units of degree 0 see the context alone: without one they would be constants.
         lowest = 0 if context or G == 1 else 1
-        levels = [list(degrees), *(hidden_degrees(size, G - 1, lowest) for size in sizes)]
+        levels = [list(degrees), *wiring.degrees(sizes, G, lowest)]
         self.ends = tuple(tuple(sum(d <= g for d in level) for g in range(G + 1)) for level in levels)
+        self.chain = Chain(
+            tuple(wiring.skips) or (None,) * len(sizes), tuple(wiring.linear) or (False,) * len(sizes), wiring.direct
+        )
 
         d = [torch.tensor(level) for level in levels]
         masks = [after[:, None] >= before[None, :] for before, after in pairwise(d)]
-        outputs = (d[0][:, None] > d[-1][None, :]).repeat_interleave(parameters, dim=0)
-        self.layers = nn.ModuleList(MaskedLinear(mask, more_inputs=0 if k else context) for k, mask in enumerate(masks))
-        self.layers.append(MaskedLinear(outputs, gain=3e-4))
-        self.context = nn.Linear(context, sizes[0], bias=False) if context else None
+        outputs = [(d[0][:, None] > seen[None, :]).repeat_interleave(parameters, dim=0) for seen in (d[-1], d[0])]
+        heard = {k: k in wiring.activated_contexts for k in wiring.contexts if context}
+        self.layers = nn.ModuleList(
+            MaskedLinear(mask, more_inputs=context if k in heard else 0) for k, mask in enumerate(masks)
+        )
+        self.layers.append(MaskedLinear(outputs[0], gain=3e-4))
+        self.direct = MaskedLinear(outputs[1], gain=3e-4) if wiring.direct else None
+        self.contexts = nn.ModuleDict({str(k): nn.Linear(context, sizes[k], bias=own) for k, own in heard.items()})
+        self.activated_contexts = wiring.activated_contexts
+        self.direct_context = nn.Linear(context, len(outputs[0]), bias=False) if wiring.direct and context else None
+        if self.direct_context is not None:
+            nn.init.zeros_(self.direct_context.weight)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -168,21 +278,37 @@ class MADE(nn.Module):
         return self.masked_layers()[0].weight.dtype
 
     def masked_layers(self) -> list[MaskedLinear]:
-        """The layers in order, the last one giving the parameters."""
-        return list(self.layers)  # type: ignore[arg-type]  # that is all that it holds
+        """The layers in order, the last one giving the parameters, and the direct one, if there is one."""
+        layers = list(self.layers) if self.direct is None else [*self.layers, self.direct]
+        return layers  # type: ignore[return-value]  # that is all that it holds
+
+    def shifts(self, c: Tensor | None) -> dict[int, Tensor]:
+        """What the context adds to the hidden layers, and to the parameters under the number after theirs."""
+        if c is None:
+            return {}
+        found = {int(k): layer(c) for k, layer in self.contexts.items()}
+        found |= {k: self.activation.f(found[k]) for k in self.activated_contexts}
+        return found if self.direct_context is None else found | {len(self.layers) - 1: self.direct_context(c)}
 
     def run(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Parameters (..., D, P), and what each hidden layer holds before its activation, (..., H) each."""
         before: list[Tensor] = []
-        h = x
+        fed, shifts = x, self.shifts(c)
         *layers, last = self.layers  # a slice would build another ModuleList
-        for k, layer in enumerate(layers):
-            a = layer(h)
-            if k == 0 and self.context is not None:
-                a = a + self.context(c)
+        for k, (layer, skip) in enumerate(zip(layers, self.chain.skips, strict=True)):
+            a = layer(fed)
+            if k in shifts:
+                a = a + shifts[k]
+            if skip is not None:
+                a = a + before[skip]
             before.append(a)
-            h = self.activation.f(a)
-        return last(h).reshape(*x.shape, self.parameters_per_feature), tuple(before)
+            fed = a if self.chain.linear[k] else self.activation.f(a)
+        params = last(fed)
+        if self.direct is not None:
+            params = params + self.direct(x)
+        if self.direct_context is not None:
+            params = params + shifts[len(layers)]
+        return params.reshape(*x.shape, self.parameters_per_feature), tuple(before)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
         """Parameters (..., D, P)."""

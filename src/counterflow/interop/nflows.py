@@ -10,7 +10,6 @@ import torch
 from nflows import distributions, flows
 from nflows.nn.nets import ResidualNet
 
-from counterflow.context import StandardizedContext
 from counterflow.flow import Flow
 from counterflow.interop import nsf, parts
 from counterflow.interop.parts import Layer
@@ -28,10 +27,9 @@ def flow(foreign: Any) -> Flow:
     own = [name for name in ("_log_prob", "_sample") if getattr(type(foreign), name) is not getattr(flows.Flow, name)]
     if own:
         raise TypeError(f"expected an nflows Flow, got {type(foreign).__name__}, which has its own {', '.join(own)}")
-    D = math.prod(foreign._distribution._shape)
-    to_noise = transform(foreign._transform, D, "the transform")
     with parts.at("the base distribution", foreign._distribution):
-        from_normal = base(foreign._distribution, D)
+        from_normal, D = base(foreign._distribution)
+    to_noise = transform(foreign._transform, D, "the transform")
     to_data = parts.composed([*from_normal, Inverse(to_noise)])
     with parts.at("the embedding net", foreign._embedding_net):
         to_data = parts.embedded(to_data, foreign._embedding_net)
@@ -51,14 +49,15 @@ def transform(t: Any, D: int, place: str) -> Transform:
         return TRANSFORMS[name](t, D)
 
 
-def base(distribution: Any, D: int) -> list[Transform]:
-    """What leads from standard normal noise to the base distribution."""
+def base(distribution: Any) -> tuple[list[Transform], int]:
+    """What leads from standard normal noise to the base distribution, and D."""
+    D = math.prod(getattr(distribution, "_shape", ()))
     if type(distribution) is distributions.StandardNormal:
-        return []
+        return [], D
     if type(distribution) is distributions.DiagonalNormal:
-        return parts.normal_base(distribution.mean_[0], distribution.log_std_[0].exp(), D)
+        return parts.normal_base(distribution.mean_[0], distribution.log_std_[0].exp(), D), D
     if type(distribution) is distributions.ConditionalDiagonalNormal:
-        return [parts.conditional_normal(distribution._context_encoder, D)]
+        return [parts.conditional_normal(distribution._context_encoder, D)], D
     raise TypeError(
         "expected the base StandardNormal, DiagonalNormal or ConditionalDiagonalNormal, "
         f"got {type(distribution).__name__}; train the flow with one of these"
@@ -127,7 +126,7 @@ def _permutation(t: Any, D: int) -> Transform:
 
 
 def _lu(t: Any, D: int) -> Transform:
-    return parts.lower_upper(*t._create_lower_upper(), t.bias)
+    return parts.lower_upper(t)
 
 
 def _batch_norm(t: Any, D: int) -> Transform:

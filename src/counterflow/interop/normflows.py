@@ -22,8 +22,8 @@ def flow(foreign: Any) -> Flow:
     """A `Flow` with the numbers of a NormalizingFlow or ConditionalNormalizingFlow: see `counterflow.convert`."""
     if type(foreign) not in (NormalizingFlow, ConditionalNormalizingFlow):
         raise TypeError(
-            f"expected a NormalizingFlow or a ConditionalNormalizingFlow, got {type(foreign).__name__}; of its layers one "
-            "can be built, where they map vectors of one size"
+            f"expected a NormalizingFlow or a ConditionalNormalizingFlow, got {type(foreign).__name__}; build one of "
+            "the layers, if they map vectors of one size"
         )
     with parts.at("the base distribution q0", foreign.q0):
         from_normal, D = base(foreign.q0)
@@ -41,7 +41,8 @@ def base(q0: Any) -> tuple[list[Transform], int]:
     if type(q0) is distributions.base.ConditionalDiagGaussian:
         return [parts.conditional_normal(_sequential(q0.context_encoder), D)], D
     raise TypeError(
-        f"expected DiagGaussian or ConditionalDiagGaussian as q0, got {type(q0).__name__}; train the flow with one of them"
+        f"expected DiagGaussian or ConditionalDiagGaussian as q0, got {type(q0).__name__}; train the flow with one of "
+        "them"
     )
 
 
@@ -82,7 +83,9 @@ def _spline_autoregressive(t: Any, D: int) -> Transform:
 def _spline_coupling(t: Any, D: int) -> Transform:
     univariate = nsf.spline(t, t.num_bins)
     if type(t.transform_net) is not ResidualNet:
-        raise TypeError(f"expected normflows.nets.ResidualNet in a coupling layer, got {type(t.transform_net).__name__}")
+        raise TypeError(
+            f"expected normflows.nets.ResidualNet in a coupling layer, got {type(t.transform_net).__name__}"
+        )
     kept, moved = t.identity_features.tolist(), t.transform_features.tolist()
     layers, last, activation = nsf.residual_net(t.transform_net)
     last, C = nsf.spline_params(last, univariate, t.transform_net), t.transform_net.context_features or 0
@@ -105,7 +108,7 @@ def _affine_coupling_block(t: Any, D: int) -> Transform:
         raise ValueError(f"expected split_mode='channel' or 'channel_inv', got {split.mode!r}; that one is for images")
     first = list(range(-(-D // 2)))  # as torch's chunk does
     rest = list(range(len(first), D))
-    kept, moved = (first, rest) if split.mode == "channel" else (rest, first)
+    moved = rest if split.mode == "channel" else first
     layers, last, activation = parts.sequential(_sequential(coupling.param_map))
     n = len(moved)
     if not coupling.scale:
@@ -159,7 +162,7 @@ def _permute(t: Any, D: int) -> Transform:
 
 
 def _lu_permute(t: Any, D: int) -> Transform:
-    linear = parts.lower_upper(*t.linear._create_lower_upper(), t.linear.bias)
+    linear = parts.lower_upper(t.linear)
     return Inverse(Compose([Permute(t.permutation._permutation), linear]))
 
 

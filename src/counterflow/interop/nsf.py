@@ -17,7 +17,9 @@ Context = Literal["added", "activated", "gate"]
 def residual_net(net: Any) -> tuple[list[Layer], Layer, str]:
     """Hidden layers, last layer and activation of a ResidualNet, dense, fed with [features, context]."""
     if getattr(net, "preprocessing", None) is not None:
-        raise ValueError(f"expected a network that reads the features, got {type(net.preprocessing).__name__} before it")
+        raise ValueError(
+            f"expected a network that reads the features, got {type(net.preprocessing).__name__} before it"
+        )
     layers = blocks_of(linear_layer(net.initial_layer, linear=True), net.blocks, "gate")
     return layers, linear_layer(net.final_layer), activation_of(net.blocks)
 
@@ -67,7 +69,9 @@ def blocks_of(initial: Layer, blocks: Sequence[Any], how: Context) -> list[Layer
         inner, outer = map(linear_layer, block.linear_layers)
         if (context := getattr(block, "context_layer", None)) is not None:
             inner, outer = (
-                (inner, with_context(outer, context, how)) if how == "gate" else (with_context(inner, context, how), outer)
+                (inner, with_context(outer, context, how))
+                if how == "gate"
+                else (with_context(inner, context, how), outer)
             )
         if block.use_batch_norm:
             scale, shift = batch_norm(block.batch_norm_layers[0])

@@ -163,8 +163,8 @@ def autoregressive(
     """
     if any(layer.gate is not None for layer in layers):
         raise ValueError(
-            "expected a context that is added to a masked network, got gates (GLU) between its layers, by which each row "
-            "of a batch has other weights; train coupling layers for a context, or nflows' masked ones, which add it"
+            "expected a context that is added to a masked network, got one that gates its layers (GLU), so that each "
+            "row has weights of its own; train coupling layers for a context, or nflows' masked ones, which add it"
         )
     known, before = torch.tensor(degrees), torch.tensor(degrees)
     order = torch.argsort(known, stable=True)
@@ -176,7 +176,9 @@ def autoregressive(
     outputs = known.repeat_interleave(univariate.parameters)
     for seen, by in ((before, last), *([(known, direct)] if direct else [])):
         if (_mask(by) & (outputs[:, None] <= seen)).any():
-            raise ValueError("expected params of a feature to depend on features before it alone, got masks that differ")
+            raise ValueError(
+                "expected params of a feature to depend on features before it alone, got masks that differ"
+            )
     places = [torch.argsort(e, stable=True) for e in of]
     contexts = [k for k, layer in enumerate(layers) if layer.context is not None]
     C = {layer.context.shape[1] for layer in (*layers, direct) if layer and layer.context is not None}
@@ -198,9 +200,10 @@ def autoregressive(
     for ours, theirs, place in zip(made.layers, (*layers, last), (*places, rows), strict=True):
         _copy(ours, theirs.masked()[place][:, columns], theirs.bias[place])
         columns = place
-    for k in contexts:
-        bias = layers[k].context_bias
-        _copy(made.contexts[str(k)], layers[k].context[places[k]], None if bias is None else bias[places[k]])
+    for k, layer in enumerate(layers):
+        if layer.context is not None:
+            bias = None if layer.context_bias is None else layer.context_bias[places[k]]
+            _copy(made.contexts[str(k)], layer.context[places[k]], bias)
     if direct is not None:
         _copy(made.direct, direct.masked()[rows][:, order], None)
         if direct.context is not None:
@@ -266,11 +269,12 @@ def pointwise(scale: Tensor, shift: Tensor, features: int) -> Transform:
     return Standardize(-shift / scale, 1 / scale)
 
 
-def lower_upper(lower: Tensor, upper: Tensor, bias: Tensor) -> Transform:
-    """y = L U x + b, both with a positive diagonal, both directions by triangular products and solves."""
-    backwards = torch.arange(len(bias) - 1, -1, -1).to(bias.device)
-    first = Triangular(torch.zeros_like(bias), upper.detach().flip(0, 1))
-    return Compose([Permute(backwards), first, Permute(backwards), Triangular(bias.detach(), lower.detach())])
+def lower_upper(module: Any) -> Transform:
+    """y = L U x + b of an LULinear of Durkan et al., whose diagonals are positive: triangular both ways."""
+    lower, upper = (matrix.detach() for matrix in module._create_lower_upper())
+    bias, backwards = module.bias.detach(), range(module.features)[::-1]
+    first = Triangular(torch.zeros_like(bias), upper.flip(0, 1))
+    return Compose([Permute(backwards), first, Permute(backwards), Triangular(bias, lower)])
 
 
 def flow_of(to_data: Transform, features: int, like: nn.Module) -> Flow:
@@ -306,10 +310,9 @@ def sequential(net: Any) -> tuple[list[Layer], Layer, str]:
     """Hidden layers, last layer and activation of a Linear, or of Linears and activations in a Sequential."""
     layers: list[Layer] = []
     names: set[str] = set()
-    for module in [net] if not isinstance(net, nn.Sequential) else net:
-        if hasattr(module, "weight") and type(module).__name__ in ("Linear", "MaskedLinear"):
-            if module.weight.dim() != 2:
-                raise ValueError(f"expected a weight (out, in), got {tuple(module.weight.shape)}")
+    modules: list[Any] = list(net) if isinstance(net, nn.Sequential) else [net]
+    for module in modules:
+        if type(module).__name__ == "Linear" and module.weight.dim() == 2:  # torch's or zuko's
             layers.append(linear_layer(module, linear=True))
         elif isinstance(module, nn.Identity | nn.Dropout):
             continue
@@ -323,19 +326,21 @@ def sequential(net: Any) -> tuple[list[Layer], Layer, str]:
     return layers[:-1], layers[-1], names.pop() if names else "relu"  # which nothing uses then
 
 
-def embedded(t: Transform, net: nn.Module) -> Transform:
+def embedded(t: Transform, net: Any) -> Transform:
     """The transform with what the embedding net does to the context, which may standardize it."""
     found = [module for module in net.modules() if not isinstance(module, nn.Identity | nn.Sequential)]
-    if not found:
-        return t
-    if len(found) > 1 or type(found[0]).__name__ != "Standardize":
+    kinds = [type(module).__name__ for module in found]
+    if kinds not in ([], ["Standardize"]):  # sbi's
+        others = ", ".join(kind for kind in kinds if kind != "Standardize")
         raise TypeError(
-            f"expected no embedding of the context, or one that standardizes it, got {type(found[0]).__name__}; set the "
-            "flow's embedding net to torch.nn.Identity() in a copy, convert that, and give the result the embedded context"
+            f"expected no embedding of the context, or one that standardizes it, got {others or kinds}; set it to "
+            "torch.nn.Identity() in a copy of the flow, convert that, and call the result with the embedded context"
         )
-    if not t.context:
+    if not found or not t.context:
         return t
     mean, std = (v.expand(t.context) if v.dim() == 0 else v for v in (found[0]._mean, found[0]._std))
     if mean.dim() != 1 or std.dim() != 1:
-        raise ValueError(f"expected a context of one dimension, got one of {tuple(mean.shape)}; flatten it before training")
+        raise ValueError(
+            f"expected a context of one dimension, got one of {tuple(mean.shape)}; flatten it before training"
+        )
     return StandardizedContext(t, mean, std.expand(len(mean)))

@@ -87,9 +87,9 @@ def _layer(t: Any, D: int) -> Transform:
         return Triangular(t.loc.detach(), t.scale_tril.detach())
     if "Spline" in type(t).__name__:
         raise TypeError(
-            "expected another transform, got a spline of Pyro: its linear rational maps have no counterpart here, and its "
-            "quadratic ones have slopes of 0.999 at both ends and look for a bin with a tolerance of 1e-6; zuko, nflows "
-            "and normflows have splines that are converted"
+            "expected another transform, got a spline of Pyro: its linear rational maps have no counterpart here, and "
+            "its quadratic ones have slopes of 0.999 at both ends and look for a bin with a tolerance of 1e-6; train a "
+            "spline of zuko, nflows or normflows"
         )
     known = ["AffineAutoregressive", "AffineCoupling", "BatchNorm", "LowerCholeskyAffine", "Permute", "AffineTransform"]
     raise parts.not_converted(t, [*known, "ConditionalAffineAutoregressive", "ConditionalAffineCoupling"])

@@ -7,7 +7,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import AffineTransform
 from zuko import transforms as zt
 from zuko.distributions import DiagNormal

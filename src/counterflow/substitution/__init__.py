@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from counterflow.made import Activation
+from counterflow.made import Activation, Chain
 from counterflow.staircase import Staircase, weight_gradient
 from counterflow.univariate import Univariate
 
@@ -32,24 +32,36 @@ SOLVERS = ("auto", "reference", "sliced", "cpu")
 
 @dataclass(frozen=True)
 class Layout:
-    """What stays the same from call to call: the staircase (see `MADE.ends`), the activation, the feature's map."""
+    """What stays the same from call to call.
+
+    The staircase (see `MADE.ends`), the activation, the feature's map, and how the layers are joined.
+    """
 
     ends: tuple[tuple[int, ...], ...]
     activation: Activation
     univariate: Univariate
+    chain: Chain
 
     @property
     def groups(self) -> int:
         """G, the number of degrees."""
         return len(self.ends[0]) - 1
 
+    def fed(self, k: int, hidden: Tensor) -> Tensor:
+        """What hidden layer k feeds the next one with, from what it holds before its activation."""
+        return hidden if self.chain.linear[k] else self.activation.f(hidden)
+
+    def slope(self, k: int, hidden: Tensor) -> Tensor:
+        """The derivative of `fed` by it."""
+        return torch.ones_like(hidden) if self.chain.linear[k] else self.activation.df(hidden)
+
 
 @dataclass(frozen=True)
 class System:
     """y = g(x; params(x)), for N rows of D features sorted by degree.
 
-    weights: (H1, D), (H2, H1), ..., (D P, HL), of which only what the degrees allow is read. biases: (H1,) or, with a
-    context, (N, H1); then (H2,), ..., (D P,).
+    weights: (H1, D), (H2, H1), ..., (D P, HL), of which only what the degrees allow is read, and (D P, D) where the
+    chain is direct. biases: (H1,), ..., (D P,), or (N, H) for what a context enters.
     """
 
     layout: Layout
@@ -149,7 +161,7 @@ class _Solve(torch.autograd.Function):
     def forward(
         ctx: Any, body: Body, layout: Layout, staircases: Sequence[Staircase], y: Tensor, *tensors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        L = len(tensors) // 2
+        L = len(layout.ends)
         solution = body.forward_substitution(System(layout, tensors[L:], tensors[:L]), y)
         ctx.body, ctx.layout, ctx.staircases = body, layout, staircases
         ctx.save_for_backward(solution.x, solution.log_det, solution.params, *solution.hidden, *tensors)
@@ -180,7 +192,7 @@ class _SolveBackward(torch.autograd.Function):
         *saved: Tensor,
     ) -> tuple[Tensor | None, ...]:
         x, log_det, params, *rest = saved
-        L = (len(rest) + 1) // 3  # L - 1 hidden layers, L biases, L weights
+        L = len(layout.ends)  # L - 1 hidden layers, L biases, L weights or one more
         hidden, biases, weights = rest[: L - 1], rest[L - 1 : 2 * L - 1], rest[2 * L - 1 :]
         system = System(layout, tuple(weights), tuple(biases))
         solution = Solution(x, log_det, params, tuple(hidden))
@@ -188,13 +200,15 @@ class _SolveBackward(torch.autograd.Function):
         minus = body.back_substitution(system, solution, -v, -w)
 
         into = (*minus.hidden, minus.params.flatten(1))  # minus what each layer's output receives
-        grads: list[Tensor | None] = [None] * (2 * L)
+        grads: list[Tensor | None] = [None] * (L + len(weights))
         for k in range(L):
             if needed[k]:
                 grads[k] = into[k] if biases[k].dim() == 2 else into[k].sum(0)
             if needed[L + k]:
-                fed = x if k == 0 else layout.activation.f(hidden[k - 1])
+                fed = x if k == 0 else layout.fed(k - 1, hidden[k - 1])
                 grads[L + k] = weight_gradient(staircases[k], into[k], fed)
+        if layout.chain.direct and needed[2 * L]:
+            grads[2 * L] = weight_gradient(staircases[L], into[-1], x)
         return -minus.u, *grads
 
     @staticmethod

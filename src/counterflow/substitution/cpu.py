@@ -10,6 +10,10 @@ weights[k - 1] leads from level k - 1 to level k, and below[k, g] counts the uni
     a hidden unit of degree g sees the units of level k - 1 up to below[k - 1, g + 1]
     params of degree g see those up to below[k - 1, g]
 
+links[0, k] is the level that is added to level k before the activation, or 0, and links[1, k] whether level k feeds the
+next one without the activation. Where the features lead straight to the params as well, the weight from level 0 to
+level `top` is the last one, weights[top].
+
 Degree by degree alone, each product would be a few units thin, and read all that is known for them. So degrees are
 taken in blocks: one product brings to all units of a block what is known of degrees below it, and degree by degree only
 the triangle within the block is left. Back substitution takes the same blocks from the last to the first: the triangle
@@ -58,7 +62,7 @@ UNITS = 8 if AVX512 else 4  # times 2 vectors of rows: the sums take half of the
 BLOCK = 64  # units of the widest level in a block of degrees
 TILE = 128  # rows
 ALONE = 1 << 18  # multiply-adds that one thread does before a second one would have begun
-WEIGHTS = 6
+WEIGHTS = 7
 AFFINE, GATED, SPLINE, CLIPPED_SPLINE, SOFTPLUS, SIGMOID, SOFTCLIP, CLAMP = range(8)
 MAPS: dict[type, int] = {Affine: AFFINE, Gated: GATED, RationalQuadraticSpline: SPLINE, ScaledAffine: SOFTPLUS}
 SCALES = {"softplus": SOFTPLUS, "sigmoid": SIGMOID, "softclip": SOFTCLIP, "clamp": CLAMP}  # of ScaledAffine
@@ -109,7 +113,7 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
 class _Plan(NamedTuple):
     """What stays the same from call to call."""
 
-    tables: tuple[Tensor, ...]  # below, starts, blocks, constants
+    tables: tuple[Tensor, ...]  # below, starts, blocks, constants, links
     rows: list[tuple[int, int, int, int]]  # of the tables in a job
     activation: int  # its code
     univariate: int  # its code
@@ -139,7 +143,9 @@ def _plan(layout: Layout, dtype: torch.dtype) -> _Plan:
     # The degree where each block begins, and G + 1: degrees are 0..G.
     blocks = torch.tensor([*range(0, G + 1, max(1, BLOCK * (G + 1) // max(sizes))), G + 1])
     constants = torch.tensor([_constants(layout.univariate)], dtype=dtype)
-    tables = (below, starts[None], blocks[None], constants)
+    added = [0, *(0 if skip is None else skip + 1 for skip in layout.chain.skips)]
+    links = torch.tensor([added, [0, *layout.chain.linear]])
+    tables = (below, starts[None], blocks[None], constants, links)
     return _Plan(
         tables,
         rows=[_row(table) for table in tables],
@@ -177,7 +183,7 @@ def _run(
     """Have the kernel do all tiles, on no more threads than torch may take.
 
     A job is a table of four whole numbers a row, so that compiled code takes any number of matrices: the next tile,
-    the table's rows, N and the rows of a tile; levels above the first, activation, univariate map, P; then the
+    the table's rows, N and the rows of a tile; the number of weights, activation, univariate map, P; then the
     matrices, the weights from row WEIGHTS on.
     """
     like = results[0]
@@ -265,10 +271,26 @@ def _notice(dtype: torch.dtype) -> Iterator[None]:
 compiled = njit(fastmath={"contract"}, error_model="numpy")  # contract: a * b + c is one operation
 
 
+def _named(name: str, function: Any) -> Any:
+    """A function that is made more than once, compiled under a name of its own.
+
+    By their names functions are linked, also those that come from disk and were compiled by different processes: two of
+    one name and type would be mixed up.
+    """
+    function.__name__ = function.__qualname__ = name
+    return compiled(function)
+
+
 @compiled
 def _copy(to, row):
     for r in range(len(to)):
         to[r] = row[r]
+
+
+@compiled
+def _add(to, row):
+    for r in range(len(to)):
+        to[r] += row[r]
 
 
 @compiled
@@ -371,7 +393,6 @@ def _strip(units: int) -> Any:
     """The same for any number of vectors, two at a time."""
     pair, single = _register_block(units, 2), _register_block(units, 1)
 
-    @compiled
     def strip(out, weight, fed):
         lanes, r = VECTOR // out.itemsize, 0
         while r + 2 * lanes <= out.shape[1]:
@@ -380,7 +401,7 @@ def _strip(units: int) -> Any:
         if r < out.shape[1]:
             single(out[:, r:], weight, fed[:, r:])
 
-    return strip
+    return _named(f"strip_of_{units}", strip)
 
 
 _strip_of_all, _strip_of_4, _strip_of_2, _strip_of_1 = (_strip(units) for units in (UNITS, 4, 2, 1))
@@ -511,11 +532,10 @@ def _codes() -> dict[Any, int]:
     return {ACTIVATIONS[name]: code for code, name in enumerate(FUNCTIONS)}
 
 
-def _by_code(loops: Sequence[Any]) -> Any:
+def _by_code(purpose: str, loops: Sequence[Any]) -> Any:
     """A function of (code, *rows) that runs loops[code](*rows): the branches stand outside of the loops."""
     relu, leaky_relu, elu, tanh, sigmoid, silu, softplus = loops
 
-    @compiled
     def choose(code, *rows):
         if code == 0:
             relu(*rows)
@@ -532,34 +552,32 @@ def _by_code(loops: Sequence[Any]) -> Any:
         else:
             softplus(*rows)
 
-    return choose
+    return _named(purpose, choose)
 
 
-def _activation_loop(f: Any) -> Any:
-    f = compiled(f)
+def _activation_loop(name: str, f: Any) -> Any:
+    f = _named(name, f)
 
-    @compiled
     def loop(after, before):
         for r in range(len(after)):
             after[r] = f(before[r])
 
-    return loop
+    return _named(f"{name}_loop", loop)
 
 
-def _adjoint_loop(df: Any) -> Any:
-    df = compiled(df)
+def _adjoint_loop(name: str, df: Any) -> Any:
+    df = _named(f"df_{name}", df)
 
-    @compiled
     def loop(adjoint, before, recorded):
         for r in range(len(recorded)):
             adjoint[r] *= df(before[r])
             recorded[r] = adjoint[r]
 
-    return loop
+    return _named(f"df_{name}_loop", loop)
 
 
-_activate = _by_code([_activation_loop(f) for f, _ in FUNCTIONS.values()])
-_take_back = _by_code([_adjoint_loop(df) for _, df in FUNCTIONS.values()])
+_activate = _by_code("activate", [_activation_loop(name, f) for name, (f, _) in FUNCTIONS.items()])
+_take_back = _by_code("take_back", [_adjoint_loop(name, df) for name, (_, df) in FUNCTIONS.items()])
 
 
 @compiled
@@ -834,32 +852,35 @@ def _solve_spline(u, bars, returned, v, w, x, params, knots, constants, clipped)
 
 
 @compiled
-def _bring(below, starts, job, k, new_0, new_1, seen_0, seen_1, record, left, known, width):
-    """Level k, degrees new_0..new_1 - 1, gains what it sees of degrees seen_0..seen_1 - 1 of the level before."""
-    new_0, new_1, seen_0, seen_1 = below[k, new_0], below[k, new_1], below[k - 1, seen_0], below[k - 1, seen_1]
+def _bring(below, starts, job, w, top, new_0, new_1, seen_0, seen_1, record, left, known, width):
+    """By weight w a level, degrees new_0..new_1 - 1, gains what it sees of degrees seen_0..seen_1 - 1 of another."""
+    source, level = (w, w + 1) if w < top else (0, top)
+    new_0, new_1 = below[level, new_0], below[level, new_1]
+    seen_0, seen_1 = below[source, seen_0], below[source, seen_1]
     _add_product(
-        record[starts[k] + new_0 : starts[k] + new_1, left : left + width],
-        _matrix(job, WEIGHTS + k - 1, known)[new_0:new_1, seen_0:seen_1],
-        known[starts[k - 1] + seen_0 : starts[k - 1] + seen_1, :width],
+        record[starts[level] + new_0 : starts[level] + new_1, left : left + width],
+        _matrix(job, WEIGHTS + w, known)[new_0:new_1, seen_0:seen_1],
+        known[starts[source] + seen_0 : starts[source] + seen_1, :width],
     )
 
 
 @compiled
-def _send(below, starts, job, k, by_0, by_1, to_0, to_1, adjoint, width):
-    """Level k, degrees by_0..by_1 - 1, sends its adjoints to degrees to_0..to_1 - 1 of the level before."""
-    by_0, by_1, to_0, to_1 = below[k, by_0], below[k, by_1], below[k - 1, to_0], below[k - 1, to_1]
+def _send(below, starts, job, w, top, by_0, by_1, to_0, to_1, adjoint, width):
+    """By weight w a level, degrees by_0..by_1 - 1, sends its adjoints to degrees to_0..to_1 - 1 of another."""
+    source, level = (w, w + 1) if w < top else (0, top)
+    by_0, by_1, to_0, to_1 = below[level, by_0], below[level, by_1], below[source, to_0], below[source, to_1]
     _add_product(
-        adjoint[starts[k - 1] + to_0 : starts[k - 1] + to_1, :width],
-        _matrix(job, WEIGHTS + k - 1, adjoint)[by_0:by_1, to_0:to_1].T,
-        adjoint[starts[k] + by_0 : starts[k] + by_1, :width],
+        adjoint[starts[source] + to_0 : starts[source] + to_1, :width],
+        _matrix(job, WEIGHTS + w, adjoint)[by_0:by_1, to_0:to_1].T,
+        adjoint[starts[level] + by_0 : starts[level] + by_1, :width],
     )
 
 
 @compiled
 def _job(numbers):
-    """The table that `_run` wrote, and from it below, starts, blocks."""
+    """The table that `_run` wrote, and from it below, starts, blocks, links."""
     job = carray(numbers, (numbers[1], 4))
-    return job, _matrix(job, 2, job), _matrix(job, 3, job)[0], _matrix(job, 4, job)[0]
+    return job, _matrix(job, 2, job), _matrix(job, 3, job)[0], _matrix(job, 4, job)[0], _matrix(job, 6, job)
 
 
 @compiled
@@ -875,9 +896,9 @@ def _forward(pointer):
     the one before has left.
     """
     numbers = _whole_numbers(pointer)
-    job, below, starts, blocks = _job(numbers)
-    N, tile, top, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
-    bound, given = _matrix(job, WEIGHTS - 1, pointer)[0, 0], WEIGHTS + top
+    job, below, starts, blocks, links = _job(numbers)
+    N, tile, weights, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
+    constants, given, top = _matrix(job, 5, pointer)[0], WEIGHTS + weights, len(starts) - 1
     results = given + 1 + top
     y, x = _matrix(job, given, pointer), _matrix(job, results, pointer)
     record, log_det = _matrix(job, results + 1, pointer), _matrix(job, results + 2, pointer)
@@ -906,27 +927,32 @@ def _forward(pointer):
                     _copy(record[at + i, start : start + rows], bias[i, left : left + rows])
         for b in range(len(blocks) - 1):
             begin, end = blocks[b], blocks[b + 1]
-            for k in range(1, top + 1):
-                _bring(below, starts, job, k, begin, end, 0, begin, record, start, known, width)
+            for k in range(weights):
+                _bring(below, starts, job, k, top, begin, end, 0, begin, record, start, known, width)
             for g in range(begin, end):
-                _bring(below, starts, job, top, g, g + 1, begin, g, record, start, known, width)
+                for k in range(top - 1, weights):
+                    _bring(below, starts, job, k, top, g, g + 1, begin, g, record, start, known, width)
                 for i in range(below[0, g], below[0, g + 1]):
                     params = record[starts[top] + P * i : starts[top] + P * (i + 1), start:stop]
                     x_i, total = known[features + i, :width], log_det[0, left:right]
                     if univariate == AFFINE:
-                        _invert_affine(x_i, total, params[0], params[1], bound)
+                        _invert_affine(x_i, total, params[0], params[1], constants[BOUND])
                     elif univariate == GATED:
                         _invert_gated(x_i, total, params[0], params[1])
                     elif univariate <= CLIPPED_SPLINE:
-                        constants = _matrix(job, WEIGHTS - 1, pointer)[0]
                         _invert_spline(x_i, total, params, knots, constants, univariate == CLIPPED_SPLINE)
                     else:
-                        constants = _matrix(job, WEIGHTS - 1, pointer)[0]
                         _invert_scaled(univariate, x_i, total, params[0], params[1], knots, constants)
                 for k in range(1, top):
-                    _bring(below, starts, job, k, g, g + 1, begin, g + 1, record, start, known, width)
-                    for at in range(starts[k] + below[k, g], starts[k] + below[k, g + 1]):
-                        _activate(activation, known[at, :width], record[at, start:stop])
+                    _bring(below, starts, job, k - 1, top, g, g + 1, begin, g + 1, record, start, known, width)
+                    for i in range(below[k, g], below[k, g + 1]):
+                        fed, own = known[starts[k] + i, :width], record[starts[k] + i, start:stop]
+                        if links[0, k]:
+                            _add(own, record[starts[links[0, k]] + i, start:stop])
+                        if links[1, k]:
+                            _copy(fed, own)
+                        else:
+                            _activate(activation, fed, own)
         for i in range(len(x)):
             _copy(x[i, left:right], known[features + i, :width])
 
@@ -937,9 +963,9 @@ def _back(pointer):
     The record holds the adjoints of every level before activation.
     """
     numbers = _whole_numbers(pointer)
-    job, below, starts, blocks = _job(numbers)
-    N, tile, top, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
-    bound, given = _matrix(job, WEIGHTS - 1, pointer)[0, 0], WEIGHTS + top
+    job, below, starts, blocks, links = _job(numbers)
+    N, tile, weights, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
+    constants, given, top = _matrix(job, 5, pointer)[0], WEIGHTS + weights, len(starts) - 1
     x, params = _matrix(job, given, pointer), _matrix(job, given + top, pointer)
     v, w = _matrix(job, given + top + 1, pointer), _matrix(job, given + top + 2, pointer)
     u, record = _matrix(job, given + top + 3, pointer), _matrix(job, given + top + 4, pointer)
@@ -957,27 +983,34 @@ def _back(pointer):
         for b in range(len(blocks) - 2, -1, -1):
             begin, end = blocks[b], blocks[b + 1]
             for g in range(end - 1, begin - 1, -1):
-                for k in range(top, 0, -1):
-                    _send(below, starts, job, k, g + 1 if k == top else g, end, g, g + 1, adjoint, width)
-                    for i in range(below[k - 1, g], below[k - 1, g + 1] if k > 1 else 0):
-                        at, before = starts[k - 1] + i, _matrix(job, given + k - 1, pointer)
-                        _take_back(activation, adjoint[at], before[i, left:right], record[at, left:right])
+                for k in range(weights - 1, -1, -1):  # from level k + 1, or by the direct weight, to level k or 0
+                    _send(below, starts, job, k, top, g + 1 if k >= top - 1 else g, end, g, g + 1, adjoint, width)
+                    for i in range(below[k, g], below[k, g + 1] if 0 < k < top else 0):
+                        at, before = starts[k] + i, _matrix(job, given + k, pointer)
+                        if links[1, k]:
+                            _copy(record[at, left:right], adjoint[at, :rows])
+                        else:
+                            _take_back(activation, adjoint[at], before[i, left:right], record[at, left:right])
+                        for later in range(k + 1, top):
+                            if links[0, later] == k:
+                                _add(adjoint[at, :rows], record[starts[later] + i, left:right])
+                                _copy(record[at, left:right], adjoint[at, :rows])
                 for i in range(below[0, g], below[0, g + 1]):
                     at = starts[top] + P * i
                     u_i, returned, x_i = u[i, left:right], adjoint[features + i], x[i, left:right]
                     v_i, w_i, params_i = v[i, left:right], w[0, left:right], params[P * i : P * (i + 1), left:right]
                     bars = adjoint[at : at + P]
                     if univariate == AFFINE:
-                        _solve_affine(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[1], bound)
+                        _solve_affine(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[1], constants[BOUND])
                     elif univariate == GATED:
                         _solve_gated(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[0], params_i[1])
                     elif univariate <= CLIPPED_SPLINE:
-                        constants, clipped = _matrix(job, WEIGHTS - 1, pointer)[0], univariate == CLIPPED_SPLINE
+                        clipped = univariate == CLIPPED_SPLINE
                         _solve_spline(u_i, bars, returned, v_i, w_i, x_i, params_i, knots, constants, clipped)
                     else:
-                        constants, a = _matrix(job, WEIGHTS - 1, pointer)[0], params_i[1]
+                        a = params_i[1]
                         _solve_scaled(univariate, u_i, bars[0], bars[1], returned, v_i, w_i, x_i, a, knots, constants)
                     for p in range(P):
                         _copy(record[at + p, left:right], bars[p])
-            for k in range(top, 0, -1):
-                _send(below, starts, job, k, begin, end, 0, begin, adjoint, width)
+            for k in range(weights):
+                _send(below, starts, job, k, top, begin, end, 0, begin, adjoint, width)

@@ -14,14 +14,15 @@ from counterflow.substitution import Adjoints, Layout, Solution, System
 def network(system: System, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One pass through the masked network: params (N, D, P), and each hidden layer before activation."""
     hidden: list[Tensor] = []
-    h = x
-    *weights, last = (
-        weight * mask.to(weight.device) for weight, mask in zip(system.weights, _masks(system.layout), strict=True)
-    )
-    for weight, bias in zip(weights, system.biases[:-1], strict=True):
-        hidden.append(h @ weight.T + bias)
-        h = system.layout.activation.f(hidden[-1])
-    params = h @ last.T + system.biases[-1]
+    layout, fed = system.layout, x
+    masked = [weight * mask.to(weight.device) for weight, mask in zip(system.weights, _masks(layout), strict=True)]
+    for k, skip in enumerate(layout.chain.skips):
+        a = fed @ masked[k].T + system.biases[k]
+        hidden.append(a if skip is None else a + hidden[skip])
+        fed = layout.fed(k, hidden[k])
+    params = fed @ masked[len(hidden)].T + system.biases[-1]
+    if layout.chain.direct:
+        params = params + x @ masked[-1].T
     return params.unflatten(-1, (x.shape[-1], system.layout.univariate.parameters)), tuple(hidden)
 
 
@@ -34,6 +35,8 @@ def _masks(layout: Layout) -> Iterator[Tensor]:
         yield torch.tensor(after)[:, None] >= torch.tensor(before)
     params = torch.tensor(features).repeat_interleave(layout.univariate.parameters)
     yield params[:, None] > torch.tensor(hidden[-1])
+    if layout.chain.direct:
+        yield params[:, None] > torch.tensor(features)
 
 
 def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:

@@ -43,7 +43,7 @@ class Traced:
 def _name(layout: Layout) -> str:
     """A name for the layout, the same in every process."""
     f = layout.activation.f
-    name = f"{f.__module__}.{f.__qualname__} {layout.univariate!r} {layout.ends}"
+    name = f"{f.__module__}.{f.__qualname__} {layout.univariate!r} {layout.ends} {layout.chain}"
     LAYOUTS[name] = layout
     return name
 
@@ -71,7 +71,7 @@ def _(
     solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Sequence[Tensor], keep: bool
 ) -> list[Tensor]:
     N, D = y.shape
-    *hidden, params = (weight.shape[0] for weight in weights)
+    *hidden, params = (bias.shape[-1] for bias in biases)
     kept = [(N, D, params // D), *((N, size) for size in hidden)] if keep else []
     return [y.new_empty(shape) for shape in [(N, D), (N,), *kept]]
 
