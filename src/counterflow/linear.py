@@ -42,7 +42,7 @@ class Linear(Transform):
             raise ValueError("expected finite numbers and a weight that can be inverted, got others")
         self.features = D
         self.register_buffer("bias", bias.detach().clone())
-        self.register_buffer("weight", weight.detach().clone())
+        self.register_buffer("weight", weight.detach().clone(memory_format=torch.contiguous_format))
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return bias + W x and log|det W|."""

@@ -6,10 +6,15 @@ from typing import Any
 
 import torch
 from pyro.distributions import transforms as pt
-from pyro.distributions.conditional import ConditionalTransformedDistribution, ConstantConditionalDistribution
+from pyro.distributions.conditional import (
+    ConditionalTransformedDistribution,
+    ConstantConditionalDistribution,
+    ConstantConditionalTransform,
+)
 from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, ConditionalDenseNN, DenseNN
 from torch import Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, Independent, Normal, TransformedDistribution
+from torch.distributions.transforms import _InverseTransform
 
 from counterflow.flow import Flow
 from counterflow.interop import parts
@@ -30,18 +35,18 @@ def flow(foreign: Any) -> Flow:
     D = len(mean)
     layers = [transform(t, D, f"transform {k}") for k, t in enumerate(foreign.transforms)]
     to_data = parts.composed([*parts.normal_base(mean, std, D), *(layers or [Permute(range(D))])])
-    modules = nn.ModuleList(t for t in map(_module, foreign.transforms) if t is not None)
+    modules = nn.ModuleList(module for t in foreign.transforms for module in _modules(t))
     flow = parts.flow_of(to_data, D, modules)
     return flow if list(modules.parameters()) else flow.to(mean.device, mean.dtype)
 
 
-def _module(t: Any) -> nn.Module | None:
-    return t if isinstance(t, nn.Module) else getattr(t, "_inv", None) if isinstance(_inner(t), nn.Module) else None
-
-
-def _inner(t: Any) -> Any:
-    """What an inverse inverts; None for everything else."""
-    return getattr(t, "_inv", None) if type(t).__name__.startswith("_Inverse") else None
+def _modules(t: Any) -> list[nn.Module]:
+    """A transform that is a module, or those within it."""
+    if isinstance(t, nn.Module):
+        return [t]
+    inner = [t.transform] if isinstance(t, ConstantConditionalTransform) else getattr(t, "parts", [])
+    inner = [t._inv] if isinstance(t, _InverseTransform) else inner
+    return [module for part in inner for module in _modules(part)]
 
 
 def base(distribution: Any) -> tuple[Tensor, Tensor]:
@@ -61,12 +66,12 @@ def transform(t: Any, D: int, place: str) -> Transform:
     """One of Pyro's transforms, in its own direction."""
     if isinstance(t, ComposeTransform):
         return Compose([transform(part, D, f"{place}.{k}") for k, part in enumerate(t.parts)])
-    if type(t).__name__ == "ConstantConditionalTransform":
+    if isinstance(t, ConstantConditionalTransform):
         return transform(t.transform, D, place)
+    if isinstance(t, _InverseTransform):
+        return Inverse(transform(t._inv, D, place))
     if type(t).__name__ == "_ConditionalInverseTransformModule":
         return Inverse(transform(t._transform, D, place))
-    if _inner(t) is not None:
-        return Inverse(transform(_inner(t), D, place))
     with parts.at(place, t):
         return _layer(t, D)
 
