@@ -497,6 +497,16 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         TypeError,
         "expected nflows.nn.nets.ResidualNet as the network of a coupling layer, got Linear; what",
     ),
+    "a layer of one's own with a name of theirs": (
+        lambda: nflow(type("LULinear", (T.LULinear,), {"__module__": "mine"})(D)),
+        TypeError,
+        r"cannot convert the transform 0, mine\.LULinear: expected one of",
+    ),
+    "a masked network of one's own": (
+        lambda: nflow(T.autoregressive.AutoregressiveTransform(nn.Linear(D, D))),
+        TypeError,
+        "got AutoregressiveTransform, whose map",
+    ),
     "ActNorm before training": (lambda: nflow(T.ActNorm(D)), ValueError, "expected ActNorm that has seen data"),
     "an embedding": (
         lambda: nflow(masked(MAF, C), embedding_net=nn.Linear(9, C)),

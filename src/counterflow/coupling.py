@@ -39,6 +39,7 @@ class CouplingLayer(Transform):
         gates: hidden layers that the context scales.
 
     Raises:
+        TypeError: univariate is not a univariate map.
         ValueError: sizes below 1, features that do not exist, skips that do not fit, gates without a context.
 
     Source: Dinh et al. 2017, "Density estimation using Real NVP"; the gated residual network is that of Durkan et al.
@@ -73,6 +74,8 @@ class CouplingLayer(Transform):
         self.features = positive(features, "features")
         self.context = positive(context, "context") if context else 0
         self.univariate = Affine() if univariate is None else univariate
+        if not isinstance(self.univariate, Univariate):
+            raise TypeError(f"expected univariate as an instance such as cf.Affine(), got {univariate!r}")
         self.activation = activation
         self.moved = tuple(moved)
         if not self.moved or len(set(self.moved)) < len(self.moved) or not set(self.moved) <= set(range(features)):

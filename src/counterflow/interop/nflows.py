@@ -38,15 +38,14 @@ def flow(foreign: Any) -> Flow:
 
 def transform(t: Any, D: int, place: str) -> Transform:
     """One of nflows' transforms, in its own direction."""
-    name = type(t).__name__
-    if name == "CompositeTransform":
+    if parts.of_library(t, "nflows", "CompositeTransform"):
         return Compose([transform(part, D, f"{place} {k}") for k, part in enumerate(t._transforms)])
-    if name == "InverseTransform":
+    if parts.of_library(t, "nflows", "InverseTransform"):
         return Inverse(transform(t._transform, D, place))
     with parts.at(place, t):
-        if name not in TRANSFORMS:
+        if not parts.of_library(t, "nflows", *TRANSFORMS):
             raise parts.not_converted(t, [*TRANSFORMS, "CompositeTransform", "InverseTransform"])
-        return TRANSFORMS[name](t, D)
+        return TRANSFORMS[type(t).__name__](t, D)
 
 
 def base(distribution: Any) -> tuple[list[Transform], int]:
@@ -81,7 +80,7 @@ def _spline_autoregressive(t: Any, D: int) -> Transform:
 
 def _conditioner(net: Any, kept: int) -> tuple[list[Layer], Layer, str, int]:
     """The layers of a coupling layer's network, its activation and C."""
-    if type(net).__name__ == "ContextSplineMap":  # sbi's, for one feature: reads the context alone
+    if parts.of_library(net, "sbi", "ContextSplineMap"):  # for one feature: reads the context alone
         layers, last, activation = parts.sequential(net.spline_predictor)
         return layers, last, activation, layers[0].weight.shape[1]
     if type(net) is not ResidualNet:

@@ -48,15 +48,14 @@ def base(q0: Any) -> tuple[list[Transform], int]:
 
 def transform(t: Any, D: int, place: str) -> Transform:
     """One of normflows' layers, in its own direction."""
-    name = type(t).__name__
-    if name == "Reverse":
+    if parts.of_library(t, "normflows", "Reverse"):
         return Inverse(transform(t.flow, D, place))
-    if name == "Composite":
+    if parts.of_library(t, "normflows", "Composite"):
         return Compose([transform(part, D, f"{place}.{k}") for k, part in enumerate(t._flows)])
     with parts.at(place, t):
-        if name not in LAYERS:
+        if not parts.of_library(t, "normflows", *LAYERS):
             raise parts.not_converted(t, [*LAYERS, "Reverse", "Composite"])
-        return LAYERS[name](t, D)
+        return LAYERS[type(t).__name__](t, D)
 
 
 def _masked(t: Any) -> tuple[list[int], list[Layer], Layer, str]:

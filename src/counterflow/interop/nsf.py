@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from counterflow.interop.parts import Layer, batch_norm, linear_layer, name_of
+from counterflow.interop.parts import Layer, batch_norm, linear_layer, name_of, of_library
 from counterflow.univariate import RationalQuadraticSpline
 
 Context = Literal["added", "activated", "gate"]
@@ -26,6 +26,13 @@ def residual_net(net: Any) -> tuple[list[Layer], Layer, str]:
 
 def made(net: Any, first: Context, in_blocks: Context) -> tuple[list[Layer], Layer, str]:
     """The same of a masked network, and how the context enters the first layer and the residual blocks."""
+    library = type(net).__module__.partition(".")[0]
+    blocks = ("MaskedResidualBlock", "MaskedFeedforwardBlock")
+    if library not in ("nflows", "normflows") or not all(of_library(b, library, *blocks) for b in net.blocks):
+        raise TypeError(
+            f"expected a MADE of nflows or normflows as the network, got {type(net).__module__}.{type(net).__name__}; "
+            "what another network computes cannot be read from its weights"
+        )
     if not isinstance(getattr(net, "preprocessing", torch.nn.Identity()), torch.nn.Identity):
         raise ValueError("expected features that enter the network as they are, got periodic ones; use linear tails")
     initial = linear_layer(net.initial_layer, linear=True)

@@ -67,6 +67,11 @@ def at(place: str, layer: Any) -> Iterator[None]:
         raise type(error)(f"cannot convert {place}, {kind}: {error}") from None
 
 
+def of_library(thing: Any, library: str, *names: str) -> bool:
+    """Whether it is of one of these classes of the library itself: somebody's class may have the same name."""
+    return type(thing).__name__ in names and type(thing).__module__.partition(".")[0] == library
+
+
 def not_converted(layer: Any, known: Sequence[str]) -> TypeError:
     """What to raise for a class that no converter knows."""
     return TypeError(
@@ -312,7 +317,7 @@ def sequential(net: Any) -> tuple[list[Layer], Layer, str]:
     names: set[str] = set()
     modules: list[Any] = list(net) if isinstance(net, nn.Sequential) else [net]
     for module in modules:
-        if type(module).__name__ == "Linear" and module.weight.dim() == 2:  # torch's or zuko's
+        if type(module) is nn.Linear or (of_library(module, "zuko", "Linear") and module.weight.dim() == 2):
             layers.append(linear_layer(module, linear=True))
         elif isinstance(module, nn.Identity | nn.Dropout):
             continue
@@ -329,11 +334,11 @@ def sequential(net: Any) -> tuple[list[Layer], Layer, str]:
 def embedded(t: Transform, net: Any) -> Transform:
     """The transform with what the embedding net does to the context, which may standardize it."""
     found = [module for module in net.modules() if not isinstance(module, nn.Identity | nn.Sequential)]
-    kinds = [type(module).__name__ for module in found]
-    if kinds not in ([], ["Standardize"]):  # sbi's
-        others = ", ".join(kind for kind in kinds if kind != "Standardize")
+    others = [module for module in found if not of_library(module, "sbi", "Standardize")]
+    if others or len(found) > 1:
+        kinds = ", ".join(type(module).__name__ for module in others or found)
         raise TypeError(
-            f"expected no embedding of the context, or one that standardizes it, got {others or kinds}; set it to "
+            f"expected no embedding of the context, or one that standardizes it, got {kinds}; set it to "
             "torch.nn.Identity() in a copy of the flow, convert that, and call the result with the embedded context"
         )
     if not found or not t.context:
