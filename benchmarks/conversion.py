@@ -5,10 +5,10 @@
 Differences: every flow of tests/test_interop.py, with random weights, at 64 points; the largest difference of log_prob,
 and of samples from the same noise relative to 1 + the largest sample, in float64 and float32.
 
-Times: 1,000 draws of a flow of five layers, D = 64, two hidden layers of 512 (nflows' default network has five), as each
-library's users build it, and 10,000 draws of a posterior of sbi with D = 10. The original and the converted flow take
-turns in one run; the ratio is that of the medians. Where the library samples in one pass itself (Pyro), the time is that
-of scoring 1,000 points. Written to results/conversion.md.
+Times: 1,000 draws of a flow of five layers, D = 64, two hidden layers of 512 (nflows' default network has five), as
+each library's users build it, and 10,000 draws of a posterior of sbi with D = 10. The original and the converted flow
+take turns in one run; the ratio is that of the medians. Where the library samples in one pass itself (Pyro), the time is
+that of scoring 1,000 points. Written to results/conversion.md.
 """
 
 from __future__ import annotations
