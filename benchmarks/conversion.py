@@ -7,8 +7,8 @@ and of samples from the same noise relative to 1 + the largest sample, in float6
 
 Times: 1,000 draws of a flow of five layers, D = 64, two hidden layers of 512 (nflows' default network has five), as
 each library's users build it, and 10,000 draws of a posterior of sbi with D = 10. The original and the converted flow
-take turns in one run; the ratio is that of the medians. Where the library samples in one pass itself (Pyro), the time is
-that of scoring 1,000 points. Written to results/conversion.md.
+take turns in one run; the ratio is that of the medians. Pyro samples in one pass itself; there it is the time of
+scoring 1,000 points. Written to results/conversion.md.
 """
 
 from __future__ import annotations

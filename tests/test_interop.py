@@ -226,6 +226,10 @@ NFLOWS |= {
     ),
 }
 
+NFLOWS["nflows base that is given as the context"] = of_nflows(
+    lambda c: T.LULinear(D), 2 * D, lambda: nd.ConditionalDiagonalNormal([D])
+)
+
 ZUKO: dict[str, Case] = {}
 for context in (0, C):
     for residual in (False, True):
@@ -351,7 +355,7 @@ def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, cf.Flow, T
         warnings.simplefilter("error")
         ours = cf.convert(theirs)
     x = torch.randn(64, ours.features, dtype=dtype) * 1.5
-    return theirs, ours, x, torch.randn(64, C, dtype=dtype) if CASES[name].context else None
+    return theirs, ours, x, torch.randn(64, ours.context, dtype=dtype) if ours.context else None
 
 
 @pytest.fixture(autouse=True)
@@ -400,8 +404,9 @@ def test_saved_and_loaded_again(name, tmp_path):
 )
 def test_what_was_given_stays_as_it_was(name):
     theirs = CASES[name].make().train()
-    state = copy.deepcopy(theirs.state_dict())
+    state, seed = copy.deepcopy(theirs.state_dict()), torch.get_rng_state()
     ours = cf.convert(theirs)
+    assert torch.equal(torch.get_rng_state(), seed)
     with torch.no_grad():
         for p in ours.parameters():
             p.add_(1)

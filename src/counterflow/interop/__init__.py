@@ -5,6 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributions import TransformedDistribution
 
@@ -52,7 +53,8 @@ def convert(foreign: Any) -> Flow:
         if library == "torch" and issubclass(cls, TransformedDistribution):
             library = "pyro"  # whose transforms work in torch's class as well
         if library in LIBRARIES:
-            flow: Flow = import_module(f"{__name__}.{library}").flow(foreign)
+            with torch.random.fork_rng(devices=[]):  # for first weights that nobody will see
+                flow: Flow = import_module(f"{__name__}.{library}").flow(foreign)
             return flow.eval()
     hint = ""
     if isinstance(foreign, nn.Module) and not isinstance(foreign, Flow):

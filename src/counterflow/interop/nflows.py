@@ -56,7 +56,9 @@ def base(distribution: Any) -> tuple[list[Transform], int]:
     if type(distribution) is distributions.DiagonalNormal:
         return parts.normal_base(distribution.mean_[0], distribution.log_std_[0].exp(), D), D
     if type(distribution) is distributions.ConditionalDiagonalNormal:
-        return [parts.conditional_normal(distribution._context_encoder, D)], D
+        encoder = distribution._context_encoder
+        own = getattr(encoder, "__module__", "") == distributions.normal.__name__  # its lambda x: x
+        return [parts.conditional_normal(None if own else encoder, D)], D
     raise TypeError(
         "expected the base StandardNormal, DiagonalNormal or ConditionalDiagonalNormal, "
         f"got {type(distribution).__name__}; train the flow with one of these"

@@ -303,7 +303,10 @@ def normal_base(mean: Tensor, std: Tensor, features: int) -> list[Transform]:
 
 
 def conditional_normal(encoder: Any, features: int) -> Transform:
-    """x = mean + exp(s) eps, where a network gives (mean, s), each (features,), for the context."""
+    """x = mean + exp(s) eps; a network gives (mean, s), each (features,), for the context, which is both without one."""
+    if encoder is None:
+        encoder = nn.Linear(2 * features, 2 * features, bias=False)
+        nn.init.eye_(encoder.weight)
     layers, last, activation = sequential(encoder)
     rows = torch.arange(2 * features).reshape(2, features).T
     C = (layers[0] if layers else last).weight.shape[1]
