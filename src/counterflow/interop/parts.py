@@ -303,7 +303,7 @@ def normal_base(mean: Tensor, std: Tensor, features: int) -> list[Transform]:
 
 
 def conditional_normal(encoder: Any, features: int) -> Transform:
-    """x = mean + exp(s) eps; a network gives (mean, s), each (features,), for the context, which is both without one."""
+    """x = mean + exp(s) eps; a network gives (mean, s), each (features,), for the context, or that is both."""
     if encoder is None:
         encoder = nn.Linear(2 * features, 2 * features, bias=False)
         nn.init.eye_(encoder.weight)
