@@ -1,6 +1,7 @@
 """The one training loop: it learns, it repeats, and nothing that is not finite reaches the weights."""
 
 import copy
+import json
 import math
 from dataclasses import replace
 
@@ -425,3 +426,87 @@ CONFIGS = {
 def test_configurations_that_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
         cf.FitConfig(**{name: value})
+
+
+# -- states, from which a training goes on -----------------------------------------------------------
+
+
+class Conditional(nn.Module):
+    """A flow whose objective draws noise: the generator's state counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.flow = cf.MAF(2, 1, layers=2, hidden=(9,), seed=0)
+
+
+def jittered(model, batch, beta=1.0):
+    x, c = batch
+    return beta * model.flow(c).log_prob(x + 0.1 * torch.randn_like(x))
+
+
+def course(states=None, stop_after=None, **more):
+    """A short training; the states that it gave, cloned, and the weights and the record that it ended with."""
+    torch.manual_seed(1)
+    x, c = torch.randn(103, 2), torch.randn(103, 1)
+    model, config = Conditional(), cf.FitConfig(epochs=5, batch_size=20, warm_up_steps=3, **more.pop("config", {}))
+    taken = []
+
+    def on_state(state):
+        taken.append(cf.State({k: v.clone() for k, v in state.tensors.items()}, json.loads(json.dumps(state.numbers))))
+
+    def on_step(done, steps):
+        if done == stop_after:
+            raise KeyboardInterrupt
+
+    more = {"state_every": 0.0, "on_state": on_state, "on_step": on_step, "resume": states} | more
+    anneal = lambda epoch: {"beta": 1 + epoch / 7}  # noqa: E731
+    record = cf.fit(model, jittered, (x, c), (x[:30], c[:30]), config, anneal=anneal, **more)
+    return taken, model.state_dict(), record
+
+
+@over(["adam", "adamax", "adamw"], "optimizer")
+@over([0.0, 0.9], "ema")
+def test_a_training_goes_on_from_any_step_bit_by_bit(optimizer, ema, tmp_path):
+    config = {"optimizer": optimizer, "ema": ema, "patience": 3}
+    taken, weights, record = course(config=config)
+    assert [state.steps for state in taken] == [*range(1, 26), 25]
+    for state in taken[::3]:
+        cf.save_state(state, tmp_path)
+        _, again, second = course(cf.load_state(tmp_path), config=config)
+        assert all(torch.equal(again[k], weights[k]) for k in weights)
+        assert [(e.train, e.validation, e.best) for e in second.epochs] == [
+            (e.train, e.validation, e.best) for e in record.epochs
+        ]
+
+
+def test_an_interruption_between_two_steps_loses_nothing():
+    _, weights, _ = course()
+    taken, _, record = course(stop_after=13, state_every=1e9)
+    assert record.stopped == "interrupted" and [state.steps for state in taken] == [13]
+    _, again, second = course(taken[0])
+    assert second.stopped == "finished" and all(torch.equal(again[k], weights[k]) for k in weights)
+
+
+def test_a_state_of_another_training_is_refused():
+    state = course(stop_after=3)[0][-1]
+    with pytest.raises(ValueError, match="got other settings"):
+        course(state, config={"seed": 1})
+    with pytest.raises(ValueError, match="got other data"):
+        cf.fit(
+            Conditional(), jittered, (torch.zeros(400, 2),) * 2, (torch.zeros(4, 2),) * 2, cf.FitConfig(), resume=state
+        )
+
+
+def test_the_last_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+    assert cf.load_state(tmp_path) is None
+    taken = course(stop_after=4)[0]
+    for state in taken:
+        cf.save_state(state, tmp_path)
+    newest, other = sorted(tmp_path.iterdir(), reverse=True)
+    assert cf.load_state(tmp_path).steps == 4
+    newest.write_bytes(newest.read_bytes()[:100])
+    with pytest.warns(RuntimeWarning, match="does not read"):
+        assert cf.load_state(tmp_path).steps == 3
+    other.unlink()
+    newest.unlink()
+    assert cf.load_state(tmp_path) is None

@@ -3,10 +3,10 @@
 from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
-from counterflow.checkpoint import load, save
+from counterflow.checkpoint import load, load_state, save, save_state
 from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
-from counterflow.fit import Epoch, FitConfig, Record, fit
+from counterflow.fit import Epoch, FitConfig, Record, State, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.interop import convert
 from counterflow.linear import Linear
@@ -39,6 +39,7 @@ __all__ = [
     "FitConfig",
     "Record",
     "convert",
+    "State",
     "dreg_elbo",
     "elbo",
     "evaluate",
@@ -47,10 +48,12 @@ __all__ = [
     "forward_kl",
     "iw_elbo",
     "load",
+    "load_state",
     "log_likelihood",
     "path_elbo",
     "renyi_elbo",
     "save",
+    "save_state",
     "targets",
     "warm_up",
     "MAF",

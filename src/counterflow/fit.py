@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from typing import Any, Literal
 
@@ -99,6 +100,19 @@ class Record:
         return next((e for e in reversed(self.epochs) if e.best), None)
 
 
+@dataclass(frozen=True)
+class State:
+    """All that a training needs to go on from between two steps as if it had never stopped, bit by bit."""
+
+    tensors: dict[str, Tensor]  # weights, averaged and best weights, the optimizer's moments, generators, order of rows
+    numbers: dict[str, Any]  # position, sums, epochs: what JSON can hold
+
+    @property
+    def steps(self) -> int:
+        """The steps that are done."""
+        return int(self.numbers["steps"])
+
+
 def fit(
     model: nn.Module,
     objective: Objective,
@@ -110,6 +124,9 @@ def fit(
     anneal: Callable[[float], dict[str, float]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
+    on_state: Callable[[State], None] | None = None,
+    state_every: float = 60.0,
+    resume: State | None = None,
 ) -> Record:
     """Maximise the mean of an objective's terms; the model ends with the weights that validated best.
 
@@ -127,11 +144,15 @@ def fit(
         validate: the objective of the validation rows, objective itself when not given. Its noise is the same
             in every epoch.
         anneal: epoch (a float) -> keywords for the objective, such as beta for a warm-up of the KL.
-        on_step: called with (steps done, steps in all).
+        on_step: called with (steps done, steps in all), between two steps: a KeyboardInterrupt raised here loses none.
         on_epoch: called with the epoch and the model as evaluated (averaged weights).
+        on_state: called between two steps with what it takes to go on from there: every state_every seconds, after
+            an interruption by on_step, and at the end. Its tensors are those of the training: write them, or clone.
+        state_every: seconds.
+        resume: a state to go on from; model, data and config must be those that it comes from.
 
     Raises:
-        ValueError: fewer rows than a batch, or data that hold a NaN or an infinity.
+        ValueError: fewer rows than a batch, data that hold a NaN or an infinity, or a state of another training.
 
     Example:
         >>> import torch, counterflow as cf
@@ -144,73 +165,56 @@ def fit(
     steps_per_epoch = _check_rows(train, "the training data", config.batch_size) // config.batch_size
     _check_rows(validation, "the validation data", 1)
     device = torch.device(config.device)
-    model.to(device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = OPTIMIZERS[config.optimizer](parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    steps = steps_per_epoch * config.epochs
-    averaged = AveragedModel(model, multi_avg_fn=_ema(config.ema)) if config.ema else None
-    evaluated = model if averaged is None else averaged.module
+    fingerprint = _fingerprint((train, validation)) if resume is not None or on_state is not None else ""
+    training = _Training(model.to(device), config, steps_per_epoch, fingerprint)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-
-    record, started = Record(), time.perf_counter()
-    best, best_weights, since_best, in_a_row = -math.inf, None, 0, 0
+    started = saved = time.perf_counter()
     forked = list(range(torch.cuda.device_count()))  # manual_seed reaches every one
     with torch.random.fork_rng(forked):
         torch.manual_seed(config.seed)
+        if resume is not None:
+            training.restore(resume)
+        before = training.record.seconds
+
+        def keep() -> None:
+            nonlocal saved
+            training.record.seconds = before + time.perf_counter() - started
+            if on_state is not None:
+                on_state(training.state())
+            saved = time.perf_counter()
+
         try:
-            for epoch in range(config.epochs):
+            while training.goes_on:
                 model.train()
-                begun, total, counted, skipped = time.perf_counter(), 0.0, 0, 0
-                for k, batch in enumerate(_batches(train, config.batch_size)):
-                    progress = epoch + k / steps_per_epoch
-                    optimizer.zero_grad(set_to_none=True)
-                    for group in optimizer.param_groups:
-                        group["lr"] = _learning_rate(config, epoch * steps_per_epoch + k, steps)
+                begun = time.perf_counter()
+                for batch in training.batches(train):
+                    annealed = {} if anneal is None else anneal(training.progress)
                     with autocast:
-                        terms = objective(model, _to(batch, device), **({} if anneal is None else anneal(progress)))
-                    reached = _step(optimizer, -_mean(terms), parameters, config.clip_norm)
-                    if reached is None:
-                        skipped, in_a_row = skipped + 1, in_a_row + 1
-                        if in_a_row >= config.max_skipped:
-                            raise _NotFinite
-                    else:
-                        total, counted, in_a_row = total - reached, counted + 1, 0
-                        if averaged is not None:
-                            averaged.update_parameters(model)
+                        terms = objective(model, _to(batch, device), **annealed)
+                    training.step(-_mean(terms))
                     if on_step is not None:
-                        on_step(epoch * steps_per_epoch + k + 1, steps)
+                        training.between = True
+                        on_step(training.steps, steps_per_epoch * config.epochs)
+                        training.between = False
+                    if time.perf_counter() - saved > state_every:
+                        keep()
                 seconds = time.perf_counter() - begun
-                reached = _validate(evaluated, validate or objective, validation, config, autocast)
-                better = reached > best
-                if better:
-                    best, since_best = reached, 0
-                    best_weights = {k: v.detach().clone() for k, v in evaluated.state_dict().items()}
-                else:
-                    since_best += 1
-                row = Epoch(
-                    epoch=epoch + 1,
-                    train=total / counted if counted else math.nan,
-                    validation=reached,
-                    best=better,
-                    learning_rate=_learning_rate(config, (epoch + 1) * steps_per_epoch, steps),
-                    seconds=seconds,
-                    rows_per_second=steps_per_epoch * config.batch_size / seconds,
-                    skipped=skipped,
-                )
-                record.epochs.append(row)
+                reached = _validate(training.evaluated, validate or objective, validation, config, autocast)
+                row = training.end_epoch(reached, seconds)
                 if on_epoch is not None:
-                    on_epoch(row, evaluated)
-                if config.patience and since_best >= config.patience:
-                    record.stopped = "settled"
-                    break
+                    on_epoch(row, training.evaluated)
+            keep()
         except KeyboardInterrupt:
-            record.stopped = "interrupted"
+            training.record.stopped = "interrupted"
+            if training.between:
+                keep()
         except _NotFinite:
-            record.stopped = "not finite"
-    if best_weights is not None:
-        model.load_state_dict(best_weights)
+            training.record.stopped = "not finite"
+    record = training.record
+    if training.best_weights:
+        model.load_state_dict(training.best_weights)
     model.eval()
-    record.seconds = time.perf_counter() - started
+    record.seconds = before + time.perf_counter() - started
     if record.stopped == "not finite":
         warnings.warn(
             f"training ended: {config.max_skipped} steps in a row had a loss or gradient that is not finite; the "
@@ -219,6 +223,161 @@ def fit(
             stacklevel=2,
         )
     return record
+
+
+class _Training:
+    """A training as it stands between two steps."""
+
+    def __init__(self, model: nn.Module, config: FitConfig, steps_per_epoch: int, fingerprint: str) -> None:
+        self.model, self.config, self.steps_per_epoch, self.fingerprint = model, config, steps_per_epoch, fingerprint
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = OPTIMIZERS[config.optimizer](
+            self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.averaged = AveragedModel(model, multi_avg_fn=_ema(config.ema)) if config.ema else None
+        self.evaluated: nn.Module = model if self.averaged is None else self.averaged.module
+        self.record, self.between = Record(), False
+        self.steps = 0  # done, over all epochs
+        self.order: Tensor | None = None  # of the rows, in this epoch
+        self.total, self.counted, self.skipped = 0.0, 0, 0  # of this epoch
+        self.in_a_row, self.since_best, self.best = 0, 0, -math.inf
+        self.best_weights: dict[str, Tensor] = {}
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether there is another epoch."""
+        return self.record.stopped != "settled" and len(self.record.epochs) < self.config.epochs
+
+    @property
+    def progress(self) -> float:
+        """Epochs, as a float."""
+        return self.steps / self.steps_per_epoch
+
+    def batches(self, data: Batch | int) -> Iterator[Batch]:
+        """The batches that the epoch still has, in a new random order; rows that do not fill one wait for another."""
+        done = self.steps - len(self.record.epochs) * self.steps_per_epoch
+        if isinstance(data, int):
+            yield from repeat(None, data - done)
+            return
+        size = self.config.batch_size
+        if self.order is None:
+            self.order = torch.randperm(len(_parts(data)[0]))
+        for k in range(done, self.steps_per_epoch):
+            picked = tuple(part[self.order[k * size : (k + 1) * size]] for part in _parts(data))
+            yield picked if isinstance(data, tuple) else picked[0]
+
+    def step(self, loss: Tensor) -> None:
+        """One step down the loss, unless it or its gradient is not finite; too many such in a row are _NotFinite."""
+        self.optimizer.zero_grad(set_to_none=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = _learning_rate(self.config, self.steps, self.steps_per_epoch * self.config.epochs)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
+        self.steps += 1
+        if math.isfinite(reached := loss.item()) and math.isfinite(norm.item()):
+            self.optimizer.step()
+            self.total, self.counted, self.in_a_row = self.total - reached, self.counted + 1, 0
+            if self.averaged is not None:
+                self.averaged.update_parameters(self.model)
+            return
+        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+        if self.in_a_row >= self.config.max_skipped:
+            raise _NotFinite
+
+    def end_epoch(self, reached: float, seconds: float) -> Epoch:
+        """Note what the epoch came to, and keep the weights if they are the best so far."""
+        better = reached > self.best
+        if better:
+            self.best, self.since_best = reached, 0
+            self.best_weights = {k: v.detach().clone() for k, v in self.evaluated.state_dict().items()}
+        else:
+            self.since_best += 1
+        row = Epoch(
+            epoch=len(self.record.epochs) + 1,
+            train=self.total / self.counted if self.counted else math.nan,
+            validation=reached,
+            best=better,
+            learning_rate=_learning_rate(self.config, self.steps, self.steps_per_epoch * self.config.epochs),
+            seconds=seconds,
+            rows_per_second=self.steps_per_epoch * self.config.batch_size / seconds,
+            skipped=self.skipped,
+        )
+        self.record.epochs.append(row)
+        self.order, self.total, self.counted, self.skipped = None, 0.0, 0, 0
+        if self.config.patience and self.since_best >= self.config.patience:
+            self.record.stopped = "settled"
+        return row
+
+    def state(self) -> State:
+        """What `restore` needs."""
+        optimizer = self.optimizer.state_dict()["state"]
+        tensors = {f"optimizer.{i}.{key}": value for i, slot in optimizer.items() for key, value in slot.items()}
+        for prefix, part in self._parts().items():
+            tensors |= {f"{prefix}.{key}": value for key, value in part.items()}
+        tensors["generator.cpu"] = torch.get_rng_state()
+        tensors |= {f"generator.cuda.{i}": g for i, g in enumerate(torch.cuda.get_rng_state_all())}
+        if self.order is not None:
+            tensors["order"] = self.order
+        numbers = {name: getattr(self, name) for name in _POSITION}
+        numbers |= {"fingerprint": self.fingerprint, "config": asdict(self.config), "record": asdict(self.record)}
+        return State(tensors, numbers)
+
+    def restore(self, state: State) -> None:
+        """Stand where the state was taken; ValueError where it is of another training."""
+        expected = {"fingerprint": self.fingerprint, "config": asdict(self.config)}
+        other = [name for name, value in expected.items() if state.numbers.get(name) != value]
+        if other:
+            what = "data" if "fingerprint" in other else "settings"
+            raise ValueError(
+                f"expected a state of the same data and settings to resume from, got other {what}; resume with what "
+                "the training was begun with, or begin a new one"
+            )
+        tensors = state.tensors
+        self.best_weights = _under(tensors, "best")
+        for prefix, part in self._parts().items():
+            if prefix != "best":
+                for key, value in part.items():
+                    value.copy_(tensors[f"{prefix}.{key}"])
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in _under(tensors, "optimizer").items():
+            i, _, key = name.partition(".")
+            slots.setdefault(int(i), {})[key] = value
+        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
+        torch.set_rng_state(tensors["generator.cpu"].cpu())
+        if torch.cuda.is_available():
+            torch.cuda.set_rng_state_all([g.cpu() for g in _under(tensors, "generator.cuda").values()])
+        self.order = tensors.get("order")
+        for name in _POSITION:
+            setattr(self, name, state.numbers[name])
+        course = state.numbers["record"]
+        stopped: Stopped = "settled" if course["stopped"] == "settled" else "finished"
+        self.record = Record([Epoch(**row) for row in course["epochs"]], stopped, course["seconds"])
+
+    def _parts(self) -> dict[str, dict[str, Tensor]]:
+        """The weights of which there are several."""
+        averaged = {} if self.averaged is None else self.averaged.state_dict()
+        return {"model": self.model.state_dict(), "averaged": averaged, "best": self.best_weights}
+
+
+_POSITION = ("steps", "total", "counted", "skipped", "in_a_row", "since_best", "best")
+
+
+def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin with prefix and a dot, without them."""
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def _fingerprint(data: tuple[Batch | int, ...]) -> str:
+    """A number that other data would not have."""
+    total = 0
+    for batch in data:
+        for part in (batch,) if isinstance(batch, int) else _parts(batch):
+            if isinstance(part, int):
+                total = zlib.crc32(str(part).encode(), total)
+            else:
+                total = zlib.crc32(str((tuple(part.shape), part.dtype)).encode(), total)
+                total = zlib.crc32(part.detach().cpu().contiguous().numpy().data, total)
+    return f"{total:08x}"
 
 
 class _NotFinite(Exception):
@@ -268,34 +427,11 @@ def _check_rows(data: Batch | int, what: str, least: int) -> int:
     return rows
 
 
-def _batches(data: Batch | int, size: int) -> Iterator[Batch]:
-    """Full batches in a new random order; the last rows of an order that do not fill a batch wait for another one."""
-    if isinstance(data, int):
-        yield from repeat(None, data)
-        return
-    rows = len(_parts(data)[0])
-    for index in torch.randperm(rows)[: rows - rows % size].split(size):
-        picked = tuple(part[index] for part in _parts(data))
-        yield picked if isinstance(data, tuple) else picked[0]
-
-
 def _to(batch: Batch, device: torch.device) -> Batch:
     if batch is None:
         return None
     moved = tuple(part.to(device) for part in _parts(batch))
     return moved if isinstance(batch, tuple) else moved[0]
-
-
-def _step(
-    optimizer: torch.optim.Optimizer, loss: Tensor, parameters: list[nn.Parameter], clip_norm: float
-) -> float | None:
-    """One step down the loss, and its value; None, and no step, where the loss or its gradient is not finite."""
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(parameters, clip_norm)
-    if not (math.isfinite(loss.item()) and math.isfinite(norm.item())):
-        return None
-    optimizer.step()
-    return loss.item()
 
 
 def _mean(terms: Tensor) -> Tensor:

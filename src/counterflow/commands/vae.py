@@ -17,7 +17,7 @@ from torch import Tensor
 
 from counterflow import __version__, plots
 from counterflow.checkpoint import save
-from counterflow.commands import console
+from counterflow.commands import console, training
 from counterflow.commands.model import observed, picture
 from counterflow.data import Dataset, Splits, load, split
 from counterflow.diagnostics import effective_sample_size, resample
@@ -82,13 +82,21 @@ class Vae:
     """draws of z for each test datum in the importance sampling of its log-likelihood"""
     out: Path | None = None
     """run folder, which must be new; runs/vae-DATE-TIME when not given"""
+    resume: Path | None = None
+    """run folder of a run that was ended, to go on with; without other options"""
+    save_every: float = 60.0
+    """seconds between two states from which --resume can go on"""
     fit: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(  # noqa: RUF009  # frozen
         epochs=150, batch_size=64, learning_rate=5e-3, ema=0.995
     )
     """how to train"""
 
     def run(self) -> int:
-        """Train, test, draw; 130 after Ctrl-C."""
+        """Train, test, draw; 130 after Ctrl-C, 143 after SIGTERM."""
+        return self._run(None) if self.resume is None else training.reopened(self, self.resume, "vae")._run(self.resume)
+
+    def _run(self, run: Path | None) -> int:
+        """A new run, or one to go on with."""
         if self.test_samples < 1:
             raise ValueError(f"expected test-samples of at least 1, got {self.test_samples}")
         if not self.warm_up >= 0:
@@ -110,28 +118,34 @@ class Vae:
         for model in models.values():  # a rehearsal: what is refused is refused before there is a run folder
             model.likelihood.adapt(parts.train)
             self._objective(model, parts.train[:2])
-        run = console.new_run(self.out, "vae")
-        config = {"format": FORMAT, "command": "vae", "version": __version__, **dataclasses.asdict(self)}
-        console.write_json(run / "config.json", config)
+        if run is None:
+            run = console.new_run(self.out, "vae")
+            config = {"format": FORMAT, "command": "vae", "version": __version__, **dataclasses.asdict(self)}
+            console.write_json(run / "config.json", config)
         rows = {part: len(values) for part, values in vars(parts).items()}
         shape = " x ".join(map(str, parts.train.shape[1:]))
         sizes = f"{rows['train']} to train, {rows['validation']} to validate, {rows['test']} to test"
         console.note(f"{self.data}: {shape}, {sizes}; run folder {run}")
-        try:
-            return self._compare(models, parts, run, {"data": self.data, "rows": rows, "results": []})
-        except KeyboardInterrupt:
-            kept = ", ".join(str(file) for file in sorted(run.glob("*.safetensors")))
-            console.note("interrupted; " + (f"the best weights so far are in {kept}" if kept else "no epoch was over"))
-            return 130
+        with training.stoppable() as stop:
+            try:
+                code = self._compare(models, parts, run, {"data": self.data, "rows": rows, "results": []}, stop)
+            except KeyboardInterrupt:
+                kept = ", ".join(str(file) for file in sorted(run.glob("*.safetensors"))) or "none: no epoch was over"
+                console.note(f"interrupted; the best weights so far: {kept}. Go on with --resume {run}")
+                return stop.code
+        training.finish(run)
+        return code
 
-    def _compare(self, models: Mapping[str, VAE], parts: Splits, run: Path, summary: dict[str, Any]) -> int:
+    def _compare(
+        self, models: Mapping[str, VAE], parts: Splits, run: Path, summary: dict[str, Any], stop: training.Stop
+    ) -> int:
         """Train and test one model after the other, then the table and the pictures."""
         torch.manual_seed(self.fit.seed)
         test = next(iter(models.values())).likelihood.observe(parts.test).to(self.fit.device)
         records = {}
         for name, model in models.items():
             last = name == list(models)[-1]
-            record = records[name] = self._train(name, model, parts, run, last)
+            record = records[name] = self._train(name, model, parts, run, last, stop)
             if record.stopped == "interrupted":
                 raise KeyboardInterrupt
             if record.best is None:
@@ -170,7 +184,9 @@ class Vae:
             return OBJECTIVES[self.objective](model, x, self.samples)
         return elbo(model, x, self.samples, beta=beta, free_bits=self.free_bits, groups=self.groups)
 
-    def _train(self, name: str, model: VAE, parts: Splits, run: Path, last: bool) -> Record:
+    def _train(self, name: str, model: VAE, parts: Splits, run: Path, last: bool, stop: training.Stop) -> Record:
+        course = training.Course(run, name)
+        state = course.begin({"posterior": name})
         file = run / ("model.safetensors" if last else f"model-{name}.safetensors")
         unit = "images" if parts.train.dim() == 4 else "rows"
 
@@ -198,8 +214,11 @@ class Vae:
                 self.fit,
                 validate=validate,
                 anneal=lambda epoch: {"beta": warm_up(epoch, self.warm_up * self.fit.epochs)},
-                on_step=on_step,
+                on_step=training.on_step(stop, on_step),
                 on_epoch=on_epoch,
+                on_state=course.keep,
+                state_every=self.save_every,
+                resume=state,
             )
 
     def _result(self, name: str, model: VAE, record: Record, reached: Evaluation) -> dict[str, Any]:

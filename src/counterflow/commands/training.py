@@ -1,0 +1,165 @@
+"""Trainings that survive: their states in the run folder, a stop between two steps, and the way back in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import signal
+import threading
+import types
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from counterflow.checkpoint import load_state, save_state
+from counterflow.commands import console
+from counterflow.fit import State
+
+STATES = "states"  # a folder of the run folder, while the run is not finished
+Command = TypeVar("Command")
+
+
+@dataclasses.dataclass
+class Stop:
+    """Whether Ctrl-C or SIGTERM has asked for an end."""
+
+    signal: int | None = None
+
+    def check(self) -> None:
+        """To be called between two steps: raises KeyboardInterrupt when an end was asked for."""
+        if self.signal is not None:
+            raise KeyboardInterrupt
+
+    @property
+    def code(self) -> int:
+        """The exit code of a process that was ended by that signal: 130 or 143."""
+        return 128 + (self.signal or signal.SIGINT)
+
+
+@contextmanager
+def stoppable() -> Iterator[Stop]:
+    """Hold the first Ctrl-C or SIGTERM back until `Stop.check`; a second one interrupts at once."""
+    stop = Stop()
+
+    def ask(number: int, frame: types.FrameType | None) -> None:
+        if stop.signal is not None:
+            raise KeyboardInterrupt
+        stop.signal = number
+        console.note("ending after this step; once more ends at once, without a state to go on from")
+
+    if threading.current_thread() is not threading.main_thread():  # only that one is given signals
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@dataclasses.dataclass(frozen=True)
+class Course:
+    """The states of one training of a run."""
+
+    run: Path
+    name: str = "model"
+
+    @property
+    def folder(self) -> Path:
+        """Where they are."""
+        return self.run / STATES / self.name
+
+    def begin(self, about: dict[str, Any]) -> State | None:
+        """The state to go on from, if there is one; metrics.jsonl then ends with the epoch that it ends with.
+
+        about is what the lines of this training have, and those of others do not.
+        """
+        state = load_state(self.folder)
+        metrics = self.run / "metrics.jsonl"
+        if metrics.exists():
+            over = 0 if state is None else len(state.numbers["record"]["epochs"])
+            lines = metrics.read_text("utf-8").splitlines()
+            metrics.write_text("".join(f"{line}\n" for line in lines if not _is_later(line, about, over)), "utf-8")
+        if state is not None:
+            console.note(f"{self.name}: going on from step {state.steps:,} ({self.folder})")
+        return state
+
+    def keep(self, state: State) -> None:
+        """Write a state."""
+        save_state(state, self.folder)
+
+
+def _is_later(line: str, about: dict[str, Any], epochs: int) -> bool:
+    """Whether a line of metrics.jsonl is of this training, and of an epoch after so many; half a line is."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return True
+    return about.items() <= row.items() and row["epoch"] > epochs
+
+
+def finish(run: Path) -> None:
+    """Nothing is left to go on from."""
+    shutil.rmtree(run / STATES, ignore_errors=True)
+
+
+def reopened(command: Command, run: Path, name: str) -> Command:
+    """The command that began a run, from its config.json.
+
+    Raises:
+        FileNotFoundError: there is no such run.
+        ValueError: it is a run of another command, a finished one, or options were given besides --resume.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"expected a run folder of counterflow {name} to resume, got {run}, without config.json"
+        )
+    config = json.loads(path.read_text("utf-8"))
+    if config.get("command") != name:
+        raise ValueError(
+            f"expected a run of counterflow {name}, got one of counterflow {config.get('command')} in {run}"
+        )
+    if not (run / STATES).is_dir():
+        ended = "which is finished" if (run / "summary.json").is_file() else "which ended before its first state"
+        raise ValueError(f"expected an unfinished run to resume, got {run}, {ended}; begin another one")
+    fields = [f for f in dataclasses.fields(typing.cast(Any, command)) if f.name != "resume"]
+    given = [f.name for f in fields if getattr(command, f.name) != _default(f)]
+    if given:
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        raise ValueError(f"expected --resume without other options, which the run folder knows, got {flags} as well")
+    return _built(type(command), config)
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _built(cls: type[Command], values: dict[str, Any]) -> Command:
+    """A dataclass of what JSON has kept of it."""
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.name in values]
+    return cls(**{name: _as(hints[name], values[name]) for name in names})
+
+
+def _as(hint: Any, value: Any) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _built(typing.cast(Any, hint), value)
+    kinds = {hint, *typing.get_args(hint)}
+    if value is not None and Path in kinds:
+        return Path(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def on_step(stop: Stop, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    """What `fit` calls after a step: shows it, and ends where an end was asked for."""
+
+    def after(done: int, steps: int) -> None:
+        show(done, steps)
+        stop.check()
+
+    return after
