@@ -29,6 +29,13 @@ WIRINGS = {  # for hidden layers of these sizes, four features or more
     ),
 }
 UNIVARIATES = {"affine": cf.Affine(), "gated": cf.Gated(), "sinh-arcsinh": cf.SinhArcsinh(), "spline": SPLINE}
+FOREIGN = {  # what flows of other libraries are converted to
+    "softplus scale": cf.ScaledAffine("softplus"),
+    "sigmoid scale": cf.ScaledAffine("sigmoid"),
+    "softclip scale": cf.ScaledAffine("softclip"),
+    "clamp scale": cf.ScaledAffine("clamp"),
+    "clipped spline": cf.RationalQuadraticSpline(bins=5, bound=5.0, clipped=True),
+}
 
 
 def stir(module: M, seed: int = 0, gain: float = 0.8) -> M:
@@ -43,7 +50,18 @@ def stir(module: M, seed: int = 0, gain: float = 0.8) -> M:
 def autoregressive(
     features: int, context: int = 0, hidden: Iterable[int] = (7, 5), univariate: str = "affine", **more: object
 ) -> Callable[[], cf.Autoregressive]:
-    return lambda: stir(cf.Autoregressive(features, context, hidden, UNIVARIATES[univariate], **more))
+    return lambda: stir(cf.Autoregressive(features, context, hidden, (UNIVARIATES | FOREIGN)[univariate], **more))
+
+
+def coupling_layer(
+    features: int,
+    moved: tuple[int, ...],
+    context: int = 0,
+    hidden: tuple[int, ...] = (7, 5),
+    *more: object,
+    **kw: object,
+) -> Callable[[], cf.CouplingLayer]:
+    return lambda: stir(cf.CouplingLayer(features, moved, context, hidden, *more, **kw))
 
 
 def _several() -> cf.Compose:
@@ -84,6 +102,18 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
     "sinh-arcsinh 3": autoregressive(3, 0, (10,), "sinh-arcsinh", activation="elu"),
     "one degree": autoregressive(3, 0, (4,), degrees=(1, 1, 1), activation="softplus"),
     "one degree context": autoregressive(3, 2, (4, 6), "gated", degrees=(1, 1, 1), activation="tanh"),
+    "softplus 3": autoregressive(3, 0, (10,), "softplus scale", activation="elu"),
+    "sigmoid 3 context": autoregressive(3, 2, (10,), "sigmoid scale", activation="silu"),
+    "softclip 17": autoregressive(17, 0, (21, 17), "softclip scale", activation="tanh"),
+    "clamp 3": autoregressive(3, 0, (8, 6), "clamp scale", activation="softplus"),
+    "clipped spline 3": autoregressive(3, 0, (8, 8), "clipped spline", activation="elu"),
+    "coupling layer": coupling_layer(5, (1, 4)),
+    "coupling layer, spline, gated residual": coupling_layer(
+        4, (2, 0), 2, (6, 5, 6, 6), SPLINE, "silu", skips=(None, None, 0, None), linear=(3,), gates=(2,)
+    ),
+    "coupling layer, linear": coupling_layer(3, (2, 1), 1, (), activation="elu"),
+    "coupling layer, of the context": coupling_layer(2, (0, 1), 2, (7,), cf.Gated(), "softplus"),
+    "coupling layer, constant": coupling_layer(3, (0, 2, 1), 0, (), SPLINE),
     **{
         f"{name} {D} {univariate}": autoregressive(D, context, hidden, univariate, activation="elu", wiring=wiring)
         for D, context, univariate in ((4, 0, "affine"), (4, 2, "gated"), (17, 2, "affine"))
@@ -94,6 +124,10 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
     "triangular": lambda: cf.Triangular([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]]).double(),
     "inverse": lambda: cf.Inverse(autoregressive(3, 2, (9,), activation="tanh")()),
     "inverse spline": lambda: cf.Inverse(autoregressive(3, 0, (9,), "spline", activation="elu")()),
+    "inverse of linear": lambda: cf.Inverse(cf.Linear([0.5, -1.0], [[0.2, -1.5], [1.0, 0.3]]).double()),
+    "standardized context": lambda: cf.StandardizedContext(
+        autoregressive(3, 2, (9,), activation="tanh")(), [1.0, -2.0], [0.5, 3.0]
+    ).double(),
     "compose": _several,
     "inverse of compose": lambda: cf.Inverse(_several()),
     "compose of compose": lambda: cf.Compose([cf.Inverse(_several()), cf.Permute([1, 0, 2]), _several()]),

@@ -17,11 +17,14 @@ SRC = ROOT / "src" / "counterflow"
 ROOMS = (
     # mathematics: no training, no files
     "transform",
+    "context",
+    "linear",
     "univariate",
     "staircase",
     "made",
     "substitution",
     "autoregressive",
+    "coupling",
     # probability
     "flow",
     "recipes",
@@ -64,6 +67,7 @@ LAZY = [
     "pyro",
     "pytensor",
     "rich",
+    "sbi",
     "sklearn",
     "stan",
     "tyro",

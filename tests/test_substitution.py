@@ -10,7 +10,7 @@ from threading import Timer
 
 import pytest
 import torch
-from registry import UNIVARIATES, WIRINGS, close, inputs, over, stir
+from registry import FOREIGN, UNIVARIATES, WIRINGS, close, inputs, over, stir
 
 import counterflow as cf
 from counterflow.made import ACTIVATIONS
@@ -30,12 +30,15 @@ CASES = {
         D,
         context,
         hidden,
-        UNIVARIATES[univariate],
+        (UNIVARIATES | FOREIGN)[univariate],
         DEGREES[degrees](D),
         activation,
     )
     for (univariate, D, activation), hidden, degrees, context in zip(
-        product(UNIVARIATES, (1, 2, 3, 17, 64), ACTIVATIONS), cycle(HIDDEN), cycle([*DEGREES, "own"]), cycle((0, 2, 3))
+        [*product(UNIVARIATES, (1, 2, 3, 17, 64), ACTIVATIONS), *product(FOREIGN, (2, 17), ("tanh", "relu"))],
+        cycle(HIDDEN),
+        cycle([*DEGREES, "own"]),
+        cycle((0, 2, 3)),
     )
     if (univariate, D) != ("sinh-arcsinh", 64)  # a power of a power of a power overflows
 }
@@ -61,9 +64,10 @@ CASES |= {
     )
 }
 
-COMPILED = [name for name, u in UNIVARIATES.items() if type(u) in (cf.Affine, cf.Gated, cf.RationalQuadraticSpline)]
+COMPILED = [*(name for name in UNIVARIATES if name != "sinh-arcsinh"), *FOREIGN]
 ABLE = [(body, u) for body, u in product(["reference", *BODIES], UNIVARIATES) if body != "cpu" or u in COMPILED]
-BODY_CASES = [(body, case) for body, u in ABLE for case in CASES if body != "reference" and f", {u}," in case]
+EVERY = [*ABLE, *product(BODIES, FOREIGN)]
+BODY_CASES = [(body, case) for body, u in EVERY for case in CASES if body != "reference" and f", {u}," in case]
 
 
 @pytest.fixture
@@ -266,9 +270,9 @@ class Shift(cf.univariate.Univariate):
 
 
 def test_auto_compiles_where_it_can():
-    layouts = [cf.Autoregressive(3, univariate=u)._layout for u in (*UNIVARIATES.values(), Shift())]
+    layouts = [cf.Autoregressive(3, univariate=u)._layout for u in (*(UNIVARIATES | FOREIGN).values(), Shift())]
     for device in map(torch.device, ("cpu", "meta")):
-        for layout, u in zip(layouts, [*UNIVARIATES, "shift"], strict=True):
+        for layout, u in zip(layouts, [*UNIVARIATES, *FOREIGN, "shift"], strict=True):
             body = "cpu" if device.type == "cpu" and u in COMPILED else "sliced"
             assert body_for("auto", layout, device).__name__ == f"counterflow.substitution.{body}"
 

@@ -2,6 +2,7 @@
 
 import math
 
+import pytest
 import torch
 from registry import close, over
 
@@ -17,6 +18,15 @@ MAPS = {
     "spline": cf.RationalQuadraticSpline(),
     "spline, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0),
     "spline, 30 bins": cf.RationalQuadraticSpline(bins=30, bound=8.0),
+    "spline, another least": cf.RationalQuadraticSpline(bins=4, bound=3.0, least=1e-2),
+    "spline, clipped": cf.RationalQuadraticSpline(clipped=True),
+    "spline, clipped, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0, least=1e-2, clipped=True),
+    "softplus": cf.ScaledAffine("softplus"),
+    "sigmoid": cf.ScaledAffine("sigmoid"),
+    "sigmoid, no least": cf.ScaledAffine("sigmoid", least=0.0),
+    "softclip": cf.ScaledAffine("softclip"),
+    "exp": cf.ScaledAffine("softclip", least=0.0),
+    "clamp": cf.ScaledAffine("clamp", low=-2.0, high=1.0),
 }
 SPLINES = [name for name in MAPS if "spline" in name]
 
@@ -72,7 +82,7 @@ def test_zero_parameters(name, dtype):
     g = MAPS[name]
     x = torch.linspace(-9, 9, 1001, dtype=dtype)
     y, log_slope = g.forward(x, x.new_zeros(1001, g.parameters))
-    slope = 1 / (1 + math.exp(-2)) if isinstance(g, cf.Gated) else 1.0
+    slope = 1 / (1 + math.exp(-2)) + getattr(g, "least", 0.0) if "gated" in name or "sigmoid" in name else 1.0
     close(y, slope * x, 1e-6)
     close(log_slope.exp(), torch.full_like(x, slope), 1e-5)
 
@@ -108,6 +118,36 @@ def test_gated_is_its_formula():
     close(log_slope, s.log(), 1e-14)
 
 
+def test_scaled_affine_is_its_formulas():
+    x, params = points(cf.Affine(), 100, scale=4.0)
+    m, a = params.unbind(-1)
+    b = math.log(1e3)
+    scales = {
+        cf.ScaledAffine("softplus"): 1e-3 + (1 + (a + math.log(math.exp(1 - 1e-3) - 1)).exp()).log(),
+        cf.ScaledAffine("sigmoid"): 1e-3 + 1 / (1 + (-a - 2).exp()),
+        cf.ScaledAffine("softclip"): (a / (1 + a.abs() / b)).exp(),
+        cf.ScaledAffine("softclip", least=0.0): a.exp(),
+        cf.ScaledAffine("clamp", low=-1.0, high=0.5): a.exp().clamp(math.exp(-1), math.exp(0.5)),
+    }
+    for g, scale in scales.items():
+        y, log_slope = g.forward(x, params)
+        close(y, x * scale + m, 1e-13)
+        close(log_slope, scale.log(), 1e-13)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (("cube",), "expected scale as one of softplus, sigmoid, softclip, clamp, got 'cube'"),
+        (("softplus", 1.0), "expected least in 0..1 and low below high, got least=1.0"),
+        (("clamp", 1e-3, 3.0, -5.0), "got least=0.001, low=3.0, high=-5.0"),
+    ],
+)
+def test_scaled_affine_says_what_it_expects(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        cf.ScaledAffine(*wrong)
+
+
 def test_sinh_arcsinh_is_its_formula():
     g = cf.SinhArcsinh(bound=0.7)
     x, params = points(g, 100)
@@ -133,8 +173,14 @@ def test_spline_is_its_formula(name):
     x = x / 8 * g.bound
     for here, raw, y, log_slope in zip(x, params, *g.forward(x, params), strict=True):
         w, h, d = raw.split([g.bins, g.bins, g.bins - 1])
-        widths, heights = (2 * g.bound * (1e-3 + (1 - 1e-3 * g.bins) * v.softmax(0)) for v in (w, h))
-        slopes = [1.0, *(1e-3 + (1 + (d + math.log(math.expm1(1 - 1e-3))).exp()).log()).tolist(), 1.0]
+        if g.clipped:
+            b = -math.log(g.least)
+            w, h, d = (v / (1 + v.abs() / most) for v, most in ((w, b / 2), (h, b / 2), (d, b)))
+            widths, heights = (2 * g.bound * v.softmax(0) for v in (w, h))
+            slopes = [1.0, *d.exp().tolist(), 1.0]
+        else:
+            widths, heights = (2 * g.bound * (g.least + (1 - g.least * g.bins) * v.softmax(0)) for v in (w, h))
+            slopes = [1.0, *(g.least + (1 + (d + math.log(math.expm1(1 - g.least))).exp()).log()).tolist(), 1.0]
         xs, ys = (-g.bound + torch.cat([v.new_zeros(1), v.cumsum(0)]) for v in (widths, heights))
         k = int((here >= xs).sum()) - 1
         t, s, d0, d1 = (here - xs[k]) / widths[k], heights[k] / widths[k], slopes[k], slopes[k + 1]

@@ -4,8 +4,12 @@ from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, load_state, save, save_state
+from counterflow.context import StandardizedContext
+from counterflow.coupling import CouplingLayer
 from counterflow.fit import Epoch, FitConfig, Record, State, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
+from counterflow.interop import convert
+from counterflow.linear import Linear
 from counterflow.made import Wiring
 from counterflow.objectives import (
     Evaluation,
@@ -22,7 +26,7 @@ from counterflow.objectives import (
 from counterflow.posterior import Posterior, fit_posterior
 from counterflow.recipes import IAF, MAF, NSF, Coupling
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Transform, Triangular
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
 
 __version__ = "0.1.0"
@@ -34,6 +38,7 @@ __all__ = [
     "Evaluation",
     "FitConfig",
     "Record",
+    "convert",
     "State",
     "dreg_elbo",
     "elbo",
@@ -58,18 +63,22 @@ __all__ = [
     "Base",
     "Compose",
     "Coupling",
+    "CouplingLayer",
     "DiagonalNormal",
     "Flow",
     "FlowDistribution",
     "Gated",
     "Inverse",
+    "Linear",
     "Permute",
     "Posterior",
     "PosteriorConfig",
     "RationalQuadraticSpline",
+    "ScaledAffine",
     "SinhArcsinh",
     "StandardNormal",
     "Standardize",
+    "StandardizedContext",
     "StudentT",
     "Transform",
     "Triangular",

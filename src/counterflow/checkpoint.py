@@ -17,11 +17,14 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from counterflow.autoregressive import Autoregressive
+from counterflow.context import StandardizedContext
+from counterflow.coupling import CouplingLayer
 from counterflow.fit import State
 from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
+from counterflow.linear import Linear
 from counterflow.made import Wiring
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
 
 # Only these are ever built from a file.
@@ -31,15 +34,19 @@ TYPES: dict[str, type] = {
         Affine,
         Autoregressive,
         Compose,
+        CouplingLayer,
         DiagonalNormal,
         Flow,
         Gated,
         Inverse,
+        Linear,
         Permute,
         RationalQuadraticSpline,
+        ScaledAffine,
         SinhArcsinh,
         StandardNormal,
         Standardize,
+        StandardizedContext,
         StudentT,
         Triangular,
         VAE,

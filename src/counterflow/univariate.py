@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,103 @@ class Gated(Univariate):
         return Partials(s, torch.stack([rest, s * rest * (x - m)], -1), zero, torch.stack([zero, rest], -1))
 
 
+Scale = Literal["softplus", "sigmoid", "softclip", "clamp"]
+
+
+@dataclass(frozen=True)
+class ScaledAffine(Univariate):
+    """Affine map whose scale is computed as other libraries compute it; their trained flows are converted to it.
+
+        y = x * s + m,    log dy/dx = log s
+
+        softplus    s = least + softplus(a + log(exp(1 - least) - 1))    nflows
+        sigmoid     s = least + sigmoid(a + 2)                           nflows' coupling layers, normflows
+        softclip    log s = a / (1 + |a| / log(1 / least))               zuko; with least = 0 it is s = exp(a)
+        clamp       log s = min(max(a, low), high)                       Pyro
+
+    params (..., 2) holds (m, a). With zero parameters y = x, and 0.88 x + least x for "sigmoid". The gradient for a
+    is the true one: 0 where "clamp" clips. For new flows take `Affine`, whose clip is smooth.
+
+    Raises:
+        ValueError: a scale that is not in the list, least outside of 0..1, or low not below high.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> y, log_slope = cf.ScaledAffine("clamp").forward(torch.tensor([1.0]), torch.tensor([[0.5, 9.0]]))
+        >>> round(y.item(), 4), log_slope.item()
+        (20.5855, 3.0)
+    """
+
+    scale: Scale
+    least: float = 1e-3  # what nflows and zuko have
+    low: float = -5.0  # what Pyro has
+    high: float = 3.0
+
+    parameters = 2
+
+    def __post_init__(self) -> None:
+        if self.scale not in get_args(Scale):
+            raise ValueError(f"expected scale as one of {', '.join(get_args(Scale))}, got {self.scale!r}")
+        if not (0 <= self.least < 1 and self.low < self.high):
+            raise ValueError(
+                f"expected least in 0..1 and low below high, got least={self.least}, low={self.low}, high={self.high}"
+            )
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx."""
+        m, a = params.unbind(-1)
+        s, log_s = self._scale(a)
+        return torch.addcmul(m, x, s), log_s
+
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy."""
+        m, a = params.unbind(-1)
+        s, log_s = self._scale(a)
+        return (y - m) / s, -log_s
+
+    def partials(self, x: Tensor, params: Tensor) -> Partials:
+        """Closed form: dy/da = x ds/da, and dl/da = (ds/da) / s."""
+        a = params[..., 1]
+        s, _ = self._scale(a)
+        slope = self._slope(a, s)
+        one, zero = torch.ones_like(x), torch.zeros_like(x)
+        return Partials(s, torch.stack([one, x * s * slope], -1), zero, torch.stack([zero, slope], -1))
+
+    def _scale(self, a: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale s, and log s."""
+        if self.scale == "softplus":
+            s = self.least + F.softplus(a + self.unit)
+            return s, s.log()
+        if self.scale == "sigmoid":
+            s = self.least + torch.sigmoid(a + 2)
+            return s, s.log() if self.least else F.logsigmoid(a + 2)
+        log_s = _softclip(a, self._most) if self.scale == "softclip" else a.clamp(self.low, self.high)
+        return log_s.exp(), log_s
+
+    def _slope(self, a: Tensor, s: Tensor) -> Tensor:
+        """The derivative of log s by a."""
+        if self.scale == "softplus":
+            return torch.sigmoid(a + self.unit) / s
+        if self.scale == "sigmoid":
+            return torch.sigmoid(a + 2) * torch.sigmoid(-a - 2) / s
+        if self.scale == "softclip":
+            return (1 + a.abs() / self._most) ** -2
+        return ((a >= self.low) & (a <= self.high)).to(a.dtype)
+
+    @property
+    def unit(self) -> float:
+        """What softplus is given at a = 0."""
+        return math.log(math.expm1(1 - self.least))
+
+    @property
+    def _most(self) -> float:
+        return -math.log(self.least) if self.least else math.inf
+
+
+def _softclip(a: Tensor, bound: float) -> Tensor:
+    return a / (1 + a.abs() / bound)
+
+
 @dataclass(frozen=True)
 class SinhArcsinh(Univariate):
     """Skews a feature and makes its tails heavier or lighter.
@@ -215,9 +312,16 @@ class RationalQuadraticSpline(Univariate):
         slope_k  = 1e-3 + softplus(d_k + log(exp(1 - 1e-3) - 1)), and 1 at both ends
         y = y_k + height_k (s t^2 + slope_k t (1 - t)) / (s + (slope_k + slope_k+1 - 2 s) t (1 - t))
 
-    with t = (x - x_k) / width_k and s = height_k / width_k in bin k. With zero parameters y = x.
+    with t = (x - x_k) / width_k and s = height_k / width_k in bin k. With zero parameters y = x. 1e-3 is `least`. With
+    `clipped` it bounds the raw numbers instead, as in zuko:
 
-    Source: Durkan et al. 2019, "Neural Spline Flows", section 3.1.
+        width_k  = 2 bound softmax(clip(w, b / 2))_k, heights alike
+        slope_k  = exp(clip(d_k, b)),    b = log(1 / least),    clip(a, b) = a / (1 + |a| / b)
+
+    Raises:
+        ValueError: fewer than 2 bins, bins that least leaves no room for, or a bound that is not positive.
+
+    Source: Durkan et al. 2019, "Neural Spline Flows", section 3.1; Rozet et al. 2022, zuko, for `clipped`.
 
     Example:
         >>> import torch, counterflow as cf
@@ -229,13 +333,15 @@ class RationalQuadraticSpline(Univariate):
 
     bins: int = 8
     bound: float = 5.0
-
-    least = 1e-3  # the smallest slope, and the smallest share of a bin
+    least: float = 1e-3  # the smallest slope, and the smallest share of a bin; Durkan et al.'s and zuko's own
+    clipped: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bins, int) and 2 <= self.bins <= 500):
             raise ValueError(f"expected bins as a whole number from 2 to 500, got {self.bins!r}")
         _check_positive(self.bound, "bound")
+        if not 0 < self.least <= 1 / (2 * self.bins):
+            raise ValueError(f"expected least above 0 and at most 1 / (2 bins), got {self.least!r}")
 
     @property
     def parameters(self) -> int:  # type: ignore[override]
@@ -294,13 +400,14 @@ class RationalQuadraticSpline(Univariate):
             by_d0 = by_over * u + by_above * rest * rest + by_below * u
             return torch.cat(
                 [
-                    self._by_shares(t_x, xs, xs, -by_t / width - by_width, by_width),
-                    self._by_shares(t_x, xs, ys, by_ends - by_height, by_height),
-                    self._by_slopes(t_x, xs, slopes, by_d0, by_above * t * t + by_below * u),
+                    self._by_shares(w, t_x, xs, xs, -by_t / width - by_width, by_width),
+                    self._by_shares(h, t_x, xs, ys, by_ends - by_height, by_height),
+                    self._by_slopes(d, t_x, xs, slopes, by_d0, by_above * t * t + by_below * u),
                 ],
                 -1,
             )
 
+        w, h, d = self._split(params)
         zero, one = torch.zeros_like(x), torch.ones_like(x)
         dy = to_params(height / below, zero, -height * over / (below * below), zero, one)
         dl = to_params(zero, 1 / above, -2 / below, 2 / s, zero)
@@ -312,20 +419,28 @@ class RationalQuadraticSpline(Univariate):
             dl.masked_fill(beyond, 0),
         )
 
-    def _by_shares(self, x: Tensor, xs: Tensor, edges: Tensor, by_left: Tensor, by_right: Tensor) -> Tensor:
+    def _by_shares(
+        self, raw: Tensor, x: Tensor, xs: Tensor, edges: Tensor, by_left: Tensor, by_right: Tensor
+    ) -> Tensor:
         """Derivatives by w or h (..., bins), from those by the edges at both ends of the bin of x."""
         begun = (x[..., None] >= xs[..., :-1]).to(x.dtype)  # the bin of x and those before it
         before = F.pad(begun[..., 1:], (0, 1))
         by_share = by_left[..., None] * before + by_right[..., None] * begun
-        shares = (edges.diff(dim=-1) / (2 * self.bound) - self.least) / (1 - self.least * self.bins)
+        shares = (edges.diff(dim=-1) / (2 * self.bound) - self._floor) / (1 - self._floor * self.bins)
         mean = (shares * by_share).sum(-1, keepdim=True)
-        return 2 * self.bound * (1 - self.least * self.bins) * shares * (by_share - mean)
+        by_raw = 2 * self.bound * (1 - self._floor * self.bins) * shares * (by_share - mean)
+        return by_raw * (1 + raw.abs() / (self._most / 2)) ** -2 if self.clipped else by_raw
 
-    def _by_slopes(self, x: Tensor, xs: Tensor, slopes: Tensor, by_left: Tensor, by_right: Tensor) -> Tensor:
+    def _by_slopes(
+        self, raw: Tensor, x: Tensor, xs: Tensor, slopes: Tensor, by_left: Tensor, by_right: Tensor
+    ) -> Tensor:
         """Derivatives by d (..., bins - 1), from those by the slopes at both ends of the bin of x."""
         place = (x[..., None] >= xs[..., 1:-1]).sum(-1, keepdim=True)
         by = torch.zeros_like(slopes).scatter(-1, place, by_left[..., None]).scatter(-1, place + 1, by_right[..., None])
-        return by[..., 1:-1] * -torch.expm1(self.least - slopes[..., 1:-1])  # the sigmoid of what softplus was given
+        inner = slopes[..., 1:-1]
+        if self.clipped:
+            return by[..., 1:-1] * inner * (1 + raw.abs() / self._most) ** -2
+        return by[..., 1:-1] * -torch.expm1(self.least - inner)  # the sigmoid of what softplus was given
 
     def _log_slope(self, s: Tensor, t: Tensor, u: Tensor, d0: Tensor, d1: Tensor, below: Tensor) -> Tensor:
         above = d1 * t * t + 2 * s * u + d0 * (1 - t) * (1 - t)
@@ -333,15 +448,33 @@ class RationalQuadraticSpline(Univariate):
 
     def _knots(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Knots xs, ys (..., bins + 1), the outer ones exactly at -bound and bound, and slopes (..., bins + 1)."""
-        w, h, d = params.split([self.bins, self.bins, self.bins - 1], -1)
-        xs, ys = self._edges(w), self._edges(h)
-        slopes = self.least + F.softplus(d + math.log(math.expm1(1 - self.least)))
-        return xs, ys, F.pad(slopes, (1, 1), value=1.0)
+        w, h, d = self._split(params)
+        if self.clipped:
+            w, h, slopes = (*(_softclip(v, self._most / 2) for v in (w, h)), _softclip(d, self._most).exp())
+        else:
+            slopes = self.least + F.softplus(d + self.unit)
+        return self._edges(w), self._edges(h), F.pad(slopes, (1, 1), value=1.0)
 
     def _edges(self, raw: Tensor) -> Tensor:
-        shares = self.least + (1 - self.least * self.bins) * raw.softmax(-1)
+        shares = self._floor + (1 - self._floor * self.bins) * raw.softmax(-1)
         inner = self.bound * (2 * shares[..., :-1].cumsum(-1) - 1)
         return F.pad(F.pad(inner, (1, 0), value=-self.bound), (0, 1), value=self.bound)
+
+    def _split(self, params: Tensor) -> tuple[Tensor, ...]:
+        return params.split([self.bins, self.bins, self.bins - 1], -1)
+
+    @property
+    def unit(self) -> float:
+        """What softplus is given at d = 0."""
+        return math.log(math.expm1(1 - self.least))
+
+    @property
+    def _floor(self) -> float:
+        return 0.0 if self.clipped else self.least
+
+    @property
+    def _most(self) -> float:
+        return -math.log(self.least)
 
 
 def _bin(v: Tensor, edges: Tensor, xs: Tensor, ys: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:

@@ -52,7 +52,7 @@ from torch import Tensor
 
 from counterflow.made import ACTIVATIONS
 from counterflow.substitution import Adjoints, Layout, Solution, System
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline
+from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, Univariate
 
 AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 VECTOR = 64 if AVX512 else 32  # bytes of a register
@@ -63,13 +63,32 @@ BLOCK = 64  # units of the widest level in a block of degrees
 TILE = 128  # rows
 ALONE = 1 << 18  # multiply-adds that one thread does before a second one would have begun
 WEIGHTS = 7
-AFFINE, GATED, SPLINE = 0, 1, 2
-MAPS: dict[type, int] = {Affine: AFFINE, Gated: GATED, RationalQuadraticSpline: SPLINE}
+AFFINE, GATED, SPLINE, CLIPPED_SPLINE, SOFTPLUS, SIGMOID, SOFTCLIP, CLAMP = range(8)
+MAPS: dict[type, int] = {Affine: AFFINE, Gated: GATED, RationalQuadraticSpline: SPLINE, ScaledAffine: SOFTPLUS}
+SCALES = {"softplus": SOFTPLUS, "sigmoid": SIGMOID, "softclip": SOFTCLIP, "clamp": CLAMP}  # of ScaledAffine
+BOUND, LEAST, FLOOR, UNIT, MOST, LOW, HIGH = range(7)  # what a univariate map may need; see `_constants`
 
 
 def supports(layout: Layout) -> bool:
     """Whether this body knows the activation and the univariate map."""
     return layout.activation in _codes() and type(layout.univariate) in MAPS
+
+
+def _map_code(univariate: Univariate) -> int:
+    """Which of the compiled maps it is."""
+    if isinstance(univariate, ScaledAffine):
+        return SCALES[univariate.scale]
+    clipped = isinstance(univariate, RationalQuadraticSpline) and univariate.clipped
+    return CLIPPED_SPLINE if clipped else MAPS[type(univariate)]
+
+
+def _constants(univariate: Univariate) -> list[float]:
+    """By BOUND, LEAST, ...: FLOOR is the least share of a bin, and LEAST + softplus(UNIT) = 1, LEAST = exp(-MOST)."""
+    least = getattr(univariate, "least", 0.0)
+    floor = 0.0 if _map_code(univariate) == CLIPPED_SPLINE else least
+    unit, most = math.log(math.expm1(1 - least)), -math.log(least) if least else math.inf
+    bound, low, high = (getattr(univariate, name, 0.0) for name in ("bound", "low", "high"))
+    return [bound, least, floor, unit, most, low, high]
 
 
 def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
@@ -94,7 +113,7 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
 class _Plan(NamedTuple):
     """What stays the same from call to call."""
 
-    tables: tuple[Tensor, ...]  # below, starts, blocks, bound, links
+    tables: tuple[Tensor, ...]  # below, starts, blocks, constants, links
     rows: list[tuple[int, int, int, int]]  # of the tables in a job
     activation: int  # its code
     univariate: int  # its code
@@ -123,15 +142,15 @@ def _plan(layout: Layout, dtype: torch.dtype) -> _Plan:
     starts = torch.tensor([sum(sizes[1:]), *(sum(sizes[1:k]) for k in range(1, len(sizes)))])
     # The degree where each block begins, and G + 1: degrees are 0..G.
     blocks = torch.tensor([*range(0, G + 1, max(1, BLOCK * (G + 1) // max(sizes))), G + 1])
-    bound = torch.tensor([getattr(layout.univariate, "bound", 0.0)], dtype=dtype)
+    constants = torch.tensor([_constants(layout.univariate)], dtype=dtype)
     added = [0, *(0 if skip is None else skip + 1 for skip in layout.chain.skips)]
     links = torch.tensor([added, [0, *layout.chain.linear]])
-    tables = (below, starts[None], blocks[None], bound[None], links)
+    tables = (below, starts[None], blocks[None], constants, links)
     return _Plan(
         tables,
         rows=[_row(table) for table in tables],
         activation=_codes()[layout.activation],
-        univariate=MAPS[type(layout.univariate)],
+        univariate=_map_code(layout.univariate),
         work=sum(before * after for before, after in pairwise(sizes)) // 2,
         sizes=sizes[1:],
         parameters=P,
@@ -604,44 +623,124 @@ def _solve_gated(u, m_bar, a_bar, returned, v, w, x, m, a):
         a_bar[r] = (u[r] * s * (x[r] - m[r]) + w[r]) * rest
 
 
-# Rational-quadratic splines: see `RationalQuadraticSpline`, whose letters stand here too. `knots` holds for a vector of
-# rows the edges of the bins, xs and ys, (bins + 1, rows) each, and then the rows that these numbers name, for the bin
-# that was found: its ends, its raw slopes, its number, and two more.
-X0, X1, Y0, Y1, D0, D1, PLACE, MEAN_X, MEAN_Y = range(9)
-LEAST = RationalQuadraticSpline.least
-UNIT = math.log(math.expm1(1 - LEAST))  # LEAST + softplus(UNIT) = 1
+@compiled
+def _scales(code, scale, log_scale, a, constants):
+    """See `ScaledAffine`: fills scale and log_scale."""
+    real, least, unit, most = a.dtype.type, constants[LEAST], constants[UNIT], constants[MOST]
+    if code in (SOFTPLUS, SIGMOID):
+        for r in range(len(a)):
+            scale[r] = least + (_softplus(a[r] + unit) if code == SOFTPLUS else _sigmoid(a[r] + real(2)))
+        for r in range(len(a)):  # alone: the library's logarithm takes one number at a time
+            log_scale[r] = math.log(scale[r])
+    else:
+        low, high = constants[LOW], constants[HIGH]
+        for r in range(len(a)):
+            clipped = a[r] / (real(1) + abs(a[r]) / most) if code == SOFTCLIP else min(max(a[r], low), high)
+            log_scale[r] = clipped
+            scale[r] = _exp(clipped)
 
 
 @compiled
-def _edges(edges, highest, total, raw, bound):
+def _invert_scaled(code, x, log_det, m, a, work, constants):
+    """See `ScaledAffine.inverse`: x holds y at first."""
+    scale, log_scale = work[0, : len(x)], work[1, : len(x)]
+    _scales(code, scale, log_scale, a, constants)
+    for r in range(len(x)):
+        x[r] = (x[r] - m[r]) / scale[r]
+        log_det[r] -= log_scale[r]
+
+
+@compiled
+def _solve_scaled(code, u, m_bar, a_bar, returned, v, w, x, a, work, constants):
+    """See `ScaledAffine.partials`; `returned` is what the network sent back to the feature."""
+    real, unit, most = a.dtype.type, constants[UNIT], constants[MOST]
+    low, high = constants[LOW], constants[HIGH]
+    scale, slope = work[0, : len(u)], work[1, : len(u)]
+    _scales(code, scale, slope, a, constants)
+    for r in range(len(u)):
+        if code == SOFTPLUS:
+            slope[r] = _sigmoid(a[r] + unit) / scale[r]
+        elif code == SIGMOID:
+            slope[r] = _sigmoid(a[r] + real(2)) * _sigmoid(-a[r] - real(2)) / scale[r]
+        elif code == SOFTCLIP:
+            rest = real(1) + abs(a[r]) / most
+            slope[r] = real(1) / (rest * rest)
+        else:
+            slope[r] = real(a[r] >= low and a[r] <= high)
+    for r in range(len(u)):
+        u[r] = (v[r] - returned[r]) / scale[r]
+        m_bar[r] = u[r]
+        a_bar[r] = (u[r] * x[r] * scale[r] + w[r]) * slope[r]
+
+
+# Rational-quadratic splines: see `RationalQuadraticSpline`, whose letters stand here too. `knots` holds for a vector of
+# rows the edges of the bins, xs and ys, (bins + 1, rows) each, and then the rows that these numbers name, for the bin
+# that was found: its ends, its raw slopes and its slopes, its number, and two more.
+X0, X1, Y0, Y1, D0, D1, S0, S1, PLACE, MEAN_X, MEAN_Y = range(11)
+
+
+@compiled
+def _edges(edges, highest, total, raw, constants, clipped):
     """Edges (bins + 1, rows) from raw shares (bins, rows); the two rows between are for work."""
-    bins, real = len(raw), edges.dtype.type
-    _copy(highest, raw[0])
-    for k in range(1, bins):
+    bins, real, bound, floor = len(raw), edges.dtype.type, constants[BOUND], constants[FLOOR]
+    for k in range(bins):
+        if clipped:
+            _clip(edges[k + 1], raw[k], constants[MOST] / real(2))
+        else:
+            _copy(edges[k + 1], raw[k])
+    _copy(highest, edges[1])
+    for k in range(2, bins + 1):
         for r in range(len(total)):
-            highest[r] = max(highest[r], raw[k, r])
+            highest[r] = max(highest[r], edges[k, r])
     _fill(total, 0)
     for k in range(1, bins + 1):
         for r in range(len(total)):
-            edges[k, r] = _exp(raw[k - 1, r] - highest[r])
+            edges[k, r] = _exp(edges[k, r] - highest[r])
             total[r] += edges[k, r]
-    share = highest
+    share, rest = highest, real(1) - floor * real(bins)
     _fill(share, 0)
     for k in range(1, bins):
         for r in range(len(total)):
-            share[r] += real(LEAST) + real(1 - LEAST * bins) * edges[k, r] / total[r]
+            share[r] += floor + rest * edges[k, r] / total[r]
             edges[k, r] = bound * (real(2) * share[r] - real(1))
     _fill(edges[0], -bound)
     _fill(edges[bins], bound)
 
 
 @compiled
-def _find_bin(value, along_x, params, knots, bound):
+def _clip(to, row, bound):
+    for r in range(len(to)):
+        to[r] = row[r] / (type(bound)(1) + abs(row[r]) / bound)
+
+
+@compiled
+def _slopes(found, constants, clipped):
+    """Rows S0 and S1 from D0 and D1."""
+    least, unit = constants[LEAST], constants[UNIT]
+    for k in range(2):
+        if clipped:
+            _clip(found[S0 + k], found[D0 + k], constants[MOST])
+        for r in range(found.shape[1]):
+            found[S0 + k, r] = _exp(found[S0 + k, r]) if clipped else least + _softplus(found[D0 + k, r] + unit)
+
+
+@compiled
+def _slopes_by_raw(found, constants, clipped):
+    """The derivatives of rows S0 and S1 by what D0 and D1 hold, in place of D0 and D1."""
+    unit, most = constants[UNIT], constants[MOST]
+    for k in range(2):
+        for r in range(found.shape[1]):
+            rest = type(most)(1) + abs(found[D0 + k, r]) / most
+            found[D0 + k, r] = found[S0 + k, r] / (rest * rest) if clipped else _sigmoid(found[D0 + k, r] + unit)
+
+
+@compiled
+def _find_bin(value, along_x, params, knots, constants, clipped):
     """The bin in which the value lies: fills knots, and returns its rows for the bin."""
     bins, width = (len(params) + 1) // 3, len(value)
     xs, ys, found = knots[: bins + 1, :width], knots[bins + 1 : 2 * bins + 2, :width], knots[2 * bins + 2 :, :width]
-    _edges(xs, found[D0], found[D1], params[:bins], bound)
-    _edges(ys, found[D0], found[D1], params[bins : 2 * bins], bound)
+    _edges(xs, found[D0], found[D1], params[:bins], constants, clipped)
+    _edges(ys, found[D0], found[D1], params[bins : 2 * bins], constants, clipped)
     edges, slopes = xs if along_x else ys, params[2 * bins :]
     for at, row in ((X0, xs[0]), (X1, xs[1]), (Y0, ys[0]), (Y1, ys[1]), (D1, slopes[0])):
         _copy(found[at], row)
@@ -661,22 +760,18 @@ def _find_bin(value, along_x, params, knots, bound):
                 found[D1, r] = found.dtype.type(0) if beyond else found[D1, r]
             else:
                 found[D1, r] = slopes[k, r] if beyond else found[D1, r]
+    _slopes(found, constants, clipped)
     return found
 
 
 @compiled
-def _slope(raw):
-    return type(raw)(LEAST) + _softplus(raw + type(raw)(UNIT))
-
-
-@compiled
-def _invert_spline(x, log_det, params, knots, bound):
+def _invert_spline(x, log_det, params, knots, constants, clipped):
     """See `RationalQuadraticSpline.inverse`: x holds y at first."""
-    real, found = x.dtype.type, _find_bin(x, False, params, knots, bound)
+    real, found, bound = x.dtype.type, _find_bin(x, False, params, knots, constants, clipped), constants[BOUND]
     slope = found[MEAN_X]
     for r in range(len(x)):
         width, height = found[X1, r] - found[X0, r], found[Y1, r] - found[Y0, r]
-        d0, d1 = _slope(found[D0, r]), _slope(found[D1, r])
+        d0, d1 = found[S0, r], found[S1, r]
         s, up, inside = height / width, x[r] - found[Y0, r], abs(x[r]) < bound
         bend = d0 + d1 - real(2) * s
         a, b, c = height * (s - d0) + up * bend, height * d0 - up * bend, -s * up
@@ -691,16 +786,19 @@ def _invert_spline(x, log_det, params, knots, bound):
 
 
 @compiled
-def _solve_spline(u, bars, returned, v, w, x, params, knots, bound):
+def _solve_spline(u, bars, returned, v, w, x, params, knots, constants, clipped):
     """The derivatives of `RationalQuadraticSpline.forward`: u, and bars (P, rows) from cotangents u of y and w of l."""
-    bins, real = (len(params) + 1) // 3, u.dtype.type
-    found, xs, ys = _find_bin(x, True, params, knots, bound), knots[: bins + 1], knots[bins + 1 : 2 * bins + 2]
-    # An edge is bound (2 share - 1), share = spread / (2 bound) * (sum of the softmax before it) + LEAST * its number.
-    spread, floor = real(2 * (1 - LEAST * bins)) * bound, real(LEAST / (1 - LEAST * bins))
+    bins, real, bound = (len(params) + 1) // 3, u.dtype.type, constants[BOUND]
+    found = _find_bin(x, True, params, knots, constants, clipped)
+    xs, ys = knots[: bins + 1], knots[bins + 1 : 2 * bins + 2]
+    _slopes_by_raw(found, constants, clipped)
+    # An edge is bound (2 share - 1), share = spread / (2 bound) * (sum of the softmax before it) + FLOOR * its number.
+    rest = real(1) - constants[FLOOR] * real(bins)
+    spread, floor = real(2) * rest * bound, constants[FLOOR] / rest
     for r in range(len(u)):
         x0, y0, place = found[X0, r], found[Y0, r], found[PLACE, r]
         width, height = found[X1, r] - x0, found[Y1, r] - y0
-        d0, d1 = _slope(found[D0, r]), _slope(found[D1, r])
+        d0, d1 = found[S0, r], found[S1, r]
         s, t, inside = height / width, (x[r] - x0) / width, abs(x[r]) < bound
         rest, bend = real(1) - t, d0 + d1 - real(2) * s
         p = t * rest
@@ -727,8 +825,8 @@ def _solve_spline(u, bars, returned, v, w, x, params, knots, bound):
         found[X1, r] = real(0) if last else spread * to_width
         found[Y0, r] = spread * (to_y - to_height)
         found[Y1, r] = real(0) if last else spread * to_height
-        found[D0, r] = to_d0 * _sigmoid(found[D0, r] + real(UNIT))
-        found[D1, r] = to_d1 * _sigmoid(found[D1, r] + real(UNIT))
+        found[D0, r] *= to_d0
+        found[D1, r] *= to_d1
         found[MEAN_X, r] = found[X0, r] * ((x0 + bound) / spread - floor * place)
         found[MEAN_X, r] += found[X1, r] * ((x0 + width + bound) / spread - floor * (place + real(1)))
         found[MEAN_Y, r] = found[Y0, r] * ((y0 + bound) / spread - floor * place)
@@ -740,6 +838,10 @@ def _solve_spline(u, bars, returned, v, w, x, params, knots, bound):
             to_y = before * found[Y0, r] + within * found[Y1, r] - found[MEAN_Y, r]
             bars[k, r] = to_x * ((xs[k + 1, r] - xs[k, r]) / spread - floor)
             bars[bins + k, r] = to_y * ((ys[k + 1, r] - ys[k, r]) / spread - floor)
+    for k in range(2 * bins if clipped else 0):
+        for r in range(len(u)):
+            flat = real(1) + abs(params[k, r]) / (constants[MOST] / real(2))
+            bars[k, r] /= flat * flat
     for k in range(bins - 1):
         for r in range(len(u)):
             left, right = real(k + 1 == found[PLACE, r]), real(k == found[PLACE, r])
@@ -782,9 +884,9 @@ def _job(numbers):
 
 
 @compiled
-def _spline_rows(P, tile, like):
-    """The work space of `_find_bin`; for other maps, which have two parameters, it is never used."""
-    return np.empty((2 * ((P + 1) // 3) + 11, tile), like.dtype)
+def _work_rows(P, tile, like):
+    """The work space of `_find_bin`, of which `_scales` needs less."""
+    return np.empty((2 * ((P + 1) // 3) + 13, tile), like.dtype)
 
 
 def _forward(pointer):
@@ -796,7 +898,7 @@ def _forward(pointer):
     numbers = _whole_numbers(pointer)
     job, below, starts, blocks, links = _job(numbers)
     N, tile, weights, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
-    bound, given, top = _matrix(job, 5, pointer)[0, 0], WEIGHTS + weights, len(starts) - 1
+    constants, given, top = _matrix(job, 5, pointer)[0], WEIGHTS + weights, len(starts) - 1
     results = given + 1 + top
     y, x = _matrix(job, given, pointer), _matrix(job, results, pointer)
     record, log_det = _matrix(job, results + 1, pointer), _matrix(job, results + 2, pointer)
@@ -804,7 +906,7 @@ def _forward(pointer):
     if not kept:
         record = np.empty((features, tile), x.dtype)
     known = np.empty((features + len(x), tile), x.dtype)  # what is fed to the next level; the features are y, then x
-    knots = _spline_rows(P, tile, x)
+    knots = _work_rows(P, tile, x)
     while True:
         left = _next(numbers) * tile
         if left >= N:
@@ -834,11 +936,13 @@ def _forward(pointer):
                     params = record[starts[top] + P * i : starts[top] + P * (i + 1), start:stop]
                     x_i, total = known[features + i, :width], log_det[0, left:right]
                     if univariate == AFFINE:
-                        _invert_affine(x_i, total, params[0], params[1], bound)
+                        _invert_affine(x_i, total, params[0], params[1], constants[BOUND])
                     elif univariate == GATED:
                         _invert_gated(x_i, total, params[0], params[1])
+                    elif univariate <= CLIPPED_SPLINE:
+                        _invert_spline(x_i, total, params, knots, constants, univariate == CLIPPED_SPLINE)
                     else:
-                        _invert_spline(x_i, total, params, knots, bound)
+                        _invert_scaled(univariate, x_i, total, params[0], params[1], knots, constants)
                 for k in range(1, top):
                     _bring(below, starts, job, k - 1, top, g, g + 1, begin, g + 1, record, start, known, width)
                     for i in range(below[k, g], below[k, g + 1]):
@@ -861,13 +965,13 @@ def _back(pointer):
     numbers = _whole_numbers(pointer)
     job, below, starts, blocks, links = _job(numbers)
     N, tile, weights, activation, univariate, P = job[0, 2], job[0, 3], job[1, 0], job[1, 1], job[1, 2], job[1, 3]
-    bound, given, top = _matrix(job, 5, pointer)[0, 0], WEIGHTS + weights, len(starts) - 1
+    constants, given, top = _matrix(job, 5, pointer)[0], WEIGHTS + weights, len(starts) - 1
     x, params = _matrix(job, given, pointer), _matrix(job, given + top, pointer)
     v, w = _matrix(job, given + top + 1, pointer), _matrix(job, given + top + 2, pointer)
     u, record = _matrix(job, given + top + 3, pointer), _matrix(job, given + top + 4, pointer)
     features, lanes = starts[0], VECTOR // u.itemsize
     adjoint = np.empty((features + len(u), tile), u.dtype)  # what each level has received so far
-    knots = _spline_rows(P, tile, u)
+    knots = _work_rows(P, tile, u)
     while True:
         left = _next(numbers) * tile
         if left >= N:
@@ -897,11 +1001,15 @@ def _back(pointer):
                     v_i, w_i, params_i = v[i, left:right], w[0, left:right], params[P * i : P * (i + 1), left:right]
                     bars = adjoint[at : at + P]
                     if univariate == AFFINE:
-                        _solve_affine(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[1], bound)
+                        _solve_affine(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[1], constants[BOUND])
                     elif univariate == GATED:
                         _solve_gated(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[0], params_i[1])
+                    elif univariate <= CLIPPED_SPLINE:
+                        clipped = univariate == CLIPPED_SPLINE
+                        _solve_spline(u_i, bars, returned, v_i, w_i, x_i, params_i, knots, constants, clipped)
                     else:
-                        _solve_spline(u_i, bars, returned, v_i, w_i, x_i, params_i, knots, bound)
+                        a = params_i[1]
+                        _solve_scaled(univariate, u_i, bars[0], bars[1], returned, v_i, w_i, x_i, a, knots, constants)
                     for p in range(P):
                         _copy(record[at + p, left:right], bars[p])
             for k in range(weights):
