@@ -18,6 +18,7 @@ def main(arguments: list[str] | None = None) -> int:
         from counterflow.commands.posterior import Posterior
         from counterflow.commands.sample import Sample
         from counterflow.commands.score import Score
+        from counterflow.commands.training import together
         from counterflow.commands.vae import Vae
     except ImportError as error:
         print(f"counterflow: {error.name} is not installed; pip install 'counterflow[all]'", file=sys.stderr)
@@ -31,7 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
                 description=f"Autoregressive normalizing flows: for VAEs, for posteriors. Version {__version__}.",
                 args=arguments,
             )
-            return command.run()
+            with together():
+                return command.run()
         except (ValueError, OSError, ImportError) as error:
             console.note(f"counterflow: {' '.join(str(error).split())}")
             return 2

@@ -449,6 +449,10 @@ class Group:
         """Whether it is so in one process at least."""
         return [total > 0 for total in self.sum(*map(float, values))]
 
+    def wait(self) -> None:
+        """Until all processes are here."""
+        self.sum(0.0)
+
     def gather(self, mine: Tensor) -> list[Tensor]:
         """The tensors of all processes, of one shape."""
         if self.size == 1:

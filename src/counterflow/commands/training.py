@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 import signal
 import threading
@@ -14,10 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+import torch.distributed as dist
+
+from counterflow import __version__
 from counterflow.checkpoint import load_state, save_state
 from counterflow.commands import console
-from counterflow.fit import State
+from counterflow.fit import Group, State
 
+FORMAT = 1  # of the run folder
 STATES = "states"  # a folder of the run folder, while the run is not finished
 Command = TypeVar("Command")
 
@@ -78,9 +84,10 @@ class Course:
 
         about is what the lines of this training have, and those of others do not.
         """
-        state = load_state(self.folder)
+        state, group = load_state(self.folder), Group.here()
+        group.wait()  # before anyone writes
         metrics = self.run / "metrics.jsonl"
-        if metrics.exists():
+        if metrics.exists() and group.rank == 0:
             over = 0 if state is None else len(state.numbers["record"]["epochs"])
             lines = metrics.read_text("utf-8").splitlines()
             metrics.write_text("".join(f"{line}\n" for line in lines if not _is_later(line, about, over)), "utf-8")
@@ -107,32 +114,73 @@ def finish(run: Path) -> None:
     shutil.rmtree(run / STATES, ignore_errors=True)
 
 
-def reopened(command: Command, run: Path, name: str) -> Command:
-    """The command that began a run, from its config.json.
+def opened(command: Command, name: str) -> tuple[Command, Path | None]:
+    """The command as it is to be run, and the folder of the run that it goes on with, if any.
+
+    That is the one of --resume, with the options that its config.json says; or, under torchrun, the one of --out,
+    where torchrun has started the same command again.
 
     Raises:
         FileNotFoundError: there is no such run.
-        ValueError: it is a run of another command, a finished one, or options were given besides --resume.
+        ValueError: it is a run of another command, a finished one, or of other options.
     """
+    run, group = getattr(command, "resume"), Group.here()  # noqa: B009  # every command that trains has it
+    if run is not None:
+        config = _config_of(run, name)
+        given = _given(command)
+        if given:
+            raise ValueError(
+                f"expected --resume without other options, which the run knows, got {', '.join(given)} as well"
+            )
+        return _built(type(command), config), run
+    out = getattr(command, "out")  # noqa: B009
+    if group.size > 1 and out is None:
+        raise ValueError("expected --out under torchrun, where a run that is started again finds its states, got none")
+    (again,) = group.any(group.size > 1 and (out / STATES).is_dir())
+    if not again:
+        return command, None
+    if _built(type(command), _config_of(out, name)) != command:
+        raise ValueError(
+            f"expected the options that {out} was begun with, got others; give another --out for a new run"
+        )
+    return command, out
+
+
+def begun(command: Command, run: Path | None, name: str) -> Path:
+    """The folder of the run, made and given its config.json unless it goes on with one."""
+    group = Group.here()
+    if run is None:
+        run = getattr(command, "out")  # noqa: B009
+        if group.rank == 0:
+            run = console.new_run(run, name)
+            values = dataclasses.asdict(typing.cast(Any, command))
+            console.write_json(
+                run / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values}
+            )
+    group.wait()
+    return typing.cast(Path, run)
+
+
+def _config_of(run: Path, name: str) -> dict[str, Any]:
+    """What the config.json of an unfinished run says."""
     path = run / "config.json"
     if not path.is_file():
         raise FileNotFoundError(
-            f"expected a run folder of counterflow {name} to resume, got {run}, without config.json"
+            f"expected a run folder of counterflow {name} to resume, got {run}: no config.json there"
         )
-    config = json.loads(path.read_text("utf-8"))
+    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
     if config.get("command") != name:
-        raise ValueError(
-            f"expected a run of counterflow {name}, got one of counterflow {config.get('command')} in {run}"
-        )
+        raise ValueError(f"expected a run of counterflow {name}, got {run}, one of counterflow {config.get('command')}")
     if not (run / STATES).is_dir():
         ended = "which is finished" if (run / "summary.json").is_file() else "which ended before its first state"
         raise ValueError(f"expected an unfinished run to resume, got {run}, {ended}; begin another one")
+    return config
+
+
+def _given(command: Command) -> list[str]:
+    """The options that are not at their defaults."""
     fields = [f for f in dataclasses.fields(typing.cast(Any, command)) if f.name != "resume"]
-    given = [f.name for f in fields if getattr(command, f.name) != _default(f)]
-    if given:
-        flags = ", ".join("--" + name.replace("_", "-") for name in given)
-        raise ValueError(f"expected --resume without other options, which the run folder knows, got {flags} as well")
-    return _built(type(command), config)
+    return ["--" + f.name.replace("_", "-") for f in fields if getattr(command, f.name) != _default(f)]
 
 
 def _default(field: dataclasses.Field[Any]) -> Any:
@@ -153,6 +201,24 @@ def _as(hint: Any, value: Any) -> Any:
     if value is not None and Path in kinds:
         return Path(value)
     return tuple(value) if isinstance(value, list) else value
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Join the other processes that torchrun has started, if it has; all but the first one are silent."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1 or "RANK" not in os.environ:
+        yield
+        return
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpus else "gloo")
+    console.out.quiet = console.err.quiet = dist.get_rank() > 0
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def on_step(stop: Stop, show: Callable[[int, int], None]) -> Callable[[int, int], None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,18 +16,17 @@ import tyro
 from rich.table import Table
 from torch import Tensor
 
-from counterflow import __version__, plots
+from counterflow import plots
 from counterflow.checkpoint import save
 from counterflow.commands import console, training
 from counterflow.commands.model import observed, picture
 from counterflow.data import Dataset, Splits, load, split
 from counterflow.diagnostics import effective_sample_size, resample
-from counterflow.fit import Epoch, FitConfig, Record, fit
+from counterflow.fit import Epoch, FitConfig, Group, Record, fit
 from counterflow.objectives import Evaluation, elbo, evaluate, iw_elbo, path_elbo, warm_up
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
 from counterflow.vae import VAE
 
-FORMAT = 1  # of the run folder
 MAPS: dict[str, Univariate] = {"gated": Gated(), "affine": Affine(), "spline": RationalQuadraticSpline()}
 OBJECTIVES = {"iw_elbo": iw_elbo, "path_elbo": path_elbo}
 
@@ -93,7 +93,8 @@ class Vae:
 
     def run(self) -> int:
         """Train, test, draw; 130 after Ctrl-C, 143 after SIGTERM."""
-        return self._run(None) if self.resume is None else training.reopened(self, self.resume, "vae")._run(self.resume)
+        command, run = training.opened(self, "vae")
+        return command._run(run)
 
     def _run(self, run: Path | None) -> int:
         """A new run, or one to go on with."""
@@ -118,10 +119,7 @@ class Vae:
         for model in models.values():  # a rehearsal: what is refused is refused before there is a run folder
             model.likelihood.adapt(parts.train)
             self._objective(model, parts.train[:2])
-        if run is None:
-            run = console.new_run(self.out, "vae")
-            config = {"format": FORMAT, "command": "vae", "version": __version__, **dataclasses.asdict(self)}
-            console.write_json(run / "config.json", config)
+        run = training.begun(self, run, "vae")
         rows = {part: len(values) for part, values in vars(parts).items()}
         shape = " x ".join(map(str, parts.train.shape[1:]))
         sizes = f"{rows['train']} to train, {rows['validation']} to validate, {rows['test']} to test"
@@ -133,7 +131,8 @@ class Vae:
                 kept = ", ".join(str(file) for file in sorted(run.glob("*.safetensors"))) or "none: no epoch was over"
                 console.note(f"interrupted; the best weights so far: {kept}. Go on with --resume {run}")
                 return stop.code
-        training.finish(run)
+        if Group.here().rank == 0:
+            training.finish(run)
         return code
 
     def _compare(
@@ -151,10 +150,14 @@ class Vae:
             if record.best is None:
                 console.note(f"training of {name} ended before its first epoch was over: no weights are kept")
                 return 1
+            if Group.here().rank:  # the first process alone tests and draws
+                continue
             with console.err.status(f"testing {name} with {self.test_samples} samples a datum"):
                 reached = evaluate(model, test, self.test_samples)
             summary["results"].append(self._result(name, model, record, reached))
             console.write_json(run / "summary.json", summary)
+        if Group.here().rank:
+            return 0
         self._draw(run / "plots", models, records, test[:64])
         console.out.print(_table(summary["results"]))
         console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
@@ -193,7 +196,8 @@ class Vae:
         def validate(model: VAE, x: Tensor) -> Tensor:
             return elbo(model, model.likelihood.observe(x))
 
-        with console.progress(unit) as bar, (run / "metrics.jsonl").open("a") as metrics:
+        written = run / "metrics.jsonl" if Group.here().rank == 0 else Path(os.devnull)
+        with console.progress(unit) as bar, written.open("a") as metrics:
             task = bar.add_task(name, total=None, epoch="1", elbo="...", rate="...")
 
             def on_step(done: int, steps: int) -> None:
