@@ -2,8 +2,8 @@
 
     pip install -c constraints.txt -e ".[dev]" && python benchmarks/conversion.py
 
-Differences: every flow of tests/test_interop.py, with random weights, at 64 points; the largest difference of log_prob,
-and of samples from the same noise relative to 1 + the largest sample, in float64 and float32.
+Differences: every flow of tests/test_interop.py, with random weights, at 64 of its samples; the largest difference of
+log_prob, and of samples from the same noise relative to 1 + the largest sample, in float64 and float32.
 
 Times: 1,000 draws of a flow of five layers, D = 64, two hidden layers of 512 (nflows' default network has five), as
 each library's users build it, and 10,000 draws of a posterior of sbi with D = 10. The original and the converted flow
@@ -45,10 +45,10 @@ def differences() -> list[str]:
     for name, case in CASES.items():
         found = []
         for dtype in (torch.float64, torch.float32):
-            theirs, ours, x, c = made(name, dtype)
-            log_prob = ours(c).log_prob(x) - case.log_prob(theirs, x, c)
-            expected = case.to_data(theirs, x, c)
-            sample = ours.transform(x, c if ours.transform.context else None)[0] - expected
+            theirs, ours, eps, c = made(name, dtype)
+            expected = case.to_data(theirs, eps, c)
+            log_prob = ours(c).log_prob(expected) - case.log_prob(theirs, expected, c)
+            sample = ours.transform(eps, c if ours.transform.context else None)[0] - expected
             sample = sample / (1 + expected.abs().max())
             found += [f"{difference.abs().max().item():.1e}" for difference in (log_prob, sample)]
             torch.set_default_dtype(torch.float32)
@@ -170,7 +170,7 @@ def main() -> None:
         "",
         "## The largest difference from the original",
         "",
-        "At 64 points, with random weights; of samples relative to 1 + the largest.",
+        "At 64 samples of each flow, with random weights; of the samples relative to 1 + the largest.",
         "",
         *differing,
         "",

@@ -212,6 +212,8 @@ NFLOWS |= {
             T.PointwiseAffineTransform(torch.linspace(-1, 1, D), torch.linspace(0.5, 2, D)),
             T.InverseTransform(T.CompositeTransform([T.LULinear(D), T.IdentityTransform()])),
             T.PointwiseAffineTransform(0.3, 0.2),
+            T.QRLinear(D, 3),
+            T.SVDLinear(D, 2),
         ]
     ),
     "nflows MaskedAutoregressiveFlow": of_nflows(
@@ -344,7 +346,7 @@ CASES = NFLOWS | ZUKO | NORMFLOWS | PYRO
 
 
 def made(name: str, dtype: torch.dtype = torch.float64) -> tuple[Any, cf.Flow, Tensor, Tensor | None]:
-    """Theirs in eval mode, ours, points near the data or the noise, and a context."""
+    """Theirs in eval mode, ours, noise, and a context."""
     torch.manual_seed(0)
     if name.startswith("pyro"):  # which makes numbers of the default dtype
         torch.set_default_dtype(dtype)
@@ -372,16 +374,20 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWa
 @over([torch.float64, torch.float32], "dtype")
 @torch.no_grad()
 def test_same_log_prob_and_same_samples(name, dtype):
-    theirs, ours, x, c = made(name, dtype)
+    theirs, ours, eps, c = made(name, dtype)
     tolerance = 1e-10 if dtype == torch.float64 else 1e-4
-    came = ours(c).log_prob(x)
-    assert came.dtype == dtype
-    close(came, CASES[name].log_prob(theirs, x, c).to(dtype), tolerance)
-    samples, log_det = ours.transform(x, c if ours.transform.context else None)  # x is the noise
+    expected = CASES[name].to_data(theirs, eps, c)
+    samples, log_det = ours.transform(eps, c if ours.transform.context else None)
     assert samples.dtype == dtype
-    close(samples, CASES[name].to_data(theirs, x, c), tolerance)
+    close(samples, expected, tolerance)
+    for x in (expected, eps):  # where the flow has its mass, and elsewhere
+        came = ours(c).log_prob(x)
+        assert came.dtype == dtype
+        close(came, CASES[name].log_prob(theirs, x, c).to(dtype), tolerance)
+    if dtype == torch.float64:
+        assert (ours(c).log_prob(expected) - CASES[name].log_prob(theirs, expected, c)).abs().max() < tolerance
     again, log_det_back = ours.transform.inverse(samples, c if ours.transform.context else None)
-    close(again, x, 10 * tolerance)
+    close(again, eps, 10 * tolerance)
     close(log_det_back, -log_det, 10 * tolerance)
 
 
@@ -432,6 +438,13 @@ def test_training_goes_on(name):
     assert (-ours(c).log_prob(x)).mean() < before
 
 
+def test_a_dense_matrix_whose_inverse_nflows_takes_with_a_function_that_torch_has_no_more():
+    theirs = stir(NFlow(T.NaiveLinear(D), nd.StandardNormal([D])))
+    ours, x = cf.convert(theirs), torch.randn(64, D).double()
+    close(ours().log_prob(x), theirs.log_prob(x))
+    close(ours.transform(theirs._transform(x)[0])[0], x)
+
+
 def test_both_directions_are_named():
     maf = cf.convert(NFLOWS["nflows affine, residual, batch norm False, context 0"].make())
     iaf = cf.convert(PYRO["pyro affine, skip False, stable False"].make())
@@ -473,9 +486,9 @@ REFUSED: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         "of .*LULinear.*, got MaskedPiecewiseCubicAutoregressiveTransform, whose map has no counterpart here; train",
     ),
     "a nested layer": (
-        lambda: nflow(T.LULinear(D), T.CompositeTransform([T.IdentityTransform(), T.QRLinear(D, 2)])),
+        lambda: nflow(T.LULinear(D), T.CompositeTransform([T.IdentityTransform(), T.LeakyReLU()])),
         TypeError,
-        "cannot convert the transform 1 1, .*QRLinear",
+        "cannot convert the transform 1 1, .*LeakyReLU",
     ),
     "tails": (
         lambda: nflow(masked(RQS, None)),

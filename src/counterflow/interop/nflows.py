@@ -13,6 +13,7 @@ from nflows.nn.nets import ResidualNet
 from counterflow.flow import Flow
 from counterflow.interop import nsf, parts
 from counterflow.interop.parts import Layer
+from counterflow.linear import Linear
 from counterflow.transform import Compose, Inverse, Permute, Transform
 from counterflow.univariate import ScaledAffine
 
@@ -130,6 +131,10 @@ def _lu(t: Any, D: int) -> Transform:
     return parts.lower_upper(t)
 
 
+def _dense(t: Any, D: int) -> Transform:
+    return Linear(t.bias, t.weight())
+
+
 def _batch_norm(t: Any, D: int) -> Transform:
     scale = t.weight * (t.running_var + t.eps).rsqrt()
     return parts.pointwise(scale, t.bias - t.running_mean * scale, D)
@@ -159,6 +164,9 @@ TRANSFORMS: dict[str, Callable[[Any, int], Transform]] = {
     "RandomPermutation": _permutation,
     "ReversePermutation": _permutation,
     "LULinear": _lu,
+    "NaiveLinear": _dense,
+    "QRLinear": _dense,
+    "SVDLinear": _dense,
     "BatchNorm": _batch_norm,
     "ActNorm": _act_norm,
     "PointwiseAffineTransform": _pointwise,
