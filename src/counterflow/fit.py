@@ -8,6 +8,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from inspect import signature
 from itertools import islice, repeat
 from typing import Any, Literal
 
@@ -248,7 +249,7 @@ class _Training:
     ) -> None:
         self.model, self.config, self.steps_per_epoch, self.fingerprint = model, config, steps_per_epoch, fingerprint
         self.group, loss = group, _Loss(model, objective)
-        self.loss: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss, broadcast_buffers=False)
+        self.loss: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss, **_CONSTANT_BUFFERS)
         self.shuffle = torch.Generator().manual_seed(config.seed)  # of the order of rows, the same in all processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[config.optimizer](
@@ -474,6 +475,11 @@ def _interrupted(on_step: Callable[[int, int], None] | None, done: int, steps: i
     except KeyboardInterrupt:
         return True
     return False
+
+
+# Masks, orders and the like: nothing that a forward pass changes. The older name warns where there is the newer one.
+_NEWER = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
+_CONSTANT_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEWER else "broadcast_buffers": False}
 
 
 _POSITION = ("steps", "total", "counted", "skipped", "in_a_row", "since_best", "best")
