@@ -4,6 +4,7 @@ from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, save
+from counterflow.distill import Agreement, DistillConfig, agreement, distill
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.objectives import (
@@ -27,6 +28,10 @@ from counterflow.vae import VAE
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
+    "DistillConfig",
+    "agreement",
+    "distill",
     "IAF",
     "VAE",
     "Epoch",
