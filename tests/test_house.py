@@ -35,6 +35,7 @@ ROOMS = (
     "gaussian",
     "blackbox",
     "checkpoint",
+    "export",
     # what people call
     "targets",
     "refine",
@@ -58,6 +59,9 @@ LAZY = [
     "normflows",
     "numba",
     "numpyro",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "pandas",
     "pyarrow",
     "pymc",

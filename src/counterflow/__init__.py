@@ -5,6 +5,7 @@ from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, save
 from counterflow.distill import Agreement, DistillConfig, agreement, distill
+from counterflow.export import export
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.objectives import (
@@ -32,6 +33,7 @@ __all__ = [
     "DistillConfig",
     "agreement",
     "distill",
+    "export",
     "IAF",
     "VAE",
     "Epoch",
