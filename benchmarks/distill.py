@@ -5,7 +5,7 @@
 The teacher is a MAF of five layers (two hidden layers of 512 each) on patches of 8 x 8 grey values: dequantised, the
 patch's mean subtracted, the last pixel dropped, 63 numbers. It trains for --teacher-seconds and is kept in --work,
 where the next run finds it. The student learns twice: from the start that `cf.distill` makes, and, for comparison, by
-the KL alone, from an IAF of the same size at the identity, for as many seconds. Written to results/distill.md and .json.
+the KL alone, from an IAF of the same size at the identity, for as many seconds. Written to results/distill.md, .json.
 """
 
 from __future__ import annotations

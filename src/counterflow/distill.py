@@ -66,6 +66,7 @@ class DistillConfig:
             batch_size=self.draws,
             optimizer="adam",
             learning_rate=rate * self.learning_rate,
+            warm_up_steps=min(100, steps // 10),
             clip_norm=self.clip_norm,
             ema=self.ema,
             seed=self.seed,
@@ -95,7 +96,7 @@ def distill(
 
     in nats, over the contexts. Both densities are exact and about one pass, so no data are needed. The student has the
     teacher's layers, orders, base and constant maps. Where the teacher solves v -> u, it has a linear map fitted to
-    the teacher's draws and an autoregressive layer with the teacher's hidden weights, which first learns
+    the teacher's draws and an autoregressive layer with the teacher's hidden weights, and these first learn
 
         E sum_i ((w_i - v_i)^2 + (log dw_i/dv_i)^2) / 2,    w_i = g(u'_i; theta_i(u_j, j < i))
 
@@ -151,9 +152,10 @@ def distilled(
         made = _student(teacher, parts, draw, config.hidden) if student is None else _checked(student, teacher)
     made.to(config.device)
     stages: list[tuple[Stage, int, float, Callable[..., Tensor]]] = []
-    if student is None and config.start:
+    learns = student is not None or any(_solved(part) is not None for part in parts)  # else it is a copy
+    if learns and student is None and config.start:
         stages.append(("start", config.start, 1.0, _by_layer(teacher, parts, draw, config.draws)))
-    if config.steps:
+    if learns and config.steps:
         stages.append(("finish", config.steps, 0.5, _as_a_whole(teacher, parts, draw, config)))
     records: dict[Stage, Record] = {}
     for stage, steps, rate, objective in stages:

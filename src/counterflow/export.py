@@ -79,7 +79,7 @@ def export(module: Flow | VAE, path: str | Path, direction: Direction | None = N
     inputs = graph.example(rows)
     free: Free = None if batch is not None else {name: {0: torch.export.Dim("batch")} for name in inputs}
     with torch.no_grad():
-        program = torch.export.export(graph, (), dict(inputs), dynamic_shapes=free, strict=False)
+        program = torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=free, strict=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.stem}.{os.getpid()}.part{path.suffix}")
     try:
@@ -316,7 +316,7 @@ def _write_onnx(program: torch.export.ExportedProgram, graph: _Graph, path: Path
 
 
 def _run_archive(path: Path, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
-    found: tuple[Tensor, ...] = torch.export.load(path).module()(**inputs)
+    found: tuple[Tensor, ...] = torch.export.load(path).module()(*inputs.values())
     return found
 
 
