@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import time
 from dataclasses import asdict
@@ -85,7 +86,8 @@ def distilled(flow: cf.Flow, config: cf.DistillConfig, student: cf.Flow | None, 
     if student is None:
         cf.save(made, args.work / "student.safetensors")
     torch.manual_seed(1)
-    found = asdict(cf.agreement(flow, made, draws=args.draws))
+    agreement = asdict(cf.agreement(flow, made, draws=args.draws))
+    found = {name: value if math.isfinite(value) else None for name, value in agreement.items()}
     print(json.dumps({"seconds": seconds, **found}), flush=True)
     return {"seconds": seconds, "reverse_per_dim": found["reverse"] / flow.features, **found}
 

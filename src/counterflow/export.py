@@ -233,7 +233,7 @@ class _Draw(nn.Module):
 
 
 def graph_of(module: Flow | VAE, direction: Direction | None = None, fold: bool = True) -> _Graph:
-    """The module's graph of that direction; see `export`. With `fold`, on a copy whose weights hold their zeros."""
+    """The module's graph of that direction, on a copy; see `export`. With `fold`, its weights hold their zeros."""
     if not isinstance(module, Flow | VAE):
         raise TypeError(f"expected a Flow or a VAE, got {type(module).__name__}")
     if isinstance(module, VAE):
@@ -247,7 +247,9 @@ def graph_of(module: Flow | VAE, direction: Direction | None = None, fold: bool 
             f"expected direction as one of {', '.join(known)} for a {type(module).__name__}, got {direction!r}"
         )
     _check_one_pass(module, direction)
-    module = _folded(module) if fold else module
+    module = copy.deepcopy(module)
+    if fold:
+        _fold(module)
     made = {"sample": _Sample, "log_prob": _LogProb, "decode": _Decode, "encode": _Encode}[direction]
     return cast(_Graph, made(module).eval())
 
@@ -272,13 +274,11 @@ def _check_one_pass(module: Flow | VAE, direction: Direction) -> None:
     )
 
 
-def _folded(module: Flow | VAE) -> Flow | VAE:
-    """A copy in which every masked layer is a plain one."""
-    module = copy.deepcopy(module)
+def _fold(module: nn.Module) -> None:
+    """Make every masked layer a plain one."""
     for made in [m for m in module.modules() if isinstance(m, MADE)]:
         for k, layer in enumerate(made.masked_layers()):
             made.layers[k] = _plain(layer)
-    return module
 
 
 def _plain(layer: MaskedLinear) -> nn.Linear:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -96,7 +97,7 @@ class Distill:
     def _summary(self, made: Distilled, found: Agreement) -> dict[str, Any]:
         return {
             "teacher": str(self.run_folder),
-            **dataclasses.asdict(found),
+            **{name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(found).items()},
             "reverse_per_feature": found.reverse / made.student.features,
             "parameters": sum(p.numel() for p in made.student.parameters()),
             "seconds": {stage: round(record.seconds, 2) for stage, record in made.records.items()},
