@@ -24,13 +24,14 @@ from counterflow.diagnostics import effective_sample_size, energy_test
 from counterflow.fit import Epoch, FitConfig, Record, check_finite, fit
 from counterflow.flow import Flow
 from counterflow.transform import Compose, Inverse, Permute, Transform, Triangular
-from counterflow.univariate import Affine, Gated, Univariate
+from counterflow.univariate import Affine, RationalQuadraticSpline, SinhArcsinh, Univariate
 
 Contexts = Tensor | Callable[[int], Tensor]  # (N, C) rows to pick from, or n -> (n, C)
 Stage = Literal["start", "finish"]
 EPOCH = 50  # steps between two evaluations
 EVALUATIONS = 8  # batches of draws in each of them
 EXTREME = 0.02  # of the teacher's draws are left out of what the student learns from them
+PLAIN = ("features", "context", "univariate", "degrees", "activation")  # what fits to hidden layers of any size
 PILOT = 8192  # draws that the student's linear maps are fitted to
 
 
@@ -282,30 +283,24 @@ def _student(
 
 def _mirrored(layer: Autoregressive, trace: _Trace, hidden: tuple[int, ...]) -> Transform:
     """A layer of one pass from v to u: where its degrees ascend, a linear map and what that leaves over."""
-    made = Autoregressive(
-        layer.features,
-        layer.context,
-        hidden or layer.hidden,
-        _univariate(layer.univariate),
-        layer.degrees,
-        layer.activation,
-    ).to(trace.v)
+    config = {**layer.config(), "univariate": _univariate(layer.univariate)}
+    if hidden and hidden != layer.hidden:
+        config = {k: v for k, v in config.items() if k in PLAIN} | {"hidden": hidden}
+    made = Autoregressive(**config).to(trace.v)
     if made.hidden == layer.hidden:
         # The teacher's parameters are linear in its last hidden units: these know what matters in u, and after the
-        # linear map the student sees nearly u.
-        with torch.no_grad():
-            for ours, theirs in zip(made.made.masked_layers()[:-1], layer.made.masked_layers(), strict=False):
-                ours.load_state_dict(theirs.state_dict())
-            if made.made.context is not None and layer.made.context is not None:
-                made.made.context.load_state_dict(layer.made.context.state_dict())
+        # linear map the student sees nearly u. What leads to the parameters themselves starts anew.
+        last = f"layers.{len(layer.hidden)}."
+        theirs = {k: v for k, v in layer.made.state_dict().items() if not k.startswith((last, "direct"))}
+        made.made.load_state_dict(theirs, strict=False)
     if list(layer.degrees) != sorted(layer.degrees):
         return made
     return Compose([_linear(layer, trace), made])
 
 
 def _univariate(univariate: Univariate) -> Univariate:
-    """The map of the student's layers: the inverse of an affine map is affine, that of a gated one is no gate."""
-    return Affine() if isinstance(univariate, Gated) else univariate
+    """The map of the student's layers: its own where inverses are like it, else affine, as for a gate."""
+    return univariate if isinstance(univariate, Affine | RationalQuadraticSpline | SinhArcsinh) else Affine()
 
 
 def _linear(layer: Autoregressive, trace: _Trace) -> Triangular:

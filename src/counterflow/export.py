@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from counterflow.flow import Base, DiagonalNormal, Flow, StudentT
-from counterflow.made import MADE, MaskedLinear
+from counterflow.made import MaskedLinear
 from counterflow.vae import VAE
 
 Direction = Literal["sample", "log_prob", "decode", "encode"]
@@ -276,9 +276,10 @@ def _check_one_pass(module: Flow | VAE, direction: Direction) -> None:
 
 def _fold(module: nn.Module) -> None:
     """Make every masked layer a plain one."""
-    for made in [m for m in module.modules() if isinstance(m, MADE)]:
-        for k, layer in enumerate(made.masked_layers()):
-            made.layers[k] = _plain(layer)
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, MaskedLinear):
+                parent.add_module(name, _plain(child))
 
 
 def _plain(layer: MaskedLinear) -> nn.Linear:
