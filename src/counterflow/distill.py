@@ -39,7 +39,7 @@ PILOT = 8192  # draws that the student's linear maps are fitted to
 class DistillConfig:
     """How to distil. The defaults are meant for any teacher."""
 
-    start: int = 2000  # steps layer by layer, each a quarter of the price of one of the whole; 0 leaves them out
+    start: int = 2000  # steps layer by layer, each a quarter to half the price of one of the whole; 0 for none
     steps: int = 2000  # of the whole student
     draws: int = 256  # a step
     forward: float = 0.0  # weight of KL(teacher || student), which presses the student to cover all of the teacher
