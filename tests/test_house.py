@@ -38,6 +38,7 @@ ROOMS = (
     "gaussian",
     "blackbox",
     "checkpoint",
+    "export",
     # what people call
     "targets",
     "refine",
@@ -61,6 +62,9 @@ LAZY = [
     "normflows",
     "numba",
     "numpyro",
+    "onnx",
+    "onnxruntime",
+    "onnxscript",
     "pandas",
     "pyarrow",
     "pymc",

@@ -6,6 +6,8 @@ from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, load_state, save, save_state
 from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
+from counterflow.distill import Agreement, DistillConfig, agreement, distill
+from counterflow.export import export
 from counterflow.fit import Epoch, FitConfig, Record, State, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.interop import convert
@@ -32,6 +34,11 @@ from counterflow.vae import VAE
 __version__ = "0.1.0"
 
 __all__ = [
+    "Agreement",
+    "DistillConfig",
+    "agreement",
+    "distill",
+    "export",
     "IAF",
     "VAE",
     "Epoch",

@@ -15,6 +15,8 @@ def main(arguments: list[str] | None = None) -> int:
 
         from counterflow.commands import console
         from counterflow.commands.bench import Bench
+        from counterflow.commands.distill import Distill
+        from counterflow.commands.export import Export
         from counterflow.commands.posterior import Posterior
         from counterflow.commands.sample import Sample
         from counterflow.commands.score import Score
@@ -27,7 +29,15 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: console.note(f"counterflow: {message}")
         try:
             command = tyro.extras.subcommand_cli_from_dict(
-                {"vae": Vae, "posterior": Posterior, "sample": Sample, "score": Score, "bench": Bench},
+                {
+                    "vae": Vae,
+                    "posterior": Posterior,
+                    "distill": Distill,
+                    "sample": Sample,
+                    "score": Score,
+                    "export": Export,
+                    "bench": Bench,
+                },
                 prog="counterflow",
                 description=f"Autoregressive normalizing flows: for VAEs, for posteriors. Version {__version__}.",
                 args=arguments,

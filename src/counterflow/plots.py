@@ -30,7 +30,9 @@ def _save(figure: Any, path: Path) -> Path:
     return path
 
 
-def learning_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]]) -> Path:
+def learning_curves(
+    path: Path, curves: Mapping[str, tuple[Sequence[float], Sequence[float]]], objective: str = "ELBO, nats a datum"
+) -> Path:
     """Validation (thick) and training (thin) objective by epoch: name -> (train, validation)."""
     figure, ((axis,),) = _figure(1, 1, 7, 4.2)
     values = []
@@ -50,9 +52,7 @@ def learning_curves(path: Path, curves: Mapping[str, tuple[Sequence[float], Sequ
     if values:  # the first epochs, and a warm-up's light KL, would flatten what matters
         low, high = np.percentile(values, 8), max(values)
         axis.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low) + 1e-6)
-    axis.set(
-        xlabel="epoch", ylabel="ELBO, nats a datum", title="validation (thick) and training (thin, with its warm-up)"
-    )
+    axis.set(xlabel="epoch", ylabel=objective, title="validation (thick) and training (thin, with its warm-up)")
     axis.grid(alpha=0.25)
     axis.legend(loc="lower right")
     return _save(figure, path)

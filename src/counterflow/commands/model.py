@@ -14,23 +14,32 @@ from counterflow.likelihoods import DiscretizedLogistic
 from counterflow.vae import VAE
 
 
-def trained_vae(run: Path) -> tuple[VAE, Path]:
-    """The VAE of a run folder, or of one weights file, and the folder.
+def trained(run: Path, kind: str = "counterflow") -> tuple[Any, Path]:
+    """The model of a run folder, or of one weights file, and the folder.
 
     Raises:
-        FileNotFoundError: there is no run, or none that saved a model.
-        ValueError: the model is not a VAE.
+        FileNotFoundError: there is no run of that kind, or none that saved a model.
     """
     if not run.exists():
-        raise FileNotFoundError(f"expected a run folder of counterflow vae, got {run}, which does not exist")
+        raise FileNotFoundError(f"expected a run folder of {kind}, got {run}, which does not exist")
     path = run / "model.safetensors" if run.is_dir() else run
     if not path.is_file():
         others = ", ".join(str(p) for p in sorted(run.glob("*.safetensors"))) or "none"
         raise FileNotFoundError(f"expected {path}, which does not exist; other models in this folder: {others}")
-    model = load(path)
+    return load(path), path.parent
+
+
+def trained_vae(run: Path) -> tuple[VAE, Path]:
+    """The same for a VAE.
+
+    Raises:
+        FileNotFoundError: as `trained` does.
+        ValueError: the model is not a VAE.
+    """
+    model, folder = trained(run, "counterflow vae")
     if not isinstance(model, VAE):
-        raise ValueError(f"expected a VAE in {path}, got a {type(model).__name__}")
-    return model, path.parent
+        raise ValueError(f"expected a VAE in {run}, got a {type(model).__name__}")
+    return model, folder
 
 
 def observed(dataset: Dataset, likelihood: str) -> Dataset:

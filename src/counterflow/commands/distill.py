@@ -1,0 +1,112 @@
+"""counterflow distill: a student that samples in one pass, from a trained flow that does not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from counterflow import __version__, plots
+from counterflow.checkpoint import save
+from counterflow.commands import console
+from counterflow.commands.model import trained
+from counterflow.distill import EPOCH, Agreement, DistillConfig, Distilled, agreement, distilled
+from counterflow.fit import Epoch
+from counterflow.flow import Flow
+
+FORMAT = 1  # of the run folder
+OBJECTIVES = {"start": "- loss of all layers, nats", "finish": "- KL, nats"}
+SHOWN = 1000  # draws of each in the picture
+
+
+@dataclass(frozen=True)
+class Distill:
+    """Distil a flow that is solved for its samples, such as a MAF, into one that samples in one pass, such as an IAF.
+
+    Needs no data. Writes the student's weights to the run folder, with metrics.jsonl, summary.json (how far it is from
+    its teacher: both KLs in nats, effective sample size, a two-sample test) and plots/. Ctrl-C keeps what is learnt.
+    """
+
+    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """run folder of the teacher, or its .safetensors file; a flow without a context"""
+    draws: int = 10_000
+    """of teacher and student, for the comparison at the end"""
+    out: Path | None = None
+    """run folder, which must be new; runs/distill-DATE-TIME when not given"""
+    distill: Annotated[DistillConfig, tyro.conf.arg(name="train")] = DistillConfig()  # noqa: RUF009  # frozen
+    """how to distil"""
+
+    def run(self) -> int:
+        """Distil, compare, draw; 130 after Ctrl-C."""
+        if self.draws < 2:
+            raise ValueError(f"expected draws of at least 2, got {self.draws}")
+        teacher, _ = trained(self.run_folder)
+        if not isinstance(teacher, Flow):
+            raise ValueError(f"expected a flow in {self.run_folder}, got a {type(teacher).__name__}")
+        if teacher.context:
+            raise ValueError(
+                f"expected a flow without a context, got one with context={teacher.context}; in Python: "
+                "cf.distill(flow, contexts)"
+            )
+        run = console.new_run(self.out, "distill")
+        config = {"format": FORMAT, "command": "distill", "version": __version__, **dataclasses.asdict(self)}
+        console.write_json(run / "config.json", config)
+        made = self._train(teacher, run)
+        if any(record.best is None for record in made.records.values()):
+            console.note("training ended before its first epoch was over: no weights are kept")
+            return 1
+        save(made.student, run / "model.safetensors")
+        torch.manual_seed(self.distill.seed)
+        with console.err.status(f"comparing {self.draws} draws of each"):
+            found = agreement(teacher, made.student, draws=self.draws)
+        console.write_json(run / "summary.json", self._summary(made, found))
+        self._draw(run / "plots", teacher, made)
+        console.say(
+            f"KL(student || teacher) {found.reverse:.3f} ± {found.reverse_error:.2g} nats, KL(teacher || student) "
+            f"{found.forward_trimmed:.3f} without the largest hundredth of its terms; {self.draws:,} draws of the "
+            f"student are worth {found.ess * self.draws:,.0f} of the teacher; p-value of a difference "
+            f"{found.p_value:.3g}"
+        )
+        console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
+        return 130 if any(record.stopped == "interrupted" for record in made.records.values()) else 0
+
+    def _train(self, teacher: Flow, run: Path) -> Distilled:
+        columns = (TextColumn("[bold]{task.description:<9}"), BarColumn(bar_width=None))
+        text = TextColumn("step {task.completed}/{task.total}  {task.fields[reached]} nats")
+        with (
+            Progress(*columns, text, TimeRemainingColumn(compact=True), console=console.err) as bar,
+            (run / "metrics.jsonl").open("a") as metrics,
+        ):
+            steps = {"start": self.distill.start, "finish": self.distill.steps}
+            tasks = {name: bar.add_task(name, total=total, reached="...", start=False) for name, total in steps.items()}
+
+            def on_epoch(stage: str, row: Epoch) -> None:
+                print(json.dumps({"stage": stage, **dataclasses.asdict(row)}), file=metrics, flush=True)
+                bar.start_task(tasks[stage])
+                bar.update(tasks[stage], completed=row.epoch * EPOCH, reached=f"{-row.validation:.3f}")
+
+            return distilled(teacher, config=self.distill, on_epoch=on_epoch)
+
+    def _summary(self, made: Distilled, found: Agreement) -> dict[str, Any]:
+        return {
+            "teacher": str(self.run_folder),
+            **{name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(found).items()},
+            "reverse_per_feature": found.reverse / made.student.features,
+            "parameters": sum(p.numel() for p in made.student.parameters()),
+            "seconds": {stage: round(record.seconds, 2) for stage, record in made.records.items()},
+            "stopped": {stage: record.stopped for stage, record in made.records.items()},
+        }
+
+    def _draw(self, folder: Path, teacher: Flow, made: Distilled) -> None:
+        for stage, record in made.records.items():
+            curve = ([e.train for e in record.epochs], [e.validation for e in record.epochs])
+            plots.learning_curves(folder / f"learning_curve_{stage}.png", {stage: curve}, OBJECTIVES[stage])
+        tables = {"teacher": teacher().sample((SHOWN,)).numpy(), "student": made.student().sample((SHOWN,)).numpy()}
+        plots.pairs(folder / "samples.png", tables, "draws of teacher and student")
