@@ -40,7 +40,7 @@ class Distill:
     """of teacher and student, for the comparison at the end"""
     out: Path | None = None
     """run folder, which must be new; runs/distill-DATE-TIME when not given"""
-    distill: Annotated[DistillConfig, tyro.conf.arg(name="train")] = DistillConfig()  # noqa: RUF009  # frozen
+    distill: Annotated[DistillConfig, tyro.conf.arg(name="train")] = DistillConfig()  # frozen
     """how to distil"""
 
     def run(self) -> int:
