@@ -25,6 +25,7 @@ ROOMS = (
     # probability
     "flow",
     "recipes",
+    "columns",
     "likelihoods",
     "networks",
     "vae",

@@ -1,9 +1,12 @@
 """Counterflow: autoregressive normalizing flows, both directions at the cost of one pass."""
 
+from typing import TYPE_CHECKING, Any
+
 from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, save
+from counterflow.columns import Column, Columns
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
 from counterflow.objectives import (
@@ -23,6 +26,9 @@ from counterflow.recipes import IAF, MAF, NSF, Coupling
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Transform, Triangular
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
 from counterflow.vae import VAE
+
+if TYPE_CHECKING:
+    from counterflow.density import FlowDensity
 
 __version__ = "0.1.0"
 
@@ -52,10 +58,13 @@ __all__ = [
     "Affine",
     "Autoregressive",
     "Base",
+    "Column",
+    "Columns",
     "Compose",
     "Coupling",
     "DiagonalNormal",
     "Flow",
+    "FlowDensity",
     "FlowDistribution",
     "Gated",
     "Inverse",
@@ -71,3 +80,12 @@ __all__ = [
     "Triangular",
     "Univariate",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """FlowDensity when it is first asked for: its base classes are scikit-learn's, which is optional."""
+    if name != "FlowDensity":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from counterflow.density import FlowDensity
+
+    return FlowDensity

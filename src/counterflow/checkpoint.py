@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from counterflow.autoregressive import Autoregressive
+from counterflow.columns import Columns
 from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhArcsinh, Univariate
@@ -24,6 +25,7 @@ TYPES: dict[str, type] = {
     for t in (
         Affine,
         Autoregressive,
+        Columns,
         Compose,
         DiagonalNormal,
         Flow,
