@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         from counterflow.commands import console
         from counterflow.commands.bench import Bench
+        from counterflow.commands.density import Density
         from counterflow.commands.posterior import Posterior
         from counterflow.commands.sample import Sample
         from counterflow.commands.score import Score
@@ -26,9 +27,16 @@ def main(arguments: list[str] | None = None) -> int:
         warnings.showwarning = lambda message, *_: console.note(f"counterflow: {message}")
         try:
             command = tyro.extras.subcommand_cli_from_dict(
-                {"vae": Vae, "posterior": Posterior, "sample": Sample, "score": Score, "bench": Bench},
+                {
+                    "vae": Vae,
+                    "posterior": Posterior,
+                    "density": Density,
+                    "sample": Sample,
+                    "score": Score,
+                    "bench": Bench,
+                },
                 prog="counterflow",
-                description=f"Autoregressive normalizing flows: for VAEs, for posteriors. Version {__version__}.",
+                description=f"Autoregressive normalizing flows: VAEs, posteriors, tables. Version {__version__}.",
                 args=arguments,
             )
             return command.run()

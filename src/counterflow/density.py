@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from counterflow.columns.detection import Bounds, Kind
 from counterflow.fit import Epoch, FitConfig, check_device, fit
 from counterflow.flow import Flow
 from counterflow.recipes import IAF, MAF, NSF, Coupling
-from counterflow.transform import Compose, Inverse, Transform, Triangular
+from counterflow.transform import Compose, Inverse, Triangular
 from counterflow.univariate import RationalQuadraticSpline
 
 try:
@@ -29,7 +29,9 @@ try:
     from sklearn.utils import check_random_state
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
-    raise ImportError(f"expected scikit-learn for FlowDensity, got: {error}; pip install 'counterflow[data]'") from error
+    raise ImportError(
+        f"expected scikit-learn for FlowDensity, got: {error}; pip install 'counterflow[data]'"
+    ) from error
 
 Array = np.ndarray[Any, Any]
 Recipe = Callable[[int, int], Flow]
@@ -38,6 +40,7 @@ Named = Literal["nsf", "maf", "coupling", "iaf"]
 FORMAT = 1  # of density.json
 MODEL, DESCRIPTION = "model.safetensors", "density.json"
 WHITENED = 256  # columns up to which the linear layer has a matrix: its D^2 numbers stand in the file's header
+EMA = 0.99  # decay of the averaged weights, which are the ones kept: it forgets within a hundred steps
 CHUNK = 1 << 15  # numbers scored at a time: what a spline keeps of them stays within some tens of megabytes
 
 
@@ -81,8 +84,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
 
     and, as each point is uniform, its mean over seeds is a lower bound of the log of the mass or mean density of
     the flow q. Training maximises log q at one uniform point of each cell, a lower bound as well. Samples are
-    put back to the values that are recorded. Rows outside of the support (beyond bounds, beyond the values of an ordinal
-    column) have log density -inf.
+    put back to the values that are recorded. Rows outside of the support (beyond bounds, beyond the values of an
+    ordinal column) have log density -inf.
 
     Args:
         flow: "nsf", "maf", "coupling", "iaf", or a recipe (features, context) -> Flow, which gets whitened data.
@@ -168,64 +171,61 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
 
         A row of weight w counts as w rows do. Ctrl-C keeps the best weights so far. y is not used.
         """
-        self._check_settings()
+        task = self._prepare(X, context, sample_weight)
+        told = None if on_epoch is None else lambda epoch, _: on_epoch(epoch)
+        columns = self.columns_.to(self.device)
+        objective = _Objective(columns, self.context_ is not None, sample_weight is not None)
+        self.record_ = fit(task.learner, objective, task.train, task.validation, task.config, on_epoch=told)
+        learner = task.learner.cpu().double()
+        self.flow_ = Flow(learner.base, Compose([*learner.transform, Inverse(columns.cpu())])).eval()
+        return self
+
+    def rehearse(self, X: Any, context: Any = None, sample_weight: Any = None) -> None:
+        """Raise what `fit` would raise for these data and settings, without training."""
+        self._prepare(X, context, sample_weight)
+
+    def _prepare(self, X: Any, context: Any, sample_weight: Any) -> _Task:
+        """All of fit but the training."""
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"expected validation_fraction in (0, 1), got {self.validation_fraction}")
+        if self.draws < 1:
+            raise ValueError(f"expected draws of at least 1, got {self.draws}")
+        check_device(self.device)
         x = self._numbers(X, reset=True)
         names = self.get_feature_names_out().tolist()
         rng = check_random_state(self.random_state)
         self.seed_ = int(rng.randint(2**31 - 1))
-        c = None
-        self.context_ = None
+        c = weights = self.context_ = None
         if context is not None:
             table = _table(context, len(x))
             self.context_ = Context.of(table)
             c = self.context_.encode(table)
-        weights = None
         if sample_weight is not None:
             weights = _check_sample_weight(sample_weight, x, dtype=np.float64, ensure_non_negative=True)
             kept = weights > 0
             x, c, weights = x[kept], None if c is None else c[kept], weights[kept] / weights[kept].mean()
         if len(x) < 2:
             raise ValueError(f"expected at least two rows of a weight above 0, got n_samples={len(x)}; bring more data")
+        check_columns(x, names)
         self.columns_ = detect(x, names, self.columns, self.bounds, self.seed_)
-        _check_varying(x, self.columns_, names)
-        self._train(x, c, weights, rng, on_epoch)
-        return self
-
-    def _train(
-        self,
-        x: Array,
-        c: Array | None,
-        weights: Array | None,
-        rng: np.random.RandomState,
-        on_epoch: Callable[[Epoch], None] | None,
-    ) -> None:
-        held_out = max(1, round(self.validation_fraction * len(x)))
+        parts = [_tensor(x), *(torch.from_numpy(part).float() for part in (c, weights) if part is not None)]
         order = torch.from_numpy(rng.permutation(len(x)))
-        parts = [torch.from_numpy(np.ascontiguousarray(x))]
-        parts += [] if c is None else [torch.from_numpy(c).float()]
-        parts += [] if weights is None else [torch.from_numpy(weights).float()]
+        held_out = min(max(1, round(self.validation_fraction * len(x))), len(x) - 1)
         validation, train = (tuple(part[rows] for part in parts) for rows in (order[:held_out], order[held_out:]))
-        objective = _Objective(self.columns_.to(self.device), c is not None, weights is not None)
-        linear = _gaussian(self.columns_.cpu(), parts[0], weights, self.seed_)
-        learner = Flow((flow := self._recipe(c)).base, Compose([flow.transform, linear.float()]))
-        self.columns_.to(self.device)
-        rows = len(train[0])
+        flow, linear = self._recipe(c), _gaussian(self.columns_, parts[0], weights, self.seed_).float()
+        rows = len(x) - held_out
         config = FitConfig(
             epochs=self.epochs,
             batch_size=min(self.batch_size, rows, max(32, rows // 20)),
             optimizer="adam",
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
-            ema=0.99,
+            ema=EMA,
             patience=self.patience,
             seed=self.seed_,
             device=self.device,
         )
-        told = None if on_epoch is None else lambda epoch, _: on_epoch(epoch)
-        self.record_ = fit(learner, objective, train, validation, config, on_epoch=told)
-        self.columns_.cpu()
-        learner.cpu().double()
-        self.flow_ = Flow(learner.base, Compose([*learner.transform, Inverse(self.columns_)])).eval()
+        return _Task(Flow(flow.base, Compose([flow.transform, linear])), train, validation, config)
 
     def _recipe(self, c: Array | None) -> Flow:
         """The flow, whose initial weights the seed decides."""
@@ -249,13 +249,6 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             case "iaf":
                 return IAF(D, C, **shared)
         raise ValueError(f"expected flow as one of {', '.join(get_args(Named))}, or a recipe, got {self.flow!r}")
-
-    def _check_settings(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"expected validation_fraction in (0, 1), got {self.validation_fraction}")
-        if self.draws < 1:
-            raise ValueError(f"expected draws of at least 1, got {self.draws}")
-        check_device(self.device)
 
     # -- input -----------------------------------------------------------------------------------------
 
@@ -293,7 +286,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     def score_samples(self, X: Any, context: Any = None) -> Array:
         """log p of each row of X, (N,), in nats, with densities per unit of the columns; see the class."""
         check_is_fitted(self)
-        x = torch.from_numpy(np.ascontiguousarray(self._numbers(X, reset=False)))
+        x = _tensor(self._numbers(X, reset=False))
         c = self._encode(context, len(x))
         flow, columns = self.flow_.to(self.device, self._dtype), self.columns_
         points = self._points()
@@ -310,8 +303,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         """S points (S, D) in the cells; 0 for columns without, and None where no column has them."""
         quantised = self.columns_.quantised
         if not quantised:
-            if not any(c.spikes for c in self.columns_.columns):
-                return None
+            return None
         sobol = torch.quasirandom.SobolEngine(len(quantised), scramble=True, seed=self.seed_)
         points = torch.zeros(self.draws, self.n_features_in_, dtype=torch.float64)
         points[:, quantised] = sobol.draw(self.draws, dtype=torch.float64)
@@ -346,6 +338,26 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
                 drawn.append(self.columns_.snap(x).double().cpu())
         flow.to("cpu", torch.float64)
         return torch.cat(drawn).numpy()
+
+    @torch.no_grad()
+    def noise(self, X: Any, context: Any = None, random_state: Any = None) -> Array:
+        """eps (N, D) that the flow carries to the rows of X, recorded numbers put at random within their cells.
+
+        N(0, I) where the density is right: Phi(eps) is then uniform, column by column, which shows where it is not.
+        """
+        check_is_fitted(self)
+        x = _tensor(self._numbers(X, reset=False))
+        c = self._encode(context, len(x))
+        rng = check_random_state(random_state)
+        flow, step, parts = self.flow_.to(self.device, self._dtype), max(1, CHUNK // x.shape[1]), []
+        for first in range(0, len(x), step):
+            rows = x[first : first + step].to(self.device, self._dtype)
+            start, width = self.columns_.cells(rows)
+            inside = start + width * torch.from_numpy(rng.random_sample(rows.shape)).to(rows)
+            given = None if c is None or not flow.transform.context else c[first : first + step]
+            parts.append(flow.transform.inverse(inside, given)[0].double().cpu())
+        flow.to("cpu", torch.float64)
+        return torch.cat(parts).numpy()
 
     # -- files -----------------------------------------------------------------------------------------
 
@@ -396,6 +408,15 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         return density
 
 
+class _Task(NamedTuple):
+    """What is trained on what, and how. Parts are rows, and their context and weights where there are any."""
+
+    learner: Flow  # float32, from z to noise
+    train: tuple[Tensor, ...]
+    validation: tuple[Tensor, ...]
+    config: FitConfig
+
+
 @dataclass(frozen=True)
 class _Objective:
     """log q of rows whose recorded numbers are put at random within their cells, times the weights of the rows."""
@@ -411,6 +432,11 @@ class _Objective:
         log_q = flow(batch[1] if self.has_context else None).log_prob(z.float())
         terms: Tensor = log_q + log_det + self.columns.log_mass(width)
         return terms * batch[-1] if self.has_weights else terms
+
+
+def _tensor(x: Array) -> Tensor:
+    """x as a tensor; torch wants memory that may be written to."""
+    return torch.from_numpy(np.require(x, requirements=["C", "W"]))
 
 
 def _log_density(flow: Flow, columns: Columns, x: Tensor, c: Tensor | None, points: Tensor | None) -> Tensor:
@@ -441,11 +467,6 @@ def _gaussian(columns: Columns, x: Tensor, weights: Array | None, seed: int) -> 
     diagonal = np.diagonal(covariance)
     covariance = covariance + np.diag(np.where(diagonal > 0, 1e-9 * diagonal, 1.0))
     return Triangular(torch.from_numpy(mean), torch.from_numpy(np.linalg.cholesky(covariance)))
-
-
-def _check_varying(x: Array, columns: Columns, names: Sequence[str]) -> None:
-    """`check_columns`; linear dependence is no harm among numbers that fill cells."""
-    check_columns(x, names)
 
 
 def _check_text(X: Any) -> None:

@@ -64,8 +64,8 @@ class Context:
         """C, the numbers that it becomes."""
         return sum(1 if categories is None else len(categories) for _, categories, _, _ in self.columns)
 
-    def encode(self, table: dict[str, Array]) -> Array:
-        """Columns (N,) by name, in any order -> (N, C) float64.
+    def encode(self, table: dict[str, Array], first: int = 0) -> Array:
+        """Columns (N,) by name, in any order -> (N, C) float64. Errors count rows from `first`.
 
         Raises:
             ValueError: a column that is missing or not wanted, a missing value, a category that training did not see.
@@ -76,9 +76,9 @@ class Context:
         parts = []
         for name, categories, mean, std in self.columns:
             if categories is None:
-                parts.append(((_numbers(table[name], name) - mean) / std)[:, None])
+                parts.append(((_numbers(table[name], name, first) - mean) / std)[:, None])
             else:
-                parts.append(_one_hot(_texts(table[name], name), categories, name))
+                parts.append(_one_hot(_texts(table[name], name, first), categories, name, first))
         return np.concatenate(parts, 1)
 
 
@@ -89,7 +89,7 @@ def is_numeric(column: Array) -> bool:
     return column.dtype == object and len(column) > 0 and all(isinstance(v, int | float | np.number) for v in column)
 
 
-def _numbers(column: Array, name: str) -> Array:
+def _numbers(column: Array, name: str, first: int = 0) -> Array:
     try:
         numbers: Array = np.asarray(column, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -97,30 +97,30 @@ def _numbers(column: Array, name: str) -> Array:
     bad = np.flatnonzero(~np.isfinite(numbers))
     if len(bad):
         raise ValueError(
-            f"expected finite numbers in the context column {name!r}, got {len(bad)} others, the first {numbers[bad[0]]} "
-            f"in row {bad[0]} (counted from 0); impute or drop the rows"
+            f"expected finite numbers in the context column {name!r}, got {len(bad)} others, the first "
+            f"{numbers[bad[0]]} in row {first + bad[0]} (counted from 0); impute or drop the rows"
         )
     return numbers
 
 
-def _texts(column: Array, name: str) -> list[str]:
+def _texts(column: Array, name: str, first: int = 0) -> list[str]:
     missing = [k for k, v in enumerate(column) if v is None or v != v]
     if missing:
         raise ValueError(
-            f"expected a category in every row of the context column {name!r}, got {len(missing)} missing, the first in "
-            f"row {missing[0]} (counted from 0); impute or drop the rows"
+            f"expected a category in every row of the context column {name!r}, got {len(missing)} missing, the first "
+            f"in row {first + missing[0]} (counted from 0); impute or drop the rows"
         )
     return [str(v) for v in column]
 
 
-def _one_hot(texts: list[str], categories: tuple[str, ...], name: str) -> Array:
+def _one_hot(texts: list[str], categories: tuple[str, ...], name: str, first: int) -> Array:
     place = {category: k for k, category in enumerate(categories)}
     unseen = [k for k, text in enumerate(texts) if text not in place]
     if unseen:
         known = ", ".join(categories[:10]) + (", .." if len(categories) > 10 else "")
         raise ValueError(
             f"expected the categories of the context column {name!r} that training saw ({known}), got "
-            f"{texts[unseen[0]]!r} in row {unseen[0]} (counted from 0), and {len(unseen)} such rows in all"
+            f"{texts[unseen[0]]!r} in row {first + unseen[0]} (counted from 0), and {len(unseen)} such rows in all"
         )
     encoded = np.zeros((len(texts), len(categories)))
     encoded[np.arange(len(texts)), [place[text] for text in texts]] = 1.0

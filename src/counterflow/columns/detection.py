@@ -128,7 +128,7 @@ def detect(
         ['linear', 'log', 'ordinal']
     """
     bounds = bounds or {}
-    stated = {name: kinds for name in names} if isinstance(kinds, str) else dict(kinds)
+    stated = dict.fromkeys(names, kinds) if isinstance(kinds, str) else dict(kinds)
     strangers = sorted({*stated, *bounds} - {*names})
     if strangers:
         raise ValueError(f"expected names of columns ({_listed(names, np.arange(len(names)))}), got {strangers}")
@@ -155,15 +155,20 @@ def _column(x: Array, name: str, kind: Kind, bounds: Bounds | None, rng: np.rand
         shares = counts / counts.sum()
         return Column(name, "ordinal", mass=True, values=tuple(values.tolist()), shares=tuple(shares.tolist()))
     cells = _cells(x, name, values, counts, kind if enough or kind != "auto" else "real")
-    width = cells["step"] * (np.isin(x, cells["spikes"]) if cells["spikes"] else 1.0)
-    noisy = x + width * (rng.random(len(x)) - 0.5)
+    noise = cells["step"] * (rng.random(len(x)) - 0.5)
+    noisy = x + (noise * np.isin(x, cells["spikes"]) if cells["spikes"] else noise)
     low, high = bounds or (None, None)
-    half = cells["step"] / 2
     if low is not None or high is not None:
+        half = cells["step"] / 2
+        if cells["step"] and not cells["spikes"]:
+            cells["least"], cells["most"] = low, high
         low, high = None if low is None else low - half, None if high is None else high + half
         chosen = _bounded(noisy, low, high)
+    elif cells["spikes"]:
+        stretched = Columns([Column(name, **cells)])(torch.from_numpy(noisy)[:, None])[0][:, 0].numpy()
+        chosen = _nearest(stretched, [_asinh(stretched)])
     else:
-        chosen = _free(noisy, float(x.min()) - half) if enough else {"map": "linear"}
+        chosen = _free(noisy, cells["step"]) if enough else {"map": "linear"}
     made = Columns([Column(name, **cells, **chosen)])
     v = made(torch.from_numpy(noisy)[:, None])[0].numpy()
     scale = float(v.std())
@@ -185,7 +190,7 @@ def _check_bounds(x: Array, name: str, bounds: Bounds | None) -> None:
 
 
 def _cells(x: Array, name: str, values: Array, counts: Array, kind: Kind) -> dict[str, Any]:
-    """step, offset, mass and spikes of a column that is not ordinal."""
+    """step, offset, mass, spikes and ends of a column that is not ordinal."""
     whole = bool((values == np.round(values)).all())
     spread = float(x.std())
     if kind == "integer" and not whole:
@@ -197,15 +202,22 @@ def _cells(x: Array, name: str, values: Array, counts: Array, kind: Kind) -> dic
         gaps = np.diff(values)
         step = float(math.gcd(*(int(gap) for gap in gaps))) if len(gaps) and values[-1] - values[0] < 2**53 else 1.0
         if kind == "integer" or step > COARSE * spread:
-            return {"step": step, "offset": float(values[0]), "mass": True, "spikes": ()}
+            ends = {"least": float(values[0]), "most": float(values[-1])}
+            return {"step": step, "offset": float(values[0]), "mass": True, "spikes": (), **ends}
     if kind == "auto":
         decimals = next((d for d in range(1, 9) if _on_grid(values, 10.0**-d)), None)
         if decimals is not None and 10.0**-decimals > COARSE * spread:
-            return {"step": 10.0**-decimals, "offset": 0.0, "mass": False, "spikes": ()}
+            return {"step": 10.0**-decimals, "spikes": ()}
     often = counts > max(OFTEN, REPEATED * len(x))
     if often.any() and not often.all():
-        return {"step": _typical_gap(values), "offset": 0.0, "mass": False, "spikes": tuple(values[often].tolist())}
-    return {"step": 0.0, "offset": 0.0, "mass": False, "spikes": ()}
+        spikes, shares = values[often], counts[often] / len(x)
+        width = min(_typical_gap(values), float(np.diff(spikes).min(initial=np.inf)) / 2)  # no cell meets another
+        # as wide for their share as the middle half of the rest is for its own
+        rest = np.subtract(*np.percentile(x[~np.isin(x, spikes)], [75, 25])) / 0.5 / (1 - shares.sum())
+        room = np.maximum(shares * rest - width, 0.0)
+        ends = {"least": values[0].item() if often[0] else None, "most": values[-1].item() if often[-1] else None}
+        return {"step": width, "spikes": tuple(spikes.tolist()), "room": tuple(room.tolist()), **ends}
+    return {"step": 0.0, "spikes": ()}
 
 
 def _on_grid(values: Array, step: float) -> bool:
@@ -225,21 +237,30 @@ def _bounded(x: Array, low: float | None, high: float | None) -> dict[str, Any]:
     away = np.concatenate([x - side if side is low else side - x for side in (low, high) if side is not None])
     away = away[away > 0]
     nearest = float(away.min()) / 2 if len(away) else 1e-6
-    return {"map": "logit" if low is not None and high is not None else "log", "low": low, "high": high, "unit": nearest}
+    return {
+        "map": "logit" if low is not None and high is not None else "log",
+        "low": low,
+        "high": high,
+        "unit": nearest,
+    }
 
 
-def _free(x: Array, least: float) -> dict[str, Any]:
+def _free(x: Array, step: float) -> dict[str, Any]:
     """The map that is nearest to a normal, the plain number unless another is clearly better."""
+    low = -step / 2  # where the cell of 0 begins
+    return _nearest(x, [_bounded(x, low, None), _asinh(x)] if x.min() > low else [_asinh(x)])
+
+
+def _asinh(x: Array) -> dict[str, Any]:
+    """Bends at about a standard deviation from the median, by the quartiles, which tails do not move."""
     quartiles = np.percentile(x, [25, 50, 75])
-    unit = float(quartiles[2] - quartiles[0]) / 1.35 or float(np.std(x))
-    candidates: list[dict[str, Any]] = [{"map": "asinh", "low": float(quartiles[1]), "unit": unit}]
-    if least >= 0 and x.min() > 0:
-        candidates.append(_bounded(x, 0.0, None))
-    elif -0.5 <= least < 0 and x.min() > least:  # counts, whose cells begin half a step below 0
-        candidates.append(_bounded(x, least, None))
-    plain = _normality(x, {"map": "linear"})
+    unit = float(quartiles[2] - quartiles[0]) / 1.35 or float(np.std(x)) or 1.0
+    return {"map": "asinh", "low": float(quartiles[1]), "unit": unit}
+
+
+def _nearest(x: Array, candidates: list[dict[str, Any]]) -> dict[str, Any]:
     best = max(candidates, key=lambda candidate: _normality(x, candidate))
-    return best if _normality(x, best) > plain + GAIN else {"map": "linear"}
+    return best if _normality(x, best) > _normality(x, {"map": "linear"}) + GAIN else {"map": "linear"}
 
 
 def _normality(x: Array, chosen: dict[str, Any]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -28,6 +29,12 @@ class Column:
     Recorded numbers fill a cell. The cell of x is [x - step / 2, x + step / 2], where spikes are given only if x is one
     of them; that of an ordinal value ends half-way to its neighbours. With step = 0 a number is its own cell.
 
+    A cell of a spike holds far more rows than its width deserves. Before the map it is stretched,
+
+        x + sum over the spikes of room_k clip((x - spike_k) / step + 1 / 2, 0, 1)
+
+    and the numbers of the map (low but for asinh, high, unit) are taken before, center and scale after it.
+
     Raises:
         ValueError: a map that does not exist, or numbers that do not fit it.
     """
@@ -42,12 +49,15 @@ class Column:
     step: float = 0.0  # width of a cell
     offset: float = 0.0  # a number of the even grid
     mass: bool = False  # the log density counts the mass of the cell, not mass / width
+    least: float | None = None  # what samples of a column with a grid are kept within
+    most: float | None = None
     spikes: tuple[float, ...] = ()  # values that repeat in a column that is continuous otherwise
+    room: tuple[float, ...] = ()  # what the cell of each spike is stretched by
     values: tuple[float, ...] = ()  # of an ordinal column, ascending
     shares: tuple[float, ...] = ()  # of the rows that have them, above 0, with sum 1
 
     def __post_init__(self) -> None:
-        for name in ("spikes", "values", "shares"):
+        for name in ("spikes", "room", "values", "shares"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if self.map not in MAPS:
             raise ValueError(f"expected map as one of {', '.join(MAPS)}, got {self.map!r} for column {self.name!r}")
@@ -58,16 +68,22 @@ class Column:
             "ordinal": len(self.values) > 1
             and len(self.shares) == len(self.values)
             and min(self.shares) > 0
-            and all(a < b for a, b in zip(self.values, self.values[1:], strict=False)),
+            and all(a < b for a, b in pairwise(self.values)),
         }
-        if not (wanted.get(self.map, True) and self.scale > 0 and self.step >= 0):
+        fits = wanted.get(self.map, True) and self.scale > 0 and self.step >= 0 and len(self.room) == len(self.spikes)
+        if not fits or (self.spikes and not self.step):
             raise ValueError(f"expected the numbers that the map {self.map!r} of Column takes, got {self}")
+
+    @property
+    def top(self) -> float | None:
+        """Where high is after stretching."""
+        return None if self.high is None else self.high + sum(self.room)
 
     @property
     def edges(self) -> list[float]:
         """The ends of the cells of an ordinal column, one more than values."""
         v = self.values
-        inner = [(a + b) / 2 for a, b in zip(v, v[1:], strict=False)]
+        inner = [(a + b) / 2 for a, b in pairwise(v)]
         return [v[0] - (inner[0] - v[0]), *inner, v[-1] + (v[-1] - inner[-1])]
 
 
@@ -115,6 +131,7 @@ class Columns(Transform):
         )
         self._constant("low", [self.columns[i].low for i in self._below])
         self._constant("high", [self.columns[i].high for i in self._above])
+        self._constant("top", [self.columns[i].top for i in self._above])
         self._constant("near_low", [self.columns[i].unit for i in self._below])
         self._constant("near_high", [self.columns[i].unit for i in self._above])
         self._constant("middle", [self.columns[i].low for i in self._bent])
@@ -123,6 +140,7 @@ class Columns(Transform):
         self._spiked = [i for i, c in enumerate(self.columns) if c.spikes]
         for i in self._spiked:
             self._constant(f"spikes_{i}", self.columns[i].spikes)
+            self._constant(f"room_{i}", self.columns[i].room)
         self._mass = [i for i, c in enumerate(self.columns) if c.mass]
 
     def _constant(self, name: str, numbers: Sequence[float | None]) -> None:
@@ -138,18 +156,21 @@ class Columns(Transform):
         """Return y and log|det dy/dx|."""
         x = prepare(self, x, c)
         total = (-self.scale.log().sum()).expand(x.shape[:-1])
-        if not self._ordinal and not self._below and not self._above and not self._bent:
+        if not (self._ordinal or self._below or self._above or self._bent or self._spiked):
             return (x - self.center) / self.scale, total
         v = x.clone()
+        for i in self._spiked:
+            v[..., i], log_slope = self._stretch(i, x[..., i])
+            total = total + log_slope
         if self._below or self._above:
-            from_low = (x[..., self._below] - self.low).clamp_min(self.near_low)
-            to_high = (self.high - x[..., self._above]).clamp_min(self.near_high)
+            from_low = (v[..., self._below] - self.low).clamp_min(self.near_low)
+            to_high = (self.top - v[..., self._above]).clamp_min(self.near_high)
             v[..., self._below + self._above] = 0.0
             v[..., self._below] += from_low.log()
             v[..., self._above] -= to_high.log()
             total = total + self._log_slope(from_low, to_high)
         if self._bent:
-            t = (x[..., self._bent] - self.middle) / self.bend
+            t = (v[..., self._bent] - self.middle) / self.bend
             v[..., self._bent] = torch.asinh(t)
             total = total - (torch.log1p(t * t) / 2 + self.bend.log()).sum(-1)
         for i, ranks in zip(self._ordinal, self.ranks, strict=True):
@@ -165,12 +186,12 @@ class Columns(Transform):
         x = v.clone()
         if self._below or self._above:
             x[..., self._below] = self.low + v[..., self._below].exp()
-            x[..., self._above] = self.high - (-v[..., self._above]).exp()
+            x[..., self._above] = self.top - (-v[..., self._above]).exp()
             for i in sorted({*self._below} & {*self._above}):
                 column = self.columns[i]
-                x[..., i] = column.low + (column.high - column.low) * torch.sigmoid(v[..., i])  # type: ignore[operator]
+                x[..., i] = column.low + (column.top - column.low) * torch.sigmoid(v[..., i])  # type: ignore[operator]
             from_low = (x[..., self._below] - self.low).clamp_min(self.near_low)
-            to_high = (self.high - x[..., self._above]).clamp_min(self.near_high)
+            to_high = (self.top - x[..., self._above]).clamp_min(self.near_high)
             total = total - self._log_slope(from_low, to_high)
         if self._bent:
             u = v[..., self._bent]
@@ -179,12 +200,30 @@ class Columns(Transform):
         for i, ranks in zip(self._ordinal, self.ranks, strict=True):
             x[..., i], log_slope = ranks.inverse(v[..., i])
             total = total + log_slope
+        for i in self._spiked:
+            x[..., i], log_slope = self._relax(i, x[..., i])
+            total = total + log_slope
         return x, total
+
+    def _stretch(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The cells of the spikes of column i made wider, and the log-slope."""
+        spikes, room, step = getattr(self, f"spikes_{i}"), getattr(self, f"room_{i}"), self.columns[i].step
+        t = (x[..., None] - spikes) / step + 0.5
+        inside = (t > 0) & (t < 1)
+        return x + (room * t.clamp(0, 1)).sum(-1), (inside * torch.log1p(room / step)).sum(-1)
+
+    def _relax(self, i: int, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `_stretch`."""
+        spikes, room, step = getattr(self, f"spikes_{i}"), getattr(self, f"room_{i}"), self.columns[i].step
+        start = spikes - step / 2 + room.cumsum(0) - room
+        t = (v[..., None] - start) / (step + room)
+        inside = (t > 0) & (t < 1)
+        return v - (room * t.clamp(0, 1)).sum(-1), -(inside * torch.log1p(room / step)).sum(-1)
 
     def _log_slope(self, from_low: Tensor, to_high: Tensor) -> Tensor:
         """sum log dv/dx of the log and logit columns: 1 / a for one bound, 1 / a + 1 / b for two."""
         both = sorted({*self._below} & {*self._above})
-        width = sum(math.log(self.columns[i].high - self.columns[i].low) for i in both)  # type: ignore[operator]
+        width = sum(math.log(self.columns[i].top - self.columns[i].low) for i in both)  # type: ignore[operator]
         return width - from_low.log().sum(-1) - to_high.log().sum(-1)
 
     def inside(self, x: Tensor) -> Tensor:
@@ -214,15 +253,12 @@ class Columns(Transform):
         return width[..., self._mass].log().sum(-1)
 
     def snap(self, x: Tensor) -> Tensor:
-        """Numbers (..., D) put back to those that are recorded: to the grid, the values, the spikes; inside bounds."""
+        """Numbers (..., D) put back to those that are recorded: to the grid, the values, the spikes."""
         on_grid = self.offset + self.step * torch.round((x - self.offset) / self.step)
         x = torch.where(self.step > 0, on_grid, x)
         for i, column in enumerate(self.columns):
-            if column.map in ("log", "logit") and column.step and not column.spikes:  # the bound lies half a step off
-                low, high = column.low, column.high
-                least = None if low is None else low + column.step / 2
-                most = None if high is None else high - column.step / 2
-                x[..., i] = x[..., i].clamp(least, most)
+            if column.least is not None or column.most is not None:
+                x[..., i] = x[..., i].clamp(column.least, column.most)
         for i in self._spiked:
             spikes = getattr(self, f"spikes_{i}")
             away = (x[..., i, None] - spikes).abs()
