@@ -177,7 +177,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         objective = _Objective(columns, self.context_ is not None, sample_weight is not None)
         self.record_ = fit(task.learner, objective, task.train, task.validation, task.config, on_epoch=told)
         learner = task.learner.cpu().double()
-        self.flow_ = Flow(learner.base, Compose([*learner.transform, Inverse(columns.cpu())])).eval()
+        self.flow_ = Flow(learner.base, Compose([learner.transform, Inverse(columns.cpu())])).eval()
         return self
 
     def rehearse(self, X: Any, context: Any = None, sample_weight: Any = None) -> None:

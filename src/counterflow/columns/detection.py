@@ -202,7 +202,7 @@ def _cells(x: Array, name: str, values: Array, counts: Array, kind: Kind) -> dic
         gaps = np.diff(values)
         step = float(math.gcd(*(int(gap) for gap in gaps))) if len(gaps) and values[-1] - values[0] < 2**53 else 1.0
         if kind == "integer" or step > COARSE * spread:
-            ends = {"least": float(values[0]), "most": float(values[-1])}
+            ends: dict[str, float | None] = {"least": float(values[0]), "most": float(values[-1])}
             return {"step": step, "offset": float(values[0]), "mass": True, "spikes": (), **ends}
     if kind == "auto":
         decimals = next((d for d in range(1, 9) if _on_grid(values, 10.0**-d)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from itertools import pairwise
 from typing import Any
@@ -109,6 +109,15 @@ class Columns(Transform):
 
     center: Tensor
     scale: Tensor
+    step: Tensor
+    offset: Tensor
+    low: Tensor
+    high: Tensor
+    top: Tensor
+    near_low: Tensor
+    near_high: Tensor
+    middle: Tensor
+    bend: Tensor
 
     def __init__(self, columns: Sequence[Column | Sequence[Any]]) -> None:
         super().__init__()
@@ -143,9 +152,13 @@ class Columns(Transform):
             self._constant(f"room_{i}", self.columns[i].room)
         self._mass = [i for i, c in enumerate(self.columns) if c.mass]
 
-    def _constant(self, name: str, numbers: Sequence[float | None]) -> None:
+    def _constant(self, name: str, numbers: Sequence[float | None] | Sequence[float]) -> None:
         """Built from the configuration, so not saved a second time."""
         self.register_buffer(name, torch.tensor(numbers, dtype=torch.float64), persistent=False)
+
+    def _ranked(self) -> Iterator[tuple[int, _Ranks]]:
+        """The ordinal features, each with its map."""
+        yield from zip(self._ordinal, self.ranks, strict=True)
 
     @property
     def quantised(self) -> list[int]:
@@ -173,7 +186,7 @@ class Columns(Transform):
             t = (v[..., self._bent] - self.middle) / self.bend
             v[..., self._bent] = torch.asinh(t)
             total = total - (torch.log1p(t * t) / 2 + self.bend.log()).sum(-1)
-        for i, ranks in zip(self._ordinal, self.ranks, strict=True):
+        for i, ranks in self._ranked():
             v[..., i], log_slope = ranks(x[..., i])
             total = total + log_slope
         return (v - self.center) / self.scale, total
@@ -197,7 +210,7 @@ class Columns(Transform):
             u = v[..., self._bent]
             x[..., self._bent] = self.middle + self.bend * torch.sinh(u)
             total = total + (u.abs() + torch.log1p(torch.exp(-2 * u.abs())) - math.log(2) + self.bend.log()).sum(-1)
-        for i, ranks in zip(self._ordinal, self.ranks, strict=True):
+        for i, ranks in self._ranked():
             x[..., i], log_slope = ranks.inverse(v[..., i])
             total = total + log_slope
         for i in self._spiked:
@@ -207,14 +220,14 @@ class Columns(Transform):
 
     def _stretch(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
         """The cells of the spikes of column i made wider, and the log-slope."""
-        spikes, room, step = getattr(self, f"spikes_{i}"), getattr(self, f"room_{i}"), self.columns[i].step
+        spikes, room, step = self.get_buffer(f"spikes_{i}"), self.get_buffer(f"room_{i}"), self.columns[i].step
         t = (x[..., None] - spikes) / step + 0.5
         inside = (t > 0) & (t < 1)
         return x + (room * t.clamp(0, 1)).sum(-1), (inside * torch.log1p(room / step)).sum(-1)
 
     def _relax(self, i: int, v: Tensor) -> tuple[Tensor, Tensor]:
         """The inverse of `_stretch`."""
-        spikes, room, step = getattr(self, f"spikes_{i}"), getattr(self, f"room_{i}"), self.columns[i].step
+        spikes, room, step = self.get_buffer(f"spikes_{i}"), self.get_buffer(f"room_{i}"), self.columns[i].step
         start = spikes - step / 2 + room.cumsum(0) - room
         t = (v[..., None] - start) / (step + room)
         inside = (t > 0) & (t < 1)
@@ -223,14 +236,14 @@ class Columns(Transform):
     def _log_slope(self, from_low: Tensor, to_high: Tensor) -> Tensor:
         """sum log dv/dx of the log and logit columns: 1 / a for one bound, 1 / a + 1 / b for two."""
         both = sorted({*self._below} & {*self._above})
-        width = sum(math.log(self.columns[i].top - self.columns[i].low) for i in both)  # type: ignore[operator]
+        width = sum(math.log(self.columns[i].top - self.columns[i].low) for i in both)  # type: ignore[operator,misc]
         return width - from_low.log().sum(-1) - to_high.log().sum(-1)
 
     def inside(self, x: Tensor) -> Tensor:
         """Whether rows (..., D) lie in the support, its ends included: (...), boolean."""
         low, high = x[..., self._below] >= self.low, x[..., self._above] <= self.high
         inside = low.all(-1) & high.all(-1)
-        for i, ranks in zip(self._ordinal, self.ranks, strict=True):
+        for i, ranks in self._ranked():
             inside = inside & (x[..., i] >= ranks.edges[0]) & (x[..., i] <= ranks.edges[-1])
         return inside
 
@@ -241,9 +254,9 @@ class Columns(Transform):
             return x - width / 2, width
         width = width.clone()
         for i in self._spiked:
-            width[..., i] = torch.isin(x[..., i], getattr(self, f"spikes_{i}")) * self.columns[i].step
+            width[..., i] = torch.isin(x[..., i], self.get_buffer(f"spikes_{i}")) * self.columns[i].step
         start = x - width / 2
-        for i, ranks in zip(self._ordinal, self.ranks, strict=True):
+        for i, ranks in self._ranked():
             k = ranks.place(x[..., i])
             start[..., i], width[..., i] = ranks.edges[k], ranks.widths[k]
         return start, width
@@ -260,12 +273,12 @@ class Columns(Transform):
             if column.least is not None or column.most is not None:
                 x[..., i] = x[..., i].clamp(column.least, column.most)
         for i in self._spiked:
-            spikes = getattr(self, f"spikes_{i}")
+            spikes = self.get_buffer(f"spikes_{i}")
             away = (x[..., i, None] - spikes).abs()
             nearest = away.argmin(-1)
             near = away.gather(-1, nearest[..., None])[..., 0] <= self.columns[i].step / 2
             x[..., i] = torch.where(near, spikes[nearest], x[..., i])
-        for i, ranks in zip(self._ordinal, self.ranks, strict=True):
+        for i, ranks in self._ranked():
             x[..., i] = ranks.values[ranks.place(x[..., i])]
         return x
 

@@ -240,7 +240,7 @@ def _tell(summary: dict[str, Any], run: Path) -> None:
 def _draw(density: FlowDensity, test: _Part, folder: Path, seed: int) -> None:
     names = density.get_feature_names_out().tolist()
     epochs = density.record_.epochs
-    curve = {density.flow: ([e.train for e in epochs], [e.validation for e in epochs])}
+    curve = {str(density.flow): ([e.train for e in epochs], [e.validation for e in epochs])}
     plots.learning_curves(folder / "learning_curve.png", curve, "log density, nats a row")
     shown = _Part(*_rows(test.x, test.context or {}, np.arange(min(SHOWN, test.x.num_rows))))
     context, drawn = shown.context, shown.x.num_rows if shown.context else SHOWN
