@@ -62,7 +62,7 @@ def test_samples_look_like_the_table(mixed):
         quartiles = np.percentile(table[name], [10, 50, 90])
         assert np.abs(np.percentile(x[name], [10, 50, 90]) - quartiles).max() < 0.25 * (quartiles[2] - quartiles[0])
     assert set(x.grade) == {1, 2, 5} and (x.children == x.children.round()).all() and x.children.min() == 0
-    assert x.income.min() > 0 and 0 < x.share.min() and x.share.max() < 1
+    assert x.income.min() > 0 and x.share.min() > 0 and x.share.max() < 1
     assert abs((x.rain == 0).mean() - 0.4) < 0.1 and x.rain.min() == 0
     for value, share in ((1, 0.2), (2, 0.5), (5, 0.3)):
         assert abs((x.grade == value).mean() - share) < 0.06
@@ -156,9 +156,7 @@ def test_a_weight_counts_as_so_many_rows():
     x = np.concatenate([RNG.normal(0, 1, (300, 1)), RNG.normal(20, 1, (300, 1))])
     weights = np.repeat([1.0, 0.0], 300)
     density = cf.FlowDensity(**TINY).fit(x, sample_weight=weights)
-    np.testing.assert_array_equal(
-        density.score_samples(x), cf.FlowDensity(**TINY).fit(x[:300]).score_samples(x)
-    )
+    np.testing.assert_array_equal(density.score_samples(x), cf.FlowDensity(**TINY).fit(x[:300]).score_samples(x))
     tilted = cf.FlowDensity(**SMALL).fit(x, sample_weight=np.repeat([9.0, 1.0], 300))
     assert abs((tilted.sample(2000, random_state=0) < 10).mean() - 0.9) < 0.05
 
@@ -179,7 +177,7 @@ def recipe(features, context):
 def test_a_recipe_of_ones_own():
     density = cf.FlowDensity(recipe, **TINY).fit(ROWS)
     assert "SinhArcsinh" in repr(density.flow_)
-    with pytest.raises(ValueError, match="expected a recipe .* for 2 and 0, got"):
+    with pytest.raises(ValueError, match=r"expected a recipe .* for 2 and 0, got"):
         cf.FlowDensity(lambda features, context: cf.MAF(3), **TINY).fit(ROWS)
 
 
@@ -254,7 +252,7 @@ TEXT = pd.DataFrame({"a": RNG.normal(size=20), "b": ["x", "y"] * 10, "c": pd.Cat
 REFUSED = {
     "missing": (HOLES, {}, r"got 2 missing \(NaN\): row 3 of 'x1', row 7 of 'x0' .* impute .* or drop 2 of 300 rows"),
     "infinite": (np.where(ROWS > 15, np.inf, ROWS), {}, r"infinite \(inf\): row .* of 'x0'"),
-    "copies": (np.concatenate([ROWS, 3 * ROWS, np.ones((300, 1))], 1), {}, "constant: 'x4'; copies: 'x2' of 'x0', 'x3'"),
+    "copies": (np.concatenate([ROWS, 3 * ROWS, np.ones((300, 1))], 1), {}, "constant: 'x4'; copies: 'x2' of 'x0', 'x3"),
     "text": (TEXT, {}, "got text or categories in 'b', 'c'; give them as context"),
     "one row": (ROWS[:1], {}, "minimum of 2 is required"),
     "fraction": (ROWS, {"validation_fraction": 1.0}, r"expected validation_fraction in \(0, 1\), got 1.0"),

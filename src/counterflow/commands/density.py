@@ -188,8 +188,8 @@ def _standard_error(values: Array) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def mixture_scores(columns: Columns, train: Array, test: Array, draws: int, seed: int) -> tuple[Array, int]:
-    """log p of test rows (N, D) under the Gaussian mixture that BIC chooses, (N,), and its components.
+def mixture_scores(columns: Columns, train: Array, test: Array, draws: int, seed: int) -> tuple[Array, str]:
+    """log p of test rows (N, D) under the Gaussian mixture that BIC chooses, (N,), and its components in words.
 
     Recorded numbers are put within their cells, in training and, `draws` times, in the test, as for the flow: a mixture
     on the plain numbers would find the density without bound of those that repeat.
@@ -205,13 +205,18 @@ def mixture_scores(columns: Columns, train: Array, test: Array, draws: int, seed
     rows = (rows - mean) / std
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = [GaussianMixture(k, random_state=seed).fit(rows) for k in COMPONENTS if k <= len(rows) // 2]
+        fitted = [
+            GaussianMixture(k, covariance_type=kind, random_state=seed).fit(rows)
+            for kind, numbers in (("full", rows.shape[1] + 3), ("diag", 4))  # of a component, for each column
+            for k in COMPONENTS
+            if k * numbers <= len(rows)
+        ]
     best = min(fitted, key=lambda mixture: mixture.bic(rows))
     times = draws if columns.quantised else 1
     drawn = [noisy(test) for _ in range(times)]
     scores = torch.stack([torch.from_numpy(best.score_samples((x - mean) / std)) for x, _ in drawn])
     log_p = torch.logsumexp(scores, 0) - math.log(times) - float(np.log(std).sum()) + columns.log_mass(drawn[0][1])
-    return log_p.numpy(), int(best.n_components)
+    return log_p.numpy(), f"{best.n_components} {best.covariance_type}"
 
 
 def _tell(summary: dict[str, Any], run: Path) -> None:

@@ -29,9 +29,7 @@ def kind_of_run(run: Path) -> str:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"expected {config} as a run of counterflow writes it, got: {error!r}") from None
     if command not in ("vae", "density"):
-        raise ValueError(
-            f"expected a run folder of counterflow vae or density, got {run}, of {command}"
-        )
+        raise ValueError(f"expected a run folder of counterflow vae or density, got {run}, of {command}")
     return str(command)
 
 
