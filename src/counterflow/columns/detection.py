@@ -36,6 +36,8 @@ def check_cells(x: Array, names: Sequence[str]) -> None:
         ValueError: expected a number in every cell, got 1 missing (NaN): row 0 of 'b' (rows counted from 0); impute \
 them, for example by sklearn.impute, or drop 1 of 2 rows
     """
+    if np.isfinite(x).all():
+        return
     for bad, what, todo in (
         (np.isnan(x), "missing (NaN)", "impute them, for example by sklearn.impute,"),
         (np.isinf(x), "infinite (inf)", "clip or mask them,"),

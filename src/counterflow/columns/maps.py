@@ -241,8 +241,10 @@ class Columns(Transform):
 
     def inside(self, x: Tensor) -> Tensor:
         """Whether rows (..., D) lie in the support, its ends included: (...), boolean."""
-        low, high = x[..., self._below] >= self.low, x[..., self._above] <= self.high
-        inside = low.all(-1) & high.all(-1)
+        inside = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
+        if self._below or self._above:
+            low, high = x[..., self._below] >= self.low, x[..., self._above] <= self.high
+            inside = low.all(-1) & high.all(-1)
         for i, ranks in self._ranked():
             inside = inside & (x[..., i] >= ranks.edges[0]) & (x[..., i] <= ranks.edges[-1])
         return inside

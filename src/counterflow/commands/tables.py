@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +33,25 @@ def score(run: Path, data: Path, key: str | None, device: str, out: Path | None)
     if ADDED in source.names:
         raise ValueError(f"expected a table without a column {ADDED!r}, which is to be added, got one in {data}")
     scored, total, total_of_squares = 0, 0.0, 0.0
-    with writing(path, source.rows) as write, console.err.status("scoring") as status:
-        for batch in source.batches(ROWS):
+    with (
+        writing(path, source.rows) as write,
+        ThreadPoolExecutor(1) as writer,
+        console.err.status("scoring") as status,
+    ):
+        written = None
+        for batch in _ahead(source.batches(ROWS)):
             x = pyarrow.table(_named(density, numbers(batch, names, source.path, scored)))
             scores = density.score_samples(x, _context(density.context_, given, batch, source.path, scored))
-            write(pyarrow.record_batch([*batch.columns, pyarrow.array(scores)], names=[*batch.schema.names, ADDED]))
+            if written is not None:
+                written.result()  # one batch is written while the next is scored
+            columns, names_out = [*batch.columns, pyarrow.array(scores)], [*batch.schema.names, ADDED]
+            written = writer.submit(write, pyarrow.record_batch(columns, names=names_out))
             scored, total = scored + len(scores), total + float(scores.sum())
             total_of_squares += float(np.square(scores).sum())
             status.update(f"scoring: {scored:,} rows")
-        if not scored:
+        if written is None:
             raise ValueError(f"expected at least one row in {data}, got none; add data")
+        written.result()
     mean = total / scored
     error = f" ± {((total_of_squares / scored - mean**2) / (scored - 1)) ** 0.5:.3f}" if scored > 1 else ""
     console.say(f"{scored:,} rows: mean log density {mean:.3f}{error} nats; wrote {path}")
@@ -64,14 +74,23 @@ def sample(run: Path, n: int, context: Path | None, seed: int, device: str, out:
     with writing(path, rows) as write, console.err.status("drawing") as status:
         for given, carried in _contexts(density, source, n):
             size = min(ROWS, n - drawn) if given is None else len(next(iter(given.values())))
-            while_left = density.sample(size, given, rng)
-            write(pyarrow.record_batch({**carried, **_named(density, while_left)}))
+            rows_drawn = density.sample(size, given, rng)
+            write(pyarrow.record_batch({**carried, **_named(density, rows_drawn)}))
             drawn += size
             status.update(f"drawing: {drawn:,} rows")
         if not drawn:
             raise ValueError(f"expected at least one row in {context}, got none; add some")
     console.say(f"{drawn:,} rows; wrote {path}")
     return 0
+
+
+def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches, the next one read while this one is in use."""
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(next, batches, None)
+        while (batch := coming.result()) is not None:
+            coming = reader.submit(next, batches, None)
+            yield batch
 
 
 def _contexts(density: FlowDensity, source: Source | None, n: int) -> Iterator[tuple[Any, dict[str, Any]]]:

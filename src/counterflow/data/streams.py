@@ -284,12 +284,14 @@ def _writer(suffix: str, part: Path, rows: int | None, stack: ExitStack) -> Call
 
 
 def _parquet_writer(part: Path, stack: ExitStack) -> Callable[[Any], None]:
-    parquet = needs("pyarrow.parquet", "pyarrow", "a Parquet file")
+    arrow, parquet = (needs(module, "pyarrow", "a Parquet file") for module in ("pyarrow", "pyarrow.parquet"))
     opened: list[Any] = []
 
     def write(batch: Any) -> None:
         if not opened:
-            opened.append(stack.enter_context(parquet.ParquetWriter(part, batch.schema)))
+            # a dictionary of numbers that are all different costs as much as all else
+            repeated = [field.name for field in batch.schema if not arrow.types.is_floating(field.type)]
+            opened.append(stack.enter_context(parquet.ParquetWriter(part, batch.schema, use_dictionary=repeated)))
         opened[0].write_batch(batch)
 
     return write
