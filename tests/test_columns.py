@@ -149,6 +149,7 @@ def test_columns_that_make_no_density_are_named_in_one_error():
     with pytest.raises(ValueError, match="one a linear function of the others: 'a', 'b', 'e'"):
         check_columns(np.stack([a, b, c, d, a + 2 * b], 1), list("abcde"))
     check_columns(np.stack([a, b, c, d, a + 2 * b + 1e-3 * RNG.normal(size=50)], 1), list("abcde"))
+    check_columns(np.stack([a, b, a + 2 * b], 1), list("abc"), cells=[2])
     check_columns(RNG.normal(size=(5, 30)), [str(k) for k in range(30)])
 
 

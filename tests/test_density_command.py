@@ -368,7 +368,7 @@ def test_ctrl_c_while_scoring_leaves_no_file(runs, here, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cf.FlowDensity, "score_samples", interrupt)
+    monkeypatch.setattr(cf.FlowDensity, "score_checked", interrupt)
     code, _, err = here("score", runs[0] / "plain", runs[0] / "numbers.csv", "--out", "new/a.csv")
     assert code == 130 and "interrupted" in err and not list(tmp_path.iterdir())
 

@@ -28,7 +28,7 @@ from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, SinhA
 from counterflow.vae import VAE
 
 if TYPE_CHECKING:
-    from counterflow.density import FlowDensity
+    from counterflow.density import FlowDensity as FlowDensity
 
 __version__ = "0.1.0"
 
@@ -64,7 +64,6 @@ __all__ = [
     "Coupling",
     "DiagonalNormal",
     "Flow",
-    "FlowDensity",
     "FlowDistribution",
     "Gated",
     "Inverse",

@@ -41,7 +41,7 @@ FORMAT = 1  # of density.json
 MODEL, DESCRIPTION = "model.safetensors", "density.json"
 WHITENED = 256  # columns up to which the linear layer has a matrix: its D^2 numbers stand in the file's header
 EMA = 0.99  # decay of the averaged weights, which are the ones kept: it forgets within a hundred steps
-CHUNK = 1 << 15  # numbers scored at a time: what a spline keeps of them stays within some tens of megabytes
+CHUNK = 1 << 16  # numbers scored at a time: what a spline keeps of them stays within some tens of megabytes
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class DensityConfig:
     patience: int = 20  # epochs without a better validation part before stopping
     validation_fraction: float = 0.1  # of the rows, which training does not see
     draws: int = 16  # points in the cell of a recorded number, over which its density is averaged
-    device: str = "cpu"  # cpu, cuda or mps
+    device: str = "cpu"  # cpu or cuda; mps has no float64, in which columns are mapped
 
 
 DEFAULT = DensityConfig()
@@ -191,6 +191,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         if self.draws < 1:
             raise ValueError(f"expected draws of at least 1, got {self.draws}")
         check_device(self.device)
+        if torch.device(self.device).type == "mps":
+            raise ValueError("expected device as cpu or cuda, got 'mps', which has no float64")
         x = self._numbers(X, reset=True)
         names = self.get_feature_names_out().tolist()
         rng = check_random_state(self.random_state)
@@ -206,8 +208,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             x, c, weights = x[kept], None if c is None else c[kept], weights[kept] / weights[kept].mean()
         if len(x) < 2:
             raise ValueError(f"expected at least two rows of a weight above 0, got n_samples={len(x)}; bring more data")
-        check_columns(x, names)
         self.columns_ = detect(x, names, self.columns, self.bounds, self.seed_)
+        check_columns(x, names, self.columns_.quantised)
         parts = [_tensor(x), *(torch.from_numpy(part).float() for part in (c, weights) if part is not None)]
         order = torch.from_numpy(rng.permutation(len(x)))
         held_out = min(max(1, round(self.validation_fraction * len(x))), len(x) - 1)
@@ -274,29 +276,29 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             raise ValueError(f"expected {wanted}, as in fit, got {'none' if context is None else 'one'}")
         if self.context_ is None:
             return None
-        return torch.from_numpy(self.context_.encode(_table(context, rows))).to(self._dtype).to(self.device)
+        return torch.from_numpy(self.context_.encode(_table(context, rows))).to(self.device)
 
     # -- what it is for --------------------------------------------------------------------------------
 
-    @property
-    def _dtype(self) -> torch.dtype:
-        return torch.float32 if self.device.startswith("mps") else torch.float64  # which knows no float64
-
-    @torch.no_grad()
     def score_samples(self, X: Any, context: Any = None) -> Array:
         """log p of each row of X, (N,), in nats, with densities per unit of the columns; see the class."""
         check_is_fitted(self)
-        x = _tensor(self._numbers(X, reset=False))
+        return self.score_checked(self._numbers(X, reset=False), context)
+
+    @torch.no_grad()
+    def score_checked(self, X: Array, context: Any = None) -> Array:
+        """`score_samples` of an array (N, D) of finite float64, its columns in the order of training: not looked at."""
+        x = _tensor(X)
         c = self._encode(context, len(x))
-        flow, columns = self.flow_.to(self.device, self._dtype), self.columns_
+        flow, columns = self.flow_.to(self.device), self.columns_
         points = self._points()
         step = max(1, CHUNK // (x.shape[1] * (1 if points is None else len(points))))
         scores = []
         for first in range(0, len(x), step):
-            rows = x[first : first + step].to(self.device, self._dtype)
+            rows = x[first : first + step].to(self.device)
             given = None if c is None else c[first : first + step]
             scores.append(_log_density(flow, columns, rows, given, points).double().cpu())
-        flow.to("cpu", torch.float64)
+        flow.cpu()
         return torch.cat(scores).numpy()
 
     def _points(self) -> Tensor | None:
@@ -307,7 +309,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         sobol = torch.quasirandom.SobolEngine(len(quantised), scramble=True, seed=self.seed_)
         points = torch.zeros(self.draws, self.n_features_in_, dtype=torch.float64)
         points[:, quantised] = sobol.draw(self.draws, dtype=torch.float64)
-        return points.to(self.device, self._dtype)
+        return points.to(self.device)
 
     def score(self, X: Any, y: Any = None, context: Any = None) -> float:
         """The mean of `score_samples`, nats a row, as that of GaussianMixture. y is not used."""
@@ -323,7 +325,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         if c is not None and len(c) not in (1, n):
             raise ValueError(f"expected a context of one row or of n={n} rows, got {len(c)}")
         seed = int(check_random_state(random_state).randint(2**31 - 1))
-        flow, step = self.flow_.to(self.device, self._dtype), max(1, CHUNK // self.n_features_in_)
+        flow, step = self.flow_.to(self.device), max(1, CHUNK // self.n_features_in_)
         drawn = []
         cuda = list(range(torch.cuda.device_count())) if self.device.startswith("cuda") else []
         with torch.random.fork_rng(cuda):
@@ -336,7 +338,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
                     given = c.expand(n, -1)[first : first + rows]
                     x = flow(given).sample()
                 drawn.append(self.columns_.snap(x).double().cpu())
-        flow.to("cpu", torch.float64)
+        flow.cpu()
         return torch.cat(drawn).numpy()
 
     @torch.no_grad()
@@ -349,14 +351,14 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         x = _tensor(self._numbers(X, reset=False))
         c = self._encode(context, len(x))
         rng = check_random_state(random_state)
-        flow, step, parts = self.flow_.to(self.device, self._dtype), max(1, CHUNK // x.shape[1]), []
+        flow, step, parts = self.flow_.to(self.device), max(1, CHUNK // x.shape[1]), []
         for first in range(0, len(x), step):
-            rows = x[first : first + step].to(self.device, self._dtype)
+            rows = x[first : first + step].to(self.device)
             start, width = self.columns_.cells(rows)
             inside = start + width * torch.from_numpy(rng.random_sample(rows.shape)).to(rows)
             given = None if c is None or not flow.transform.context else c[first : first + step]
             parts.append(flow.transform.inverse(inside, given)[0].double().cpu())
-        flow.to("cpu", torch.float64)
+        flow.cpu()
         return torch.cat(parts).numpy()
 
     # -- files -----------------------------------------------------------------------------------------

@@ -51,11 +51,11 @@ them, for example by sklearn.impute, or drop 1 of 2 rows
             )
 
 
-def check_columns(x: Array, names: Sequence[str]) -> None:
+def check_columns(x: Array, names: Sequence[str], cells: Sequence[int] = ()) -> None:
     """Raise one ValueError that names all columns (N, D) under which a density would have no bound.
 
     Constant columns, affine copies of others (y = a x + b), and sets of columns of which one is a linear function of
-    the rest, where there are more rows than columns.
+    the rest, where there are more rows than columns. The latter is no harm in columns whose numbers fill cells.
 
     Example:
         >>> a = np.arange(12.0) ** 2
@@ -76,8 +76,8 @@ def check_columns(x: Array, names: Sequence[str]) -> None:
         if original:
             copies = [f"{names[kept[b]]!r} of {names[kept[a]]!r}" for b, a in sorted(original.items())]
             found.append("copies: " + ", ".join(copies))
-        rest = [i for i in range(len(kept)) if i not in original]
-        if len(x) > len(rest) + 1:
+        rest = [i for i in range(len(kept)) if i not in original and kept[i] not in cells]
+        if rest and len(x) > len(rest) + 1:
             values, vectors = np.linalg.eigh(correlation[np.ix_(rest, rest)])
             for vector in vectors.T[values < DEPENDENT * values[-1]]:
                 parts = kept[np.array(rest)[np.abs(vector) > 1e-3 * np.abs(vector).max()]]

@@ -16,7 +16,7 @@ from counterflow.data.streams import Source, check_writable, numbers, open_table
 from counterflow.density import FlowDensity
 
 Array = np.ndarray[Any, Any]
-ROWS = 1 << 14  # at a time
+ROWS = 1 << 15  # at a time
 ADDED = "log_density"
 
 
@@ -40,8 +40,8 @@ def score(run: Path, data: Path, key: str | None, device: str, out: Path | None)
     ):
         written = None
         for batch in _ahead(source.batches(ROWS)):
-            x = pyarrow.table(_named(density, numbers(batch, names, source.path, scored)))
-            scores = density.score_samples(x, _context(density.context_, given, batch, source.path, scored))
+            x = numbers(batch, names, source.path, scored)
+            scores = density.score_checked(x, _context(density.context_, given, batch, source.path, scored))
             if written is not None:
                 written.result()  # one batch is written while the next is scored
             columns, names_out = [*batch.columns, pyarrow.array(scores)], [*batch.schema.names, ADDED]
