@@ -4,7 +4,7 @@
 
 A density of 20 columns is fitted to a few rows, and its samples, jittered, are written to a Parquet file of float64 in
 row groups of a million rows. `counterflow score` adds the log density to it in a process of its own, whose peak
-resident memory is read from the system. Before and after each such run the same rows, as many as fit into a slice, are
+resident memory is read from the system. Before and after each such run a slice of the rows is
 scored in memory by `flow_().log_prob`, in chunks of the size that `score_samples` takes, and by a `counterflow score`
 of that slice alone, so that its start is known. The files are deleted at the end. Written to results/score_stream.md.
 """
@@ -30,8 +30,14 @@ import counterflow as cf
 from counterflow.density import CHUNK
 
 HERE = Path(__file__).parent / "results"
-D, GROUP, SLICE = 20, 1 << 20, 1 << 17
+D, GROUP, SLICE = 20, 1 << 20, 1 << 19
 FLOWS = ("maf", "nsf")  # of the default sizes: affine, under which reading counts more, and the default
+# The peak of a process begins with that of the one that starts it, so a small one does.
+LAUNCHER = """
+import resource, subprocess, sys
+subprocess.run(sys.argv[1:], check=True, stdout=subprocess.DEVNULL)
+print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
+"""
 NAMES = [f"x{i}" for i in range(D)]
 
 
@@ -78,12 +84,8 @@ def command(run: Path, data: Path, out: Path) -> tuple[float, float]:
     out.unlink(missing_ok=True)
     arguments = [sys.executable, "-m", "counterflow.cli", "score", str(run), str(data), "--out", str(out)]
     started = time.perf_counter()
-    process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(f"counterflow score ended with {process.returncode}")
-    return time.perf_counter() - started, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    told = subprocess.run([sys.executable, "-c", LAUNCHER, *arguments], check=True, capture_output=True, text=True)
+    return time.perf_counter() - started, int(told.stdout) * (1 if sys.platform == "darwin" else 1024)
 
 
 def measure(flow: str, gigabytes: float, rounds: int, folder: Path) -> dict[str, float]:
@@ -96,30 +98,31 @@ def measure(flow: str, gigabytes: float, rounds: int, folder: Path) -> dict[str,
         batch = next(file.iter_batches(min(SLICE, rows // 2)))
     x = np.stack([column.to_numpy() for column in batch.columns], 1)
     pq.write_table(pa.Table.from_batches([batch]), small)
-    memory, whole, start, peak = [], [], [], 0.0
+    memory, whole, streamed, ratios, peak = [], [], [], [], 0.0
     in_memory(density, x)
     for _ in range(rounds):
-        memory.append(in_memory(density, x))
-        start.append(command(run, small, out)[0])
+        before = in_memory(density, x)
+        start, _ = command(run, small, out)
         seconds, reached = command(run, table, out)
-        whole.append(seconds)
+        memory.append(2 * len(x) / (before + in_memory(density, x)))
+        whole.append(rows / seconds)
+        streamed.append((rows - len(x)) / (seconds - start))  # the start taken out
+        ratios.append(streamed[-1] / memory[-1])
         peak = max(peak, reached)
-        memory.append(in_memory(density, x))
     scored = pq.read_metadata(out).num_rows
     if scored != rows:
         raise RuntimeError(f"expected {rows} rows, got {scored}")
     first = next(pq.ParquetFile(out).iter_batches(len(x), columns=["log_density"])).column(0).to_numpy()
     with torch.no_grad():
         expected = torch.cat([density.flow_().log_prob(part) for part in torch.from_numpy(x).split(1000)]).numpy()
-    streamed = (rows - len(x)) / (np.median(whole) - np.median(start))  # the start taken out
     return {
         "gigabytes": table.stat().st_size / 1e9,
         "rows": rows,
         "peak": peak / 1e9,
-        "seconds": float(np.median(whole)),
-        "streamed": float(streamed),
-        "with_start": rows / float(np.median(whole)),
-        "memory": len(x) / float(np.median(memory)),
+        "streamed": float(np.median(streamed)),
+        "whole": float(np.median(whole)),
+        "memory": float(np.median(memory)),
+        "ratio": float(np.median(ratios)),
         "difference": float(np.abs(first - expected).max()),
     }
 
@@ -141,7 +144,8 @@ def main() -> None:
         f"--flow {' '.join(arguments.flow)}` ({platform.machine()}, {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}, pyarrow {pa.__version__}, Python {platform.python_version()}).",
         f"{D} columns of float64 in Parquet, row groups of {GROUP:,} rows. `streamed` leaves out the start of the "
-        "process, `whole` has it; `in memory` is `flow_().log_prob` of rows that are there already.",
+        "process, `whole` has it; `in memory` is `flow_().log_prob` of rows that are there already. "
+        "Medians of the rounds.",
         "",
         "| flow | GB | rows | peak resident GB | streamed, rows/s | whole, rows/s | in memory, rows/s | "
         "streamed / in memory | largest difference, nats |",
@@ -152,7 +156,7 @@ def main() -> None:
             m = measure(flow, arguments.gigabytes, arguments.rounds, Path(folder))
         lines.append(
             f"| {flow} | {m['gigabytes']:.2f} | {m['rows']:,} | {m['peak']:.2f} | {m['streamed']:,.0f} | "
-            f"{m['with_start']:,.0f} | {m['memory']:,.0f} | {m['streamed'] / m['memory']:.2f} | {m['difference']:.1e} |"
+            f"{m['whole']:,.0f} | {m['memory']:,.0f} | {m['ratio']:.2f} | {m['difference']:.1e} |"
         )
         print(lines[-1], flush=True)
     HERE.mkdir(exist_ok=True)
