@@ -88,9 +88,9 @@ def test_the_density_of_a_number_alone_integrates_to_one():
 
 def test_densities_are_in_the_units_of_the_table():
     """The same table in other units: log p moves by the log of the units, and nothing else."""
-    fitted = [cf.FlowDensity(**TINY).fit(ROWS * unit + 7 * unit) for unit in (1.0, 1000.0)]
-    scores = [d.score_samples(ROWS * unit + 7 * unit) for d, unit in zip(fitted, (1.0, 1000.0), strict=True)]
-    np.testing.assert_allclose(scores[0] - scores[1], 2 * math.log(1000), atol=1e-3)
+    for unit in (1e-12, 1e9):
+        scores = [cf.FlowDensity(**TINY).fit(ROWS * u + 7 * u).score_samples(ROWS * u + 7 * u) for u in (1.0, unit)]
+        np.testing.assert_allclose(scores[0] - scores[1], 2 * math.log(unit), atol=1e-3)
 
 
 def test_a_normal_table_is_found_at_once():
@@ -261,6 +261,8 @@ REFUSED = {
     "flow": (ROWS, {"flow": "nfs"}, "expected flow as one of nsf, maf, coupling, iaf, or a recipe, got 'nfs'"),
     "epochs": (ROWS, {"epochs": 0}, "expected epochs of at least 1, got 0"),
     "hidden": (ROWS, {"hidden": (0,)}, r"expected hidden\[0\] as a whole number"),
+    "hidden sizes": (ROWS, {"hidden": 8}, "expected the sizes of the hidden layers, such as .* got hidden=8"),
+    "columns": (ROWS, {"columns": 3}, "expected columns as one of auto, real, integer, ordinal, or as kinds by name"),
     "bounds": (ROWS, {"bounds": {"x0": (0, 5)}}, r"expected numbers in \[0, 5\] in column 'x0'"),
 }  # fmt: skip
 

@@ -240,7 +240,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
                 raise ValueError(f"expected a recipe (features, context) -> Flow for {D} and {C}, got {flow!r}")
             return flow.float()
         spline = RationalQuadraticSpline(self.bins)
-        shared: dict[str, Any] = {"layers": self.layers, "hidden": tuple(self.hidden), "seed": self.seed_}
+        shared: dict[str, Any] = {"layers": self.layers, "hidden": self.hidden, "seed": self.seed_}
         match self.flow:
             case "nsf":
                 return NSF(D, C, univariate=spline, **shared)

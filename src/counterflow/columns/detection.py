@@ -130,6 +130,8 @@ def detect(
         ['linear', 'log', 'ordinal']
     """
     bounds = bounds or {}
+    if not isinstance(kinds, str | Mapping):
+        raise ValueError(f"expected columns as one of {', '.join(KINDS)}, or as kinds by name, got {kinds!r}")
     stated = dict.fromkeys(names, kinds) if isinstance(kinds, str) else dict(kinds)
     strangers = sorted({*stated, *bounds} - {*names})
     if strangers:
@@ -223,9 +225,11 @@ def _cells(x: Array, name: str, values: Array, counts: Array, kind: Kind) -> dic
 
 
 def _on_grid(values: Array, step: float) -> bool:
-    """Whether all are multiples of the step, as far as float32 tells."""
+    """Whether all are multiples of the step, as far as float32 tells, and no two the same one."""
     steps = values / step
-    return bool((np.abs(steps - np.round(steps)) < 1e-3).all() and np.abs(steps).max() < 1e12)
+    places = np.round(steps)
+    near = (np.abs(steps - places) < 1e-3).all() and np.abs(steps).max() < 1e12
+    return bool(near and (np.diff(places) > 0).all())
 
 
 def _typical_gap(values: Array) -> float:
