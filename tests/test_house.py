@@ -28,6 +28,7 @@ ROOMS = (
     # probability
     "flow",
     "recipes",
+    "columns",
     "likelihoods",
     "networks",
     "vae",

@@ -47,6 +47,14 @@ PICTURES = {
     "pairs of one row": lambda path: plots.pairs(path, {"data": rows(1, 2), "iaf": rows(1, 2)}, "title"),
     "pairs, constant": lambda path: plots.pairs(path, {"data": np.ones((9, 2)), "iaf": rows(9, 2)}, "title"),
     "pairs far apart": lambda path: plots.pairs(path, {"data": rows(50, 2), "iaf": rows(50, 2, 1e3)}, "title"),
+    "named pairs": lambda path: plots.pairs(path, {"data": rows(80, 2)}, "title", names=["a", "b"]),
+    "histograms": lambda path: plots.histograms(
+        path, {"rows": rows(90, 1)[:, 0], "samples": rows(500, 1)[:, 0]}, "", ""
+    ),
+    "histograms of one number": lambda path: plots.histograms(path, {"rows": np.ones(1)}, "nats", "title"),
+    "histograms, not finite": lambda path: plots.histograms(path, {"rows": np.array([-np.inf, 1.0, 2.0])}, "", ""),
+    "uniforms": lambda path: plots.uniforms(path, RNG.random((200, 3)), ["a", "b", "c" * 40], "title"),
+    "uniforms, many": lambda path: plots.uniforms(path, RNG.random((9, 50)), list(map(str, range(50))), "title"),
     "posteriors": lambda path: plots.posteriors(path, list(images(2)), [[panel("gaussian"), panel()]] * 2),
     "directions": lambda path: plots.directions(path, {"ours": BOTH, "peer": BOTH}, "ms", "title"),
     "directions, nothing solved": lambda path: plots.directions(

@@ -1,9 +1,12 @@
 """Counterflow: autoregressive normalizing flows, both directions at the cost of one pass."""
 
+from typing import TYPE_CHECKING, Any
+
 from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
 from counterflow.checkpoint import load, load_state, save, save_state
+from counterflow.columns import Column, Columns
 from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
 from counterflow.distill import Agreement, DistillConfig, agreement, distill
@@ -30,6 +33,9 @@ from counterflow.recipes import IAF, MAF, NSF, Coupling
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Transform, Triangular
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
+
+if TYPE_CHECKING:
+    from counterflow.density import FlowDensity as FlowDensity
 
 __version__ = "0.1.0"
 
@@ -68,6 +74,8 @@ __all__ = [
     "Affine",
     "Autoregressive",
     "Base",
+    "Column",
+    "Columns",
     "Compose",
     "Coupling",
     "CouplingLayer",
@@ -92,3 +100,12 @@ __all__ = [
     "Univariate",
     "Wiring",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """FlowDensity when it is first asked for: its base classes are scikit-learn's, which is optional."""
+    if name != "FlowDensity":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from counterflow.density import FlowDensity
+
+    return FlowDensity

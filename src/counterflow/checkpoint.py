@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from counterflow.autoregressive import Autoregressive
+from counterflow.columns import Columns
 from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
 from counterflow.fit import State
@@ -33,6 +34,7 @@ TYPES: dict[str, type] = {
     for t in (
         Affine,
         Autoregressive,
+        Columns,
         Compose,
         CouplingLayer,
         DiagonalNormal,

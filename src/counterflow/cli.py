@@ -15,6 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         from counterflow.commands import console
         from counterflow.commands.bench import Bench
+        from counterflow.commands.density import Density
         from counterflow.commands.distill import Distill
         from counterflow.commands.export import Export
         from counterflow.commands.posterior import Posterior
@@ -32,6 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
                 {
                     "vae": Vae,
                     "posterior": Posterior,
+                    "density": Density,
                     "distill": Distill,
                     "sample": Sample,
                     "score": Score,
@@ -39,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
                     "bench": Bench,
                 },
                 prog="counterflow",
-                description=f"Autoregressive normalizing flows: for VAEs, for posteriors. Version {__version__}.",
+                description=f"Autoregressive normalizing flows: VAEs, posteriors, tables. Version {__version__}.",
                 args=arguments,
             )
             with together():

@@ -12,6 +12,11 @@ Array = np.ndarray[Any, Any]
 COLORS = ("#4c6a92", "#d1603d", "#5b8e5a", "#8a5a9e")
 
 
+def check_installed() -> None:
+    """Raise ImportError where there is no matplotlib, for who would rather know before an hour's work."""
+    _figure(1, 1, 1, 1)
+
+
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
     """A figure without any global state (and so without a screen)."""
     try:
@@ -104,9 +109,10 @@ def _tile(images: Array, columns: int) -> Array:
     )
 
 
-def pairs(path: Path, sets: Mapping[str, Array], title: str, most: int = 4) -> Path:
+def pairs(path: Path, sets: Mapping[str, Array], title: str, most: int = 4, names: Sequence[str] | None = None) -> Path:
     """Scatter plots of the first features of tables (n, D) against each other, histograms on the diagonal."""
     size = min(most, *(table.shape[1] for table in sets.values()))
+    names = [f"feature {i}" for i in range(size)] if names is None else names
     figure, axes = _figure(size, size, 2.2 * size + 1.5, 2.2 * size)
     spans = [np.percentile(next(iter(sets.values()))[:, i], [0.5, 99.5]) for i in range(size)]
     limits = [(low - 0.2 * (high - low) - 1e-6, high + 0.2 * (high - low) + 1e-6) for low, high in spans]
@@ -126,10 +132,51 @@ def pairs(path: Path, sets: Mapping[str, Array], title: str, most: int = 4) -> P
             axis.set_xlim(limits[j])
             if i != j:
                 axis.set_ylim(limits[i])
-            axis.set(xlabel=f"feature {j}" if i == size - 1 else "", ylabel=f"feature {i}" if j == 0 and i else "")
+            axis.set(xlabel=names[j] if i == size - 1 else "", ylabel=names[i] if j == 0 and i else "")
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper right")
     figure.suptitle(title)
+    return _save(figure, path)
+
+
+def histograms(path: Path, sets: Mapping[str, Array], label: str, title: str) -> Path:
+    """Histograms of numbers (n,) over each other, as shares; what is not finite is counted in the legend."""
+    figure, ((axis,),) = _figure(1, 1, 7, 4.2)
+    finite = np.concatenate([values[np.isfinite(values)] for values in sets.values()])
+    span = tuple(np.percentile(finite, [0.5, 99.9])) if len(finite) else (0.0, 1.0)
+    span = span if span[0] < span[1] else (span[0] - 0.5, span[0] + 0.5)
+    bins = int(np.clip(min(map(len, sets.values())) / 6, 10, 60))
+    for k, (name, values) in enumerate(sets.items()):
+        style = _FILLED_AND_LINE[min(k, 1)]
+        beyond = int((values < span[0]).sum())
+        note = f" ({beyond} below)" if beyond else ""
+        share = np.full(len(values), 1 / len(values))
+        axis.hist(values, bins=bins, range=span, weights=share, label=f"{name}: {len(values):,}{note}", **style)
+    axis.set(xlabel=label, yticks=[], ylabel="share", xlim=span, title=title)
+    axis.legend(loc="upper left")
+    return _save(figure, path)
+
+
+def uniforms(path: Path, u: Array, names: Sequence[str], title: str, most: int = 20, columns: int = 5) -> Path:
+    """Histograms of the columns of u (n, D) in [0, 1], the least uniform ones, and what chance alone would do.
+
+    The band holds nine of ten bars of uniform numbers. Least uniform is what strays furthest by Kolmogorov's distance.
+    """
+    ranks = (np.arange(len(u)) + 0.5)[:, None] / len(u)
+    distance = np.abs(np.sort(u, 0) - ranks).max(0)
+    chosen = sorted(np.argsort(-distance, kind="stable")[:most])
+    columns = min(columns, len(chosen))
+    rows = -(-len(chosen) // columns)
+    figure, axes = _figure(rows, columns, max(2.2 * columns + 0.3, 5.5), 1.7 * rows + 1.1)
+    bins = int(np.clip(len(u) // 20, 4, 20))
+    spread = 1.645 * np.sqrt((bins - 1) / len(u))  # of a bar of mean 1: binomial, as a normal
+    for axis, i in zip(axes.flat, chosen, strict=False):
+        axis.axhspan(max(1 - spread, 0), 1 + spread, color="0.88", label="nine of ten bars, were they uniform")
+        axis.hist(u[:, i], bins=bins, range=(0, 1), density=True, label="held-out rows", **_FILLED_AND_LINE[1])
+        axis.set(xlim=(0, 1), ylim=(0, None), xticks=[0, 1], yticks=[])
+        axis.set_title(names[i] if len(names[i]) <= 22 else names[i][:20] + "..", fontsize=8)
+    which = f", the {len(chosen)} of {u.shape[1]} that stray most" if len(chosen) < u.shape[1] else ""
+    _finish_panels(figure, axes, len(chosen), title + which)
     return _save(figure, path)
 
 

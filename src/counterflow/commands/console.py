@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +46,16 @@ def check_new(folder: Path | None) -> None:
         raise FileExistsError(f"expected a new folder for the run, got {folder}, which exists; give another --out")
 
 
+@contextmanager
+def removed_on_error(run: Path) -> Iterator[None]:
+    """Leave no run folder behind without a result."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(run)
+        raise
+
+
 def new_file(path: Path) -> Path:
     """Make sure that a file to write is not there yet.
 
@@ -59,13 +72,15 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
-def progress(kind: str) -> Progress:
-    """A bar over training steps: which model, epoch, ELBO, rows per second, time left."""
+def progress(kind: str, reached: str = "ELBO") -> Progress:
+    """A bar over training steps: which model, epoch, what is reached, rows per second, time left."""
     return Progress(
         TextColumn("[bold]{task.description:<9}"),
         BarColumn(bar_width=None),
         MofNCompleteColumn(),
-        TextColumn("epoch {task.fields[epoch]}  ELBO {task.fields[elbo]}  {task.fields[rate]} " + kind + "/s"),
+        TextColumn(
+            "epoch {task.fields[epoch]}  " + reached + " {task.fields[elbo]}  {task.fields[rate]} " + kind + "/s"
+        ),
         TimeRemainingColumn(compact=True),
         console=err,
     )

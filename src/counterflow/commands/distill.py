@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from counterflow import __version__, plots
 from counterflow.checkpoint import save
 from counterflow.commands import console
 from counterflow.commands.model import trained
+from counterflow.density import DESCRIPTION
 from counterflow.distill import EPOCH, Agreement, DistillConfig, Distilled, agreement, distilled
 from counterflow.fit import Epoch
 from counterflow.flow import Flow
@@ -47,7 +49,7 @@ class Distill:
         """Distil, compare, draw; 130 after Ctrl-C."""
         if self.draws < 2:
             raise ValueError(f"expected draws of at least 2, got {self.draws}")
-        teacher, _ = trained(self.run_folder)
+        teacher, folder = trained(self.run_folder)
         if not isinstance(teacher, Flow):
             raise ValueError(f"expected a flow in {self.run_folder}, got a {type(teacher).__name__}")
         if teacher.context:
@@ -63,6 +65,8 @@ class Distill:
             console.note("training ended before its first epoch was over: no weights are kept")
             return 1
         save(made.student, run / "model.safetensors")
+        if (folder / DESCRIPTION).is_file():  # of a table: the student scores and samples such tables as well
+            shutil.copyfile(folder / DESCRIPTION, run / DESCRIPTION)
         torch.manual_seed(self.distill.seed)
         with console.err.status(f"comparing {self.draws} draws of each"):
             found = agreement(teacher, made.student, draws=self.draws)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,29 @@ from torch import Tensor
 
 from counterflow.checkpoint import load
 from counterflow.data import Dataset
+from counterflow.density import DESCRIPTION
 from counterflow.likelihoods import DiscretizedLogistic
 from counterflow.vae import VAE
+
+
+def kind_of_run(run: Path) -> str:
+    """The command that made a run folder, or one of its files; vae where the folder does not say.
+
+    Raises:
+        ValueError: a command whose runs are neither scored nor sampled, or a config.json that does not read.
+    """
+    config = (run if run.is_dir() else run.parent) / "config.json"
+    if not config.is_file():
+        return "vae"
+    try:
+        command = json.loads(config.read_text())["command"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected {config} as a run of counterflow writes it, got: {error!r}") from None
+    if command == "distill" and (config.parent / DESCRIPTION).is_file():
+        return "density"  # a student of one is used as its teacher
+    if command not in ("vae", "density"):
+        raise ValueError(f"expected a run folder of counterflow vae or density, got {run}, of {command}")
+    return str(command)
 
 
 def trained(run: Path, kind: str = "counterflow") -> tuple[Any, Path]:

@@ -6,9 +6,7 @@ import dataclasses
 import json
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -74,7 +72,7 @@ class Posterior:
                 target.initial(self.fit.starts, self.fit.seed)
         run = console.new_run(self.out, "posterior")
         console.note(f"{self.model}: {target.dim} dimensions ({_listed(target.parameters)}); run folder {run}")
-        with _removed_on_error(run), blaming(self._file):
+        with console.removed_on_error(run), blaming(self._file):
             config = {"format": FORMAT, "command": "posterior", "version": __version__, **dataclasses.asdict(self)}
             console.write_json(run / "config.json", config)
             found = self._fit(target, run)
@@ -127,16 +125,6 @@ def _check_packages() -> None:
 
 def _listed(names: tuple[str, ...], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-@contextmanager
-def _removed_on_error(run: Path) -> Iterator[None]:
-    """Leave no run folder behind without a result."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(run)
-        raise
 
 
 def _progress() -> Progress:

@@ -11,40 +11,59 @@ import torch
 import tyro
 
 from counterflow import plots
-from counterflow.commands import console
-from counterflow.commands.model import picture, trained_vae
+from counterflow.commands import console, tables
+from counterflow.commands.model import kind_of_run, picture, trained_vae
+from counterflow.fit import check_device
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Draw data from a trained VAE: z from the prior, x from p(x|z). Writes an .npy file, and a picture for images."""
+    """Draw data from a trained model.
+
+    A run of counterflow density: rows of the table, to a .csv, .parquet, .npy or .npz file; given --context, a table
+    of the columns to condition on, n rows for each of its rows. A run of counterflow vae: z from the prior, x from
+    p(x|z), to an .npy file, with a picture for images.
+    """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
-    """run folder of counterflow vae, or one of its .safetensors files"""
-    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 64
-    """how many"""
+    """run folder of counterflow density or vae, or one of its .safetensors files"""
+    n: Annotated[int | None, tyro.conf.arg(aliases=["-n"])] = None
+    """how many; 64 when not given, or 1 for each row of --context"""
+    context: Path | None = None
+    """of a density: .csv, .parquet, .npy or .npz file with the columns to condition on"""
     mean: bool = False
-    """the mean of p(x|z) in place of a draw from it"""
+    """of a VAE: the mean of p(x|z) in place of a draw from it"""
     seed: int = 0
     """of the draws"""
     out: Path | None = None
-    """the .npy file, which must be new; samples.npy in the run folder when not given"""
+    """the file to write, which must be new; samples.npy (VAE) or samples.csv in the run folder when not given"""
+    device: str = "cpu"
+    """of a density: cpu, cuda or mps"""
 
     def run(self) -> int:
         """Write the samples."""
-        if self.n < 1:
-            raise ValueError(f"expected n of at least 1, got {self.n}")
+        n = self.n if self.n is not None else 1 if self.context else 64
+        if n < 1:
+            raise ValueError(f"expected n of at least 1, got {n}")
+        if kind_of_run(self.run_folder) == "density":
+            check_device(self.device)
+            return tables.sample(self.run_folder, n, self.context, self.seed, self.device, self.out)
+        return self._sample_from_vae(n)
+
+    def _sample_from_vae(self, n: int) -> int:
+        if self.context is not None:
+            raise ValueError(f"expected no --context with a VAE, got {self.context}; leave it out")
         model, folder = trained_vae(self.run_folder)
         path = console.new_file(self.out or folder / "samples.npy")
         if path.suffix != ".npy":
             raise ValueError(f"expected --out to end in .npy, got {path}; the picture goes beside it, as .png")
         image = console.new_file(path.with_suffix(".png")) if len(model.data_shape) == 3 else None
         torch.manual_seed(self.seed)
-        x = torch.cat([model.sample(min(1024, self.n - first), self.mean) for first in range(0, self.n, 1024)])
+        x = torch.cat([model.sample(min(1024, n - first), self.mean) for first in range(0, n, 1024)])
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, x.numpy())
         if image is not None:
-            grid = {f"{min(self.n, 256)} of {self.n} samples": picture(model, x[:256])}
+            grid = {f"{min(n, 256)} of {n} samples": picture(model, x[:256])}
             plots.image_grids(image, grid, str(self.run_folder))
         console.say(f"wrote {path}" + (f" and {image}" if image else ""))
         return 0

@@ -16,7 +16,7 @@ def read_npy(path: Path) -> Array:
     """The array of a .npy file, of real numbers, mapped into memory."""
     kind = "a NumPy .npy file"
     with reading(path, kind), open(path, "rb") as stream:
-        _, dtype = _npy_header(stream)
+        _, _, dtype = npy_header(stream)
     _check_numeric(dtype, str(path))
     with reading(path, kind):
         array: Array = np.load(path, mmap_mode="r", allow_pickle=False)  # mmap looks at the length first
@@ -25,27 +25,34 @@ def read_npy(path: Path) -> Array:
 
 def read_npz(path: Path, key: str | None) -> Array:
     """The array of an .npz file that key names, or its only one."""
-    kind, headers = "a NumPy .npz file", {}
-    with reading(path, kind), zipfile.ZipFile(path) as archive:
-        for member in (name for name in archive.namelist() if name.endswith(".npy")):
-            with archive.open(member) as stream:
-                headers[member.removesuffix(".npy")] = _npy_header(stream)
-    chosen = next(iter(headers)) if key is None and len(headers) == 1 else key
-    if chosen is None or chosen not in headers:
-        held = ", ".join(f"{name} {shape} {dtype}" for name, (shape, dtype) in headers.items()) or "no arrays"
-        came = "no key" if key is None else repr(key)
-        raise ValueError(f"expected a key that names one array of {path}, got {came}; it holds {held}")
-    _check_numeric(headers[chosen][1], f"{chosen!r} of {path}")
-    with reading(path, kind), zipfile.ZipFile(path) as archive, archive.open(f"{chosen}.npy") as stream:
+    member = npz_member(path, key)
+    with reading(path, "a NumPy .npz file"), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
         array: Array = np.lib.format.read_array(stream, allow_pickle=False)
     return array
 
 
-def _npy_header(stream: Any) -> tuple[tuple[int, ...], np.dtype[Any]]:
+def npz_member(path: Path, key: str | None) -> str:
+    """The file within an .npz that holds the array that key names, or its only one, of real numbers."""
+    kind, headers = "a NumPy .npz file", {}
+    with reading(path, kind), zipfile.ZipFile(path) as archive:
+        for member in (name for name in archive.namelist() if name.endswith(".npy")):
+            with archive.open(member) as stream:
+                headers[member.removesuffix(".npy")] = npy_header(stream)
+    chosen = next(iter(headers)) if key is None and len(headers) == 1 else key
+    if chosen is None or chosen not in headers:
+        held = ", ".join(f"{name} {shape} {dtype}" for name, (shape, _, dtype) in headers.items()) or "no arrays"
+        came = "no key" if key is None else repr(key)
+        raise ValueError(f"expected a key that names one array of {path}, got {came}; it holds {held}")
+    _check_numeric(headers[chosen][2], f"{chosen!r} of {path}")
+    return f"{chosen}.npy"
+
+
+def npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether it is in Fortran's order, and dtype of the .npy that a stream begins with."""
     version = np.lib.format.read_magic(stream)
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, _, dtype = read(stream)
-    return shape, dtype
+    shape, fortran, dtype = read(stream)
+    return shape, fortran, dtype
 
 
 def _check_numeric(dtype: np.dtype[Any], what: str) -> None:

@@ -9,13 +9,13 @@ import numpy as np
 from counterflow.data.arrays import Array, narrow
 from counterflow.data.formats import needs, reading
 
+CSV = "a CSV table in UTF-8 with as many cells on every line (blank lines do not count as a Row)"
 
-def read_csv(path: Path) -> Array:
-    """(N, D) of a .csv file, with or without a line of names."""
-    arrow, csv = (needs(module, "pyarrow", "a CSV file") for module in ("pyarrow", "pyarrow.csv"))
-    kind = "a CSV table in UTF-8 with as many cells on every line (blank lines do not count as a Row)"
-    options = csv.ReadOptions(use_threads=False)  # with threads, errors do not know their line
-    with reading(path, kind), csv.open_csv(path, read_options=options) as stream:
+
+def csv_header(path: Path) -> tuple[list[str], bool]:
+    """The names of the columns of a .csv file, f0, f1, .. where it has none, and whether it has them."""
+    csv = needs("pyarrow.csv", "pyarrow", "a CSV file")
+    with reading(path, CSV), csv.open_csv(path, read_options=csv.ReadOptions(use_threads=False)) as stream:
         names = stream.schema.names
     if "" in names:
         raise ValueError(
@@ -23,15 +23,23 @@ def read_csv(path: Path) -> Array:
             "first line; name or remove the column without (pandas: to_csv(index=False))"
         )
     # numbers in the first line are data, save for 0, 1, 2, .., the names that pandas gives to columns without
-    if all(map(_is_number, names)) and names != [str(column) for column in range(len(names))]:
-        options.autogenerate_column_names = True
-        names = [f"f{column}" for column in range(len(names))]
+    if all(map(is_number, names)) and names != [str(column) for column in range(len(names))]:
+        return [f"f{column}" for column in range(len(names))], False
+    return names, True
+
+
+def read_csv(path: Path) -> Array:
+    """(N, D) of a .csv file, with or without a line of names."""
+    arrow, csv = (needs(module, "pyarrow", "a CSV file") for module in ("pyarrow", "pyarrow.csv"))
+    options = csv.ReadOptions(use_threads=False)  # with threads, errors do not know their line
+    names, named = csv_header(path)
+    options.autogenerate_column_names = not named
 
     def read(dtype: Any) -> Any:
         convert = csv.ConvertOptions(column_types=dict.fromkeys(names, dtype), strings_can_be_null=True)
         return csv.read_csv(path, read_options=options, convert_options=convert)
 
-    with reading(path, kind):
+    with reading(path, CSV):
         try:
             table = read(arrow.float64())
         except arrow.ArrowInvalid:
@@ -52,7 +60,7 @@ def _stack(path: Path, table: Any) -> Array:
     """(N, D) of an Arrow table, every cell of which must be there and be a number."""
     if not table.num_rows or not table.num_columns:
         return np.empty((table.num_rows, table.num_columns))
-    text = next((text for text in _texts(table) if not _is_number(str(text[2]))), next(_texts(table), None))
+    text = next((text for text in _texts(table) if not is_number(str(text[2]))), next(_texts(table), None))
     if text is not None:
         name, row, cell = text
         raise ValueError(
@@ -81,7 +89,8 @@ def _texts(table: Any) -> Iterator[tuple[str, int, object]]:
                     yield name, row, cell
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Whether a text is a number as files write them."""
     try:
         float(text)
     except ValueError:

@@ -1,0 +1,285 @@
+"""counterflow density: fit the density of a table, compare it with a Gaussian mixture, and draw what came out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import pyarrow
+import torch
+import tyro
+from rich.table import Table
+from sklearn.datasets import load_breast_cancer
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture
+from torch import Tensor
+
+from counterflow import __version__, plots
+from counterflow.columns import Columns
+from counterflow.commands import console
+from counterflow.data.streams import open_table, read_table
+from counterflow.density import DensityConfig, FlowDensity
+from counterflow.fit import Epoch
+from counterflow.transform import Compose, Inverse, Permute, Transform
+
+Array = np.ndarray[Any, Any]
+FORMAT = 1  # of the run folder
+BUNDLED = "breast-cancer"
+FEWEST = 10  # rows, of which one part is tested and one validates
+COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of the mixtures that BIC chooses from
+MIXED = 20_000  # rows at most that they are fitted to
+SHOWN = 2_000  # rows in a picture
+
+
+@dataclass(frozen=True)
+class Density:
+    """Fit the density of the rows of a table by a normalizing flow.
+
+    DATA is a .csv (with or without a line of names), .parquet, .npy or .npz file; without it, the 569 x 30 table of
+    breast tumours that scikit-learn ships. A part of the rows, by the seed, is kept apart and scored at the end,
+    beside scikit-learn's GaussianMixture with the number of components that BIC chooses.
+
+        counterflow density table.csv --context country --out run
+        counterflow score run more.csv --out scores.csv
+        counterflow sample run -n 1000 --out samples.csv
+
+    The run folder gets model.safetensors and density.json (for counterflow.FlowDensity.load), metrics.jsonl,
+    summary.json and plots/.
+    """
+
+    data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")] = BUNDLED
+    """.csv, .parquet, .npy, .npz, or breast-cancer"""
+    key: str | None = None
+    """which array of an .npz"""
+    context: tuple[str, ...] = ()
+    """columns to condition on, numbers or categories"""
+    drop: tuple[str, ...] = ()
+    """columns to leave out"""
+    test: float = 0.2
+    """part of the rows that is kept apart for the test"""
+    seed: int = 0
+    """of the parts, initial weights, batches and noise"""
+    out: Path | None = None
+    """run folder, which must be new; runs/density-DATE-TIME when not given"""
+    fit: Annotated[DensityConfig, tyro.conf.arg(name="")] = DensityConfig()  # noqa: RUF009  # frozen
+    """the flow and its training"""
+
+    def run(self) -> int:
+        """Read, fit, test, draw; 130 where Ctrl-C ended the fit, whose results are written all the same."""
+        if not 0 < self.test < 1:
+            raise ValueError(f"expected test in (0, 1), got {self.test}")
+        console.check_new(self.out)
+        plots.check_installed()
+        with console.err.status("reading the table"):
+            x, context = self._read()
+        order = np.random.default_rng(self.seed).permutation(len(x))
+        held_out = max(1, round(self.test * len(x)))
+        test, train = (_Part(*_rows(x, context, rows)) for rows in (order[:held_out], order[held_out:]))
+        density = FlowDensity(**dataclasses.asdict(self.fit), random_state=self.seed)
+        density.rehearse(train.x, train.context)  # what is refused is refused before there is a run folder
+        run = console.new_run(self.out, "density")
+        given = f", given {', '.join(context)}" if context else ""
+        console.note(
+            f"{self.data}: {x.num_columns} columns{given}; {train.x.num_rows} rows to train and validate, "
+            f"{held_out} to test; run folder {run}"
+        )
+        with console.removed_on_error(run):
+            config = {"format": FORMAT, "command": "density", "version": __version__, **dataclasses.asdict(self)}
+            console.write_json(run / "config.json", config)
+            self._fit(density, train, run)
+            density.save(run)
+            with console.err.status("testing, beside Gaussian mixtures"):
+                summary = self._summary(density, train, test)
+            _draw(density, test, run / "plots", self.seed)
+            console.write_json(run / "summary.json", summary)
+        _tell(summary, run)
+        return 130 if density.record_.stopped == "interrupted" else 0
+
+    def _read(self) -> tuple[Any, dict[str, Array]]:
+        """The columns as an Arrow table, whose names scikit-learn takes over, and those to condition on."""
+        if self.data == BUNDLED:
+            bundled = load_breast_cancer()
+            read = dict(zip(bundled.feature_names.tolist(), bundled.data.T, strict=True))
+            self._check_names(list(read))
+            context = {name: read[name] for name in self.context}
+            x = pyarrow.table({name: read[name] for name in read if name not in (*self.context, *self.drop)})
+        else:
+            source = open_table(Path(self.data), self.key)
+            self._check_names(source.names)
+            x, context = read_table(
+                source, [n for n in source.names if n not in (*self.context, *self.drop)], self.context
+            )
+        if x.num_rows < FEWEST:
+            raise ValueError(f"expected at least {FEWEST} rows in {self.data}, got {x.num_rows}; bring more data")
+        return x, context
+
+    def _check_names(self, names: Sequence[str]) -> None:
+        strangers = [name for name in (*self.context, *self.drop) if name not in names]
+        if strangers:
+            raise ValueError(f"expected names of columns ({', '.join(names)}), got {', '.join(strangers)}")
+        if not {*names} - {*self.context, *self.drop}:
+            raise ValueError("expected a column that is neither --context nor --drop, got none; leave one out of them")
+
+    def _fit(self, density: FlowDensity, train: _Part, run: Path) -> None:
+        with console.progress("rows", "log density") as bar, (run / "metrics.jsonl").open("w") as metrics:
+            task = bar.add_task(self.fit.flow, total=self.fit.epochs, epoch="1", elbo="...", rate="...")
+
+            def on_epoch(row: Epoch) -> None:
+                print(json.dumps(dataclasses.asdict(row)), file=metrics, flush=True)
+                shown, rate = f"{row.epoch}/{self.fit.epochs}", f"{row.rows_per_second:,.0f}"
+                bar.update(task, completed=row.epoch, epoch=shown, elbo=f"{row.validation:.2f}", rate=rate)
+
+            density.fit(train.x, context=train.context, on_epoch=on_epoch)
+        if density.record_.best is None:
+            raise ValueError("expected at least one whole epoch of training, got none: no weights are kept")
+
+    def _summary(self, density: FlowDensity, train: _Part, test: _Part) -> dict[str, Any]:
+        scores = density.score_samples(test.x, test.context)
+        summary: dict[str, Any] = {
+            "data": self.data,
+            "columns": {column.name: column.map for column in density.columns_.columns},
+            "context": list(test.context or {}),
+            "rows": {"train and validation": train.x.num_rows, "test": test.x.num_rows},
+            "test_log_density": float(scores.mean()),
+            "standard_error": _standard_error(scores),
+            "parameters": sum(p.numel() for p in density.flow_.parameters()),
+            "seconds": round(density.record_.seconds, 2),
+            "epochs": len(density.record_.epochs),
+            "stopped": density.record_.stopped,
+        }
+        if not test.context:
+            others, components = mixture_scores(density.columns_, train.array, test.array, self.fit.draws, self.seed)
+            summary["gaussian_mixture"] = {
+                "components": components,
+                "test_log_density": float(others.mean()),
+                "standard_error": _standard_error(others),
+            }
+            summary["difference"] = {
+                "log_density": float((scores - others).mean()),
+                "standard_error": _standard_error(scores - others),
+            }
+        return summary
+
+
+class _Part(NamedTuple):
+    """Some rows of the table."""
+
+    x: Any  # an Arrow table of float64
+    context: dict[str, Array] | None
+
+    @property
+    def array(self) -> Array:
+        """(N, D)."""
+        return np.stack([column.to_numpy() for column in self.x.columns], 1)
+
+
+def _rows(x: Any, context: dict[str, Array], rows: Array) -> tuple[Any, dict[str, Array] | None]:
+    return x.take(rows), {name: values[rows] for name, values in context.items()} or None
+
+
+def _standard_error(values: Array) -> float | None:
+    return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
+
+
+def mixture_scores(columns: Columns, train: Array, test: Array, draws: int, seed: int) -> tuple[Array, str]:
+    """log p of test rows (N, D) under the Gaussian mixture that BIC chooses, (N,), and its components in words.
+
+    Recorded numbers are put within their cells, in training and, `draws` times, in the test, as for the flow: a mixture
+    on the plain numbers would find the density without bound of those that repeat.
+    """
+    rng = np.random.default_rng(seed)
+
+    def noisy(x: Array) -> tuple[Array, Tensor]:
+        start, width = columns.cells(torch.from_numpy(x))
+        return (start + width * torch.from_numpy(rng.random(x.shape))).numpy(), width
+
+    rows, _ = noisy(train[rng.permutation(len(train))[:MIXED]])
+    mean, std = rows.mean(0), rows.std(0)
+    rows = (rows - mean) / std
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        fitted = [
+            GaussianMixture(k, covariance_type=kind, random_state=seed).fit(rows)
+            for kind, numbers in (("full", rows.shape[1] + 3), ("diag", 4))  # of a component, for each column
+            for k in COMPONENTS
+            if k * numbers <= len(rows)
+        ]
+    best = min(fitted, key=lambda mixture: mixture.bic(rows))
+    times = draws if columns.quantised else 1
+    drawn = [noisy(test) for _ in range(times)]
+    scores = torch.stack([torch.from_numpy(best.score_samples((x - mean) / std)) for x, _ in drawn])
+    log_p = torch.logsumexp(scores, 0) - math.log(times) - float(np.log(std).sum()) + columns.log_mass(drawn[0][1])
+    return log_p.numpy(), f"{best.n_components} {best.covariance_type}"
+
+
+def _tell(summary: dict[str, Any], run: Path) -> None:
+    table = Table(title=f"log density of {summary['rows']['test']} test rows, nats a row")
+    for name in ("model", "log density", "standard error"):
+        table.add_column(name, justify="left" if name == "model" else "right")
+    lines = [("flow", summary)]
+    if "gaussian_mixture" in summary:
+        components = summary["gaussian_mixture"]["components"]
+        lines.append((f"Gaussian mixture, {components} by BIC", summary["gaussian_mixture"]))
+    for name, line in lines:
+        error = line["standard_error"]
+        table.add_row(name, f"{line['test_log_density']:.3f}", "" if error is None else f"{error:.3f}")
+    console.out.print(table)
+    if "difference" in summary:
+        difference, error = summary["difference"].values()
+        console.say(f"difference, row by row: {difference:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
+    if summary["stopped"] == "interrupted":
+        console.note("interrupted; these are the best weights so far")
+    console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
+
+
+# -- pictures ----------------------------------------------------------------------------------------
+
+
+def _draw(density: FlowDensity, test: _Part, folder: Path, seed: int) -> None:
+    names = density.get_feature_names_out().tolist()
+    epochs = density.record_.epochs
+    curve = {str(density.flow): ([e.train for e in epochs], [e.validation for e in epochs])}
+    plots.learning_curves(folder / "learning_curve.png", curve, "log density, nats a row")
+    shown = _Part(*_rows(test.x, test.context or {}, np.arange(min(SHOWN, test.x.num_rows))))
+    context, drawn = shown.context, shown.x.num_rows if shown.context else SHOWN
+    samples = density.sample(drawn, context, seed)
+    tables = {"held-out rows": shown.array, "samples": samples[: len(shown.array)]}
+    plots.pairs(folder / "pairs.png", tables, "held-out rows and samples", names=names)
+    scores = {
+        "held-out rows": density.score_samples(shown.x, context),
+        "samples": density.score_samples(pyarrow.table(dict(zip(names, samples.T, strict=True))), context),
+    }
+    plots.histograms(folder / "scores.png", scores, "log density, nats", "log density of held-out rows and of samples")
+    u = torch.special.ndtr(torch.from_numpy(density.noise(shown.x, context, seed))).numpy()
+    title = "held-out rows carried to noise: uniform where the density is right"
+    plots.uniforms(folder / "calibration.png", u, _arrival(density, names), title)
+
+
+def _arrival(density: FlowDensity, names: list[str]) -> list[str]:
+    """Which column each number of the noise was, as the permutations on the way have it."""
+    order = torch.arange(len(names))[None].double()
+    for transform in reversed(list(_parts(density.flow_.transform))):
+        if isinstance(transform, Permute):
+            order = transform.inverse(order)[0]
+        elif isinstance(transform, Inverse) and isinstance(transform.transform, Permute):
+            order = transform.transform(order)[0]
+    return [names[int(i)] for i in order[0]]
+
+
+def _parts(transform: Transform) -> Iterator[Transform]:
+    """The transforms of a chain in the order of forward, those of an inverted chain as inverses."""
+    if isinstance(transform, Compose):
+        for part in transform:
+            yield from _parts(part)
+    elif isinstance(transform, Inverse) and isinstance(transform.transform, Compose):
+        for part in reversed(list(transform.transform)):
+            yield from _parts(Inverse(part))
+    else:
+        yield transform

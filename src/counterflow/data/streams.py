@@ -1,0 +1,336 @@
+"""Tables larger than memory: read batch by batch, written batch by batch, whole or not at all."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from counterflow.data.arrays import Array, npy_header, npz_member, read_npy
+from counterflow.data.formats import needs, reading
+from counterflow.data.tables import CSV, csv_header, is_number
+
+SUFFIXES = (".csv", ".parquet", ".npy", ".npz")
+BLOCK = 1 << 22  # bytes of a CSV at a time
+MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # texts that stand for no number
+
+
+@dataclass(frozen=True)
+class Source:
+    """A table on disk.
+
+    names    of the columns; f0, f1, .. where the file gives none
+    named    whether it does
+    rows     how many, None where only reading to the end would tell
+    batches  rows at most -> Arrow record batches with these columns, in the order of the file; a CSV's are texts
+    """
+
+    path: Path
+    names: list[str]
+    named: bool
+    rows: int | None
+    batches: Callable[[int], Iterator[Any]]
+
+
+def open_table(path: Path, key: str | None = None) -> Source:
+    """Look at a .csv, .parquet, .npy or .npz file: what it holds, not yet its rows.
+
+    Raises FileNotFoundError if there is none, and ValueError for another format, what does not decode, arrays that
+    are not (N, D), and names that stand twice.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"expected a table, {', '.join(SUFFIXES)}, got {path}; convert it to one of these")
+    if key is not None and suffix != ".npz":
+        raise ValueError(f"expected a key only with an .npz file, got {key!r} with {path}; leave the key out")
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a table, {', '.join(SUFFIXES)}; got {str(path)!r}, where nothing is")
+    source = {".csv": _csv, ".parquet": _parquet, ".npy": _npy}.get(suffix, lambda path: _npz(path, key))(path)
+    twice = sorted({name for name in source.names if source.names.count(name) > 1})
+    if twice:
+        raise ValueError(f"expected a name of its own for every column of {path}, got {twice} more than once")
+    return source
+
+
+def _csv(path: Path) -> Source:
+    arrow, reader = (needs(module, "pyarrow", "a CSV file") for module in ("pyarrow", "pyarrow.csv"))
+    names, named = csv_header(path)
+
+    def batches(size: int) -> Iterator[Any]:
+        options = reader.ReadOptions(use_threads=False, block_size=BLOCK)
+        options.autogenerate_column_names = not named
+        convert = reader.ConvertOptions(column_types=dict.fromkeys(names, arrow.string()), strings_can_be_null=False)
+        with reading(path, CSV):
+            stream = reader.open_csv(path, read_options=options, convert_options=convert)
+        with stream:
+            while True:
+                with reading(path, CSV):
+                    batch = next(stream, None)
+                if batch is None:
+                    return
+                yield from _cut(batch, size)
+
+    return Source(path, names, named, None, batches)
+
+
+def _parquet(path: Path) -> Source:
+    parquet = needs("pyarrow.parquet", "pyarrow", "a Parquet file")
+    kind = "a Parquet file"
+
+    def file() -> Any:
+        # a row group may be larger than memory: its pages are read as they are needed
+        return parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
+
+    with reading(path, kind), file() as found:
+        names, rows = list(found.schema_arrow.names), found.metadata.num_rows
+
+    def batches(size: int) -> Iterator[Any]:
+        with reading(path, kind):
+            opened = file()
+        with opened:
+            stream = opened.iter_batches(batch_size=size, use_threads=False)
+            while True:
+                with reading(path, kind):
+                    batch = next(stream, None)
+                if batch is None:
+                    return
+                yield batch
+
+    return Source(path, names, True, rows, batches)
+
+
+def _npy(path: Path) -> Source:
+    array = read_npy(path)
+    names = _array_names(array.shape, str(path))
+
+    def batches(size: int) -> Iterator[Any]:
+        for first in range(0, len(array), size):
+            yield _as_batch(np.asarray(array[first : first + size]), names)
+
+    return Source(path, names, False, len(array), batches)
+
+
+def _npz(path: Path, key: str | None) -> Source:
+    member = npz_member(path, key)
+    with reading(path, "a NumPy .npz file"), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+        shape, fortran, dtype = npy_header(stream)
+    names = _array_names(shape, f"{member.removesuffix('.npy')!r} of {path}")
+
+    def batches(size: int) -> Iterator[Any]:
+        kind, width = "a NumPy .npz file", dtype.itemsize * shape[1]
+        with ExitStack() as stack:
+            with reading(path, kind):
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                stream = stack.enter_context(archive.open(member))
+                if fortran:  # whose rows are spread over the whole file
+                    whole = np.lib.format.read_array(stream, allow_pickle=False)
+                else:
+                    npy_header(stream)
+            for first in range(0, shape[0], size):
+                rows = min(size, shape[0] - first)
+                if fortran:
+                    part = whole[first : first + rows]
+                else:
+                    with reading(path, kind):
+                        part = np.frombuffer(stream.read(rows * width), dtype).reshape(rows, shape[1])
+                yield _as_batch(part, names)
+
+    return Source(path, names, False, shape[0], batches)
+
+
+def _array_names(shape: tuple[int, ...], what: str) -> list[str]:
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"expected rows (N, D) in {what}, got shape {shape}; reshape it")
+    return [f"f{column}" for column in range(shape[1])]
+
+
+def _as_batch(array: Array, names: Sequence[str]) -> Any:
+    arrow = needs("pyarrow", "pyarrow", "a table")
+    columns = [arrow.array(np.ascontiguousarray(column)) for column in array.T]
+    return arrow.record_batch(columns, names=list(names))
+
+
+def _cut(batch: Any, size: int) -> Iterator[Any]:
+    for first in range(0, batch.num_rows, size):
+        yield batch.slice(first, size)
+
+
+# -- cells -------------------------------------------------------------------------------------------
+
+
+def numbers(batch: Any, names: Sequence[str], path: Path, first: int = 0) -> Array:
+    """(n, D) float64 of these columns of a batch whose first row is row `first` of the file.
+
+    Raises ValueError where a cell is missing, is no number or is not finite, with its row and column.
+    """
+    found = np.empty((batch.num_rows, len(names)))
+    for k, name in enumerate(names):
+        found[:, k] = _column_numbers(batch.column(name), name, path, first)
+    if not np.isfinite(found).all():
+        row, k = np.argwhere(~np.isfinite(found))[0]
+        raise ValueError(
+            f"expected finite numbers in column {names[k]!r} of {path}, got {found[row, k]} in row {first + row} "
+            "(counted from 0); drop or impute such rows"
+        )
+    return found
+
+
+def _column_numbers(column: Any, name: str, path: Path, first: int) -> Array:
+    arrow, compute = needs("pyarrow", "pyarrow", "a table"), needs("pyarrow.compute", "pyarrow", "a table")
+    if arrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    try:
+        cast = column if column.null_count else compute.cast(column, arrow.float64())
+    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError):
+        cast = None
+    if cast is not None and not cast.null_count:
+        return cast.to_numpy(zero_copy_only=False)
+    cells = column.to_pylist()
+    for row, cell in enumerate(cells):
+        text = isinstance(cell, str)
+        if cell is None or (text and cell.strip() in MISSING):
+            raise ValueError(
+                f"expected a number in every cell of column {name!r} of {path}, got a missing one in row {first + row} "
+                "(counted from 0); drop or impute such rows"
+            )
+        if not (is_number(cell.strip()) if text else isinstance(cell, int | float)):
+            raise ValueError(
+                f"expected numbers in column {name!r} of {path}, got {cell!r} in row {first + row} (counted from 0); "
+                "drop the column, encode it as numbers, or name it as context"
+            )
+    return np.array([float(cell) for cell in cells])
+
+
+def column(batch: Any, name: str, path: Path, first: int = 0) -> Array:
+    """A column of a batch as float64 if all of it are numbers, else as texts; None where a cell is missing."""
+    try:
+        return numbers(batch, [name], path, first)[:, 0]
+    except ValueError:
+        return texts(batch, name)
+
+
+def texts(batch: Any, name: str) -> Array:
+    """A column of a batch as texts, (n,) objects; None where a cell is missing."""
+    found = np.empty(batch.num_rows, dtype=object)
+    found[:] = [None if cell is None or cell == "" else str(cell) for cell in batch.column(name).to_pylist()]
+    return found
+
+
+def read_table(source: Source, names: Sequence[str], others: Sequence[str]) -> tuple[Any, dict[str, Array]]:
+    """All rows: an Arrow table of these columns as float64, and others as numbers or texts.
+
+    Raises ValueError where a cell of the first is missing, is no number or is not finite.
+    """
+    arrow = needs("pyarrow", "pyarrow", "a table")
+    parts: list[Array] = [np.empty((0, len(names)))]
+    rest: list[Any] = []
+    first = 0
+    for batch in source.batches(1 << 16):
+        parts.append(numbers(batch, names, source.path, first))
+        rest.append(batch.select(list(others)))
+        first += batch.num_rows
+    table = arrow.table(dict(zip(names, np.concatenate(parts).T, strict=True)))
+    if not (others and rest):
+        return table, {}
+    joined = arrow.Table.from_batches(rest).combine_chunks().to_batches()[0]
+    return table, {name: column(joined, name, source.path) for name in others}
+
+
+# -- writing -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writing(path: Path, rows: int | None = None) -> Iterator[Callable[[Any], None]]:
+    """A function that appends record batches of one schema to a .csv, .parquet, .npy or .npz file.
+
+    The file appears under its name when all is written, and never in part. An array needs to know its rows.
+    """
+    folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with ExitStack() as stack:
+            yield _writer(path.suffix.lower(), part, rows, stack)
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        for folder in folders:
+            folder.rmdir()
+        raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise ValueError unless the name ends in a format that `writing` knows."""
+    if path.suffix.lower() not in SUFFIXES:
+        raise ValueError(f"expected --out to end in one of {', '.join(SUFFIXES)}, got {path}")
+
+
+def _writer(suffix: str, part: Path, rows: int | None, stack: ExitStack) -> Callable[[Any], None]:
+    if suffix == ".parquet":
+        return _parquet_writer(part, stack)
+    if suffix == ".npz":
+        archive = stack.enter_context(zipfile.ZipFile(part, "w"))
+        return _array_writer(stack.enter_context(archive.open("rows.npy", "w", force_zip64=True)), rows)
+    stream = stack.enter_context(part.open("wb"))
+    return _array_writer(stream, rows) if suffix == ".npy" else _csv_writer(stream)
+
+
+def _parquet_writer(part: Path, stack: ExitStack) -> Callable[[Any], None]:
+    arrow, parquet = (needs(module, "pyarrow", "a Parquet file") for module in ("pyarrow", "pyarrow.parquet"))
+    opened: list[Any] = []
+
+    def write(batch: Any) -> None:
+        if not opened:
+            # a dictionary of numbers that are all different costs as much as all else
+            repeated = [field.name for field in batch.schema if not arrow.types.is_floating(field.type)]
+            opened.append(stack.enter_context(parquet.ParquetWriter(part, batch.schema, use_dictionary=repeated)))
+        opened[0].write_batch(batch)
+
+    return write
+
+
+def _csv_writer(stream: Any) -> Callable[[Any], None]:
+    arrow, writer = (needs(module, "pyarrow", "a CSV file") for module in ("pyarrow", "pyarrow.csv"))
+    begun: list[bool] = []
+
+    def write(batch: Any) -> None:
+        if not begun:
+            header = io.StringIO()
+            csv.writer(header, lineterminator="\n").writerow(batch.schema.names)
+            stream.write(header.getvalue().encode())
+            begun.append(True)
+        try:  # quotes round every text, where there is one that needs them
+            text = _csv_text(arrow, writer, batch, "none")
+        except arrow.ArrowInvalid:
+            text = _csv_text(arrow, writer, batch, "needed")
+        stream.write(text)
+
+    return write
+
+
+def _csv_text(arrow: Any, writer: Any, batch: Any, quoting: str) -> Any:
+    sink = arrow.BufferOutputStream()
+    writer.write_csv(batch, sink, writer.WriteOptions(include_header=False, quoting_style=quoting))
+    return sink.getvalue()
+
+
+def _array_writer(stream: Any, rows: int | None) -> Callable[[Any], None]:
+    begun: list[bool] = []
+
+    def write(batch: Any) -> None:
+        if not begun:
+            shape = (rows, batch.num_columns)
+            np.lib.format.write_array_header_1_0(stream, {"descr": "<f8", "fortran_order": False, "shape": shape})
+            begun.append(True)
+        columns = [column.to_numpy(zero_copy_only=False).astype("<f8") for column in batch.columns]
+        stream.write(np.stack(columns, 1).tobytes())
+
+    return write
