@@ -122,6 +122,11 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
     "permute": lambda: cf.Permute([3, 0, 2, 1]),
     "standardize": lambda: cf.Standardize([0.5, -1.0, 2.0], [0.5, 2.0, 1.5]).double(),
     "triangular": lambda: cf.Triangular([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]]).double(),
+    "marginals": lambda: cf.Marginals(
+        [[-1.0, 0.0, 0.5, 2.0], [-2.0, -1.9, 0.1, 0.2]],
+        [[-2.0, -0.5, 1.0, 1.5], [-1.0, 0.0, 0.1, 1.0]],
+        [[1.0, 2.0, 0.7, 0.3], [0.5, 6.0, 0.2, 3.0]],
+    ).double(),
     "inverse": lambda: cf.Inverse(autoregressive(3, 2, (9,), activation="tanh")()),
     "inverse spline": lambda: cf.Inverse(autoregressive(3, 0, (9,), "spline", activation="elu")()),
     "inverse of linear": lambda: cf.Inverse(cf.Linear([0.5, -1.0], [[0.2, -1.5], [1.0, 0.3]]).double()),

@@ -19,6 +19,7 @@ ROOMS = (
     "transform",
     "context",
     "linear",
+    "marginals",
     "univariate",
     "staircase",
     "made",
@@ -27,6 +28,7 @@ ROOMS = (
     "coupling",
     # probability
     "flow",
+    "mixture",
     "recipes",
     "columns",
     "likelihoods",

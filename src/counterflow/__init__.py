@@ -16,6 +16,8 @@ from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, Stand
 from counterflow.interop import convert
 from counterflow.linear import Linear
 from counterflow.made import Wiring
+from counterflow.marginals import Marginals
+from counterflow.mixture import FlowMixture
 from counterflow.objectives import (
     Evaluation,
     dreg_elbo,
@@ -35,7 +37,7 @@ from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Scale
 from counterflow.vae import VAE
 
 if TYPE_CHECKING:
-    from counterflow.density import FlowDensity as FlowDensity
+    from counterflow.density.estimator import FlowDensity as FlowDensity
 
 __version__ = "0.1.0"
 
@@ -82,9 +84,11 @@ __all__ = [
     "DiagonalNormal",
     "Flow",
     "FlowDistribution",
+    "FlowMixture",
     "Gated",
     "Inverse",
     "Linear",
+    "Marginals",
     "Permute",
     "Posterior",
     "PosteriorConfig",
@@ -106,6 +110,6 @@ def __getattr__(name: str) -> Any:
     """FlowDensity when it is first asked for: its base classes are scikit-learn's, which is optional."""
     if name != "FlowDensity":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from counterflow.density import FlowDensity
+    from counterflow.density.estimator import FlowDensity
 
     return FlowDensity

@@ -24,6 +24,8 @@ from counterflow.fit import State
 from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
 from counterflow.linear import Linear
 from counterflow.made import Wiring
+from counterflow.marginals import Marginals
+from counterflow.mixture import FlowMixture
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Triangular
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
@@ -39,9 +41,11 @@ TYPES: dict[str, type] = {
         CouplingLayer,
         DiagonalNormal,
         Flow,
+        FlowMixture,
         Gated,
         Inverse,
         Linear,
+        Marginals,
         Permute,
         RationalQuadraticSpline,
         ScaledAffine,

@@ -25,8 +25,10 @@ from counterflow import __version__, plots
 from counterflow.columns import Columns
 from counterflow.commands import console
 from counterflow.data.streams import open_table, read_table
-from counterflow.density import DensityConfig, FlowDensity
+from counterflow.density import DensityConfig
+from counterflow.density.estimator import FlowDensity
 from counterflow.fit import Epoch
+from counterflow.mixture import FlowMixture
 from counterflow.transform import Compose, Inverse, Permute, Transform
 
 Array = np.ndarray[Any, Any]
@@ -100,7 +102,7 @@ class Density:
             _draw(density, test, run / "plots", self.seed)
             console.write_json(run / "summary.json", summary)
         _tell(summary, run)
-        return 130 if density.record_.stopped == "interrupted" else 0
+        return 130 if density.records_[-1].stopped == "interrupted" else 0
 
     def _read(self) -> tuple[Any, dict[str, Array]]:
         """The columns as an Arrow table, whose names scikit-learn takes over, and those to condition on."""
@@ -129,15 +131,18 @@ class Density:
 
     def _fit(self, density: FlowDensity, train: _Part, run: Path) -> None:
         with console.progress("rows", "log density") as bar, (run / "metrics.jsonl").open("w") as metrics:
-            task = bar.add_task(self.fit.flow, total=self.fit.epochs, epoch="1", elbo="...", rate="...")
+            epochs = self.fit.epochs
+            task = bar.add_task("flow 1", total=density.trainings * epochs, epoch="1", elbo="...", rate="...")
 
-            def on_epoch(row: Epoch) -> None:
-                print(json.dumps(dataclasses.asdict(row)), file=metrics, flush=True)
-                shown, rate = f"{row.epoch}/{self.fit.epochs}", f"{row.rows_per_second:,.0f}"
-                bar.update(task, completed=row.epoch, epoch=shown, elbo=f"{row.validation:.2f}", rate=rate)
+            def on_epoch(training: int, row: Epoch) -> None:
+                print(json.dumps({"training": training, **dataclasses.asdict(row)}), file=metrics, flush=True)
+                shown, rate = f"{row.epoch}/{epochs}", f"{row.rows_per_second:,.0f}"
+                name = f"flow {training + 1} of {density.trainings}"
+                completed, reached = training * epochs + row.epoch, f"{row.validation:.2f}"
+                bar.update(task, description=name, completed=completed, epoch=shown, elbo=reached, rate=rate)
 
             density.fit(train.x, context=train.context, on_epoch=on_epoch)
-        if density.record_.best is None:
+        if density.records_[0].best is None:
             raise ValueError("expected at least one whole epoch of training, got none: no weights are kept")
 
     def _summary(self, density: FlowDensity, train: _Part, test: _Part) -> dict[str, Any]:
@@ -150,9 +155,9 @@ class Density:
             "test_log_density": float(scores.mean()),
             "standard_error": _standard_error(scores),
             "parameters": sum(p.numel() for p in density.flow_.parameters()),
-            "seconds": round(density.record_.seconds, 2),
-            "epochs": len(density.record_.epochs),
-            "stopped": density.record_.stopped,
+            "seconds": round(sum(record.seconds for record in density.records_), 2),
+            "epochs": [len(record.epochs) for record in density.records_],
+            "stopped": density.records_[-1].stopped,
         }
         if not test.context:
             others, components = mixture_scores(density.columns_, train.array, test.array, self.fit.draws, self.seed)
@@ -244,8 +249,10 @@ def _tell(summary: dict[str, Any], run: Path) -> None:
 
 def _draw(density: FlowDensity, test: _Part, folder: Path, seed: int) -> None:
     names = density.get_feature_names_out().tolist()
-    epochs = density.record_.epochs
-    curve = {str(density.flow): ([e.train for e in epochs], [e.validation for e in epochs])}
+    curve = {
+        f"flow {k + 1}": ([e.train for e in record.epochs], [e.validation for e in record.epochs])
+        for k, record in enumerate(density.records_)
+    }
     plots.learning_curves(folder / "learning_curve.png", curve, "log density, nats a row")
     shown = _Part(*_rows(test.x, test.context or {}, np.arange(min(SHOWN, test.x.num_rows))))
     context, drawn = shown.context, shown.x.num_rows if shown.context else SHOWN
@@ -263,9 +270,10 @@ def _draw(density: FlowDensity, test: _Part, folder: Path, seed: int) -> None:
 
 
 def _arrival(density: FlowDensity, names: list[str]) -> list[str]:
-    """Which column each number of the noise was, as the permutations on the way have it."""
+    """Which column each number of the noise was, as the permutations on the way have it, in all members alike."""
     order = torch.arange(len(names))[None].double()
-    for transform in reversed(list(_parts(density.flow_.transform))):
+    first = density.flow_.flows[0] if isinstance(density.flow_, FlowMixture) else density.flow_
+    for transform in reversed(list(_parts(first.transform))):
         if isinstance(transform, Permute):
             order = transform.inverse(order)[0]
         elif isinstance(transform, Inverse) and isinstance(transform.transform, Permute):

@@ -13,7 +13,7 @@ import pyarrow
 from counterflow.columns import Context
 from counterflow.commands import console
 from counterflow.data.streams import Source, check_writable, numbers, open_table, texts, writing
-from counterflow.density import FlowDensity
+from counterflow.density.estimator import FlowDensity
 
 Array = np.ndarray[Any, Any]
 ROWS = 1 << 15  # at a time
