@@ -140,6 +140,12 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
 
 MORE = {"layers": 2, "hidden": (9, 7), "activation": "tanh"}
 
+
+def kernels(D: int) -> cf.KernelMixture:
+    points = torch.tensor([[0.5], [-1.0], [0.7]]).expand(3, D)
+    return cf.KernelMixture(D, points, width=0.4, share=0.6)
+
+
 # D is 3 unless it is given; quadrature asks for 1 and 2.
 FLOWS: dict[str, Callable[..., cf.Flow]] = {
     "IAF": lambda D=3: stir(cf.IAF(D, **MORE)),
@@ -157,6 +163,7 @@ FLOWS: dict[str, Callable[..., cf.Flow]] = {
     "diagonal context": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.MAF(D, 2, **MORE).transform)),
     "diagonal alone with context": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.IAF(D, **MORE).transform)),
     "student": lambda D=3: stir(cf.Flow(cf.StudentT(D, most=9.0), cf.IAF(D, **MORE).transform)),
+    "kernels": lambda D=3: stir(cf.Flow(kernels(D), cf.MAF(D, **MORE).transform)),
     "permuted diagonal": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.Permute(range(D)[::-1]))),
     "both ways": lambda D=3: stir(
         cf.Flow(cf.StandardNormal(D), cf.Compose([cf.IAF(D, 2, **MORE).transform, cf.MAF(D, **MORE).transform]))

@@ -37,6 +37,7 @@ ROOMS = (
     # inference
     "objectives",
     "fit",
+    "kernels",
     "diagnostics",
     "gaussian",
     "blackbox",

@@ -12,8 +12,9 @@ from counterflow.coupling import CouplingLayer
 from counterflow.distill import Agreement, DistillConfig, agreement, distill
 from counterflow.export import export
 from counterflow.fit import Epoch, FitConfig, Record, State, fit
-from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, StandardNormal, StudentT
+from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, KernelMixture, StandardNormal, StudentT
 from counterflow.interop import convert
+from counterflow.kernels import add_kernels
 from counterflow.linear import Linear
 from counterflow.made import Wiring
 from counterflow.marginals import Marginals
@@ -44,6 +45,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Agreement",
     "DistillConfig",
+    "add_kernels",
     "agreement",
     "distill",
     "export",
@@ -87,6 +89,7 @@ __all__ = [
     "FlowMixture",
     "Gated",
     "Inverse",
+    "KernelMixture",
     "Linear",
     "Marginals",
     "Permute",

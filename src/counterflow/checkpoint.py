@@ -21,7 +21,7 @@ from counterflow.columns import Columns
 from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
 from counterflow.fit import State
-from counterflow.flow import DiagonalNormal, Flow, StandardNormal, StudentT
+from counterflow.flow import DiagonalNormal, Flow, KernelMixture, StandardNormal, StudentT
 from counterflow.linear import Linear
 from counterflow.made import Wiring
 from counterflow.marginals import Marginals
@@ -44,6 +44,7 @@ TYPES: dict[str, type] = {
         FlowMixture,
         Gated,
         Inverse,
+        KernelMixture,
         Linear,
         Marginals,
         Permute,

@@ -158,6 +158,7 @@ class Density:
             "seconds": round(sum(record.seconds for record in density.records_), 2),
             "epochs": [len(record.epochs) for record in density.records_],
             "stopped": density.records_[-1].stopped,
+            "holds_rows": density.holds_rows_,
         }
         if not test.context:
             others, components = mixture_scores(density.columns_, train.array, test.array, self.fit.draws, self.seed)
@@ -239,6 +240,8 @@ def _tell(summary: dict[str, Any], run: Path) -> None:
     if "difference" in summary:
         difference, error = summary["difference"].values()
         console.say(f"difference, row by row: {difference:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
+    if summary["holds_rows"]:
+        console.note("rows come nearly twice: the model holds training rows as kernels; --no-kernels forbids it")
     if summary["stopped"] == "interrupted":
         console.note("interrupted; these are the best weights so far")
     console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
@@ -272,7 +275,7 @@ def _draw(density: FlowDensity, test: _Part, folder: Path, seed: int) -> None:
 def _arrival(density: FlowDensity, names: list[str]) -> list[str]:
     """Which column each number of the noise was, as the permutations on the way have it, in all members alike."""
     order = torch.arange(len(names))[None].double()
-    first = density.flow_.flows[0] if isinstance(density.flow_, FlowMixture) else density.flow_
+    first: Any = density.flow_.flows[0] if isinstance(density.flow_, FlowMixture) else density.flow_
     for transform in reversed(list(_parts(first.transform))):
         if isinstance(transform, Permute):
             order = transform.inverse(order)[0]

@@ -19,7 +19,8 @@ from counterflow.columns.context import is_numeric
 from counterflow.columns.detection import Bounds, Kind
 from counterflow.density import DESCRIPTION, MODEL, DensityConfig, Named
 from counterflow.fit import Epoch, FitConfig, Record, check_device, fit
-from counterflow.flow import Flow
+from counterflow.flow import Flow, KernelMixture, StandardNormal
+from counterflow.kernels import add_kernels
 from counterflow.made import MADE
 from counterflow.marginals import Marginals
 from counterflow.mixture import FlowMixture
@@ -43,6 +44,8 @@ Recipe = Callable[[int, int], Flow]
 FORMAT = 1  # of density.json
 WHITENED = 256  # columns up to which the linear layer has a matrix: its D^2 numbers stand in the file's header
 CURVED = 0.7  # nats a row that a curve through its quantiles gains a column; below, it is jagged for nothing
+KERNELLED = 0.1  # nats a row of the validation part that kernels must gain
+KNOWN = 20_000  # training rows up to which there are kernels: each row that is scored meets all of them
 CHUNK = 1 << 16  # numbers scored at a time: what a spline keeps of them stays within some tens of megabytes
 
 
@@ -61,6 +64,10 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     before. It is trained in float32, and kept and scored in float64, so that a row's score does not depend on which
     rows stand beside it.
 
+    Where rows come twice or nearly so, kernels at the training rows, seen through the flow, gain: where it is 0.1
+    nats a row on the validation part, `cf.KernelMixture` takes the place of N(0, I). The model then holds these rows,
+    readable by whoever has it; kernels=False forbids it, and `holds_rows_` says whether it is so.
+
     Columns of whole numbers and of few values have masses: the score counts log P(the value). Numbers recorded to so
     many decimals have the density of their cell on average. For K such columns, with S = draws points u_s of a
     Sobol sequence in [0, 1]^K that is scrambled by the seed and the same for all rows,
@@ -76,6 +83,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         flow: "nsf", "maf", "coupling", "iaf", or a recipe (features, context) -> Flow, which gets whitened data.
         layers, hidden, bins: of the named flows; bins for "nsf" and "coupling".
         members: M, the number of flows; one makes `flow_` a plain `Flow`, in a third of the time.
+        kernels: whether they are tried; never for conditional densities, weighted rows or more than 20,000 rows.
         epochs, batch_size, learning_rate, weight_decay, ema, patience: of the training; see `DensityConfig`.
         validation_fraction: of the rows, at random; at least one row.
         columns: "auto", or the kind of columns by name: "auto", "real", "integer" or "ordinal". Columns of
@@ -115,6 +123,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         hidden: Sequence[int] = DensityConfig.hidden,
         bins: int = DensityConfig.bins,
         members: int = DensityConfig.members,
+        kernels: bool = DensityConfig.kernels,
         epochs: int = DensityConfig.epochs,
         batch_size: int = DensityConfig.batch_size,
         learning_rate: float = DensityConfig.learning_rate,
@@ -133,6 +142,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         self.hidden = hidden
         self.bins = bins
         self.members = members
+        self.kernels = kernels
         self.epochs = epochs
         self.batch_size = batch_size
         self.learning_rate = learning_rate
@@ -173,7 +183,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             told = None if on_epoch is None else lambda epoch, _: on_epoch(number, epoch)
             record = fit(task.learner, objective, task.train, task.validation, task.config, on_epoch=told)
             self.records_.append(record)
-            return task.learner
+            tried = self.kernels and len(task.train) == 1 and len(task.train[0]) <= KNOWN
+            return _with_kernels(task, self.columns_) if tried else task.learner
 
         def goes_on() -> bool:
             return self.records_[-1].stopped != "interrupted"
@@ -191,6 +202,11 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         flows = [_whole(learner, columns.cpu()) for learner in learners]
         self.flow_ = flows[0] if len(flows) == 1 else FlowMixture(flows).eval()
         return self
+
+    @property
+    def holds_rows_(self) -> bool:
+        """Whether the model holds training rows, as kernels."""
+        return any(isinstance(member.base, KernelMixture) for member in _members(self.flow_))
 
     @property
     def trainings(self) -> int:
@@ -377,7 +393,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         """eps (N, D) that the flow carries to the rows of X, recorded numbers put at random within their cells.
 
         N(0, I) where the density is right: Phi(eps) is then uniform, column by column, which shows where it is not.
-        Of a mixture, the member that carries a row is drawn in proportion to its density there.
+        Of a mixture, the part that a row came from is drawn in proportion to its density there.
         """
         check_is_fitted(self)
         x = _tensor(self._numbers(X, reset=False))
@@ -393,6 +409,12 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             u = torch.from_numpy(rng.random_sample(len(rows))).to(log_q)
             picked = (log_q.softmax(0).cumsum(0) < u).sum(0).clamp_max(len(log_q) - 1)
             each = [m.transform.inverse(inside, given if m.transform.context else None)[0] for m in _members(flow)]
+            with torch.random.fork_rng():
+                torch.manual_seed(int(rng.randint(2**31 - 1)))
+                bases = (member.base for member in _members(flow))
+                each = [
+                    b.standardized(e) if isinstance(b, KernelMixture) else e for b, e in zip(bases, each, strict=True)
+                ]
             parts.append(torch.stack(each)[picked, torch.arange(len(rows))].double().cpu())
         flow.cpu()
         return torch.cat(parts).numpy()
@@ -499,6 +521,10 @@ def _log_density(
     return torch.where(columns.inside(x) & ~log_p.isnan(), log_p, -math.inf)
 
 
+def _to_normal(member: Flow, eps: Tensor) -> Tensor:
+    return member.base.standardized(eps) if isinstance(member.base, KernelMixture) else eps
+
+
 def _reached(record: Record) -> float:
     """On the validation part."""
     return -math.inf if record.best is None else record.best.validation
@@ -512,6 +538,26 @@ def _whole(learner: Flow, columns: Columns) -> Flow:
     """A trained flow and what stands before it, in float64 and in the units of the table."""
     learner = learner.cpu().double()
     return Flow(learner.base, Compose([learner.transform, Inverse(columns)])).eval()
+
+
+@torch.no_grad()
+def _with_kernels(task: _Task, columns: Columns) -> Flow:
+    """The trained learner, with kernels at the training rows if the validation part says so."""
+    learner = task.learner
+    if not isinstance(learner.base, StandardNormal):
+        return learner
+    train, validation = (_noisy(columns, part[0], task.config.seed).float() for part in (task.train, task.validation))
+    known = add_kernels(learner, train, validation, most=KNOWN)
+    gain = (known().log_prob(validation) - learner().log_prob(validation)).mean().item()
+    return known if gain > KERNELLED else learner
+
+
+def _noisy(columns: Columns, x: Tensor, seed: int) -> Tensor:
+    """z for rows x, recorded numbers put at random within their cells."""
+    start, width = columns.cells(x)
+    noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed)).to(x.device)
+    z: Tensor = columns(start + width * noise)[0]
+    return z
 
 
 def _calmed(flow: Flow) -> Flow:
@@ -530,9 +576,7 @@ def _calmed(flow: Flow) -> Flow:
 
 def _front(columns: Columns, x: Tensor, weights: Array | None, seed: int, correlated: bool) -> Transform:
     """What stands between the flow and z = columns(x): curves for columns that are far from normal, and a Gaussian."""
-    start, width = columns.cells(x)
-    noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed))
-    z = columns(start + width * noise)[0]
+    z = _noisy(columns, x, seed)
     if len(z) < 2:  # nothing to draw a curve through
         return _gaussian(z.numpy(), weights, correlated)
     curves = Marginals.of(z, least_gain=CURVED)
