@@ -20,7 +20,7 @@ from counterflow.density import DESCRIPTION, MODEL
 
 RNG = np.random.default_rng(0)
 TINY = {"layers": 1, "hidden": (8,), "epochs": 2, "random_state": 0}
-SMALL = {"layers": 2, "hidden": (16,), "epochs": 15, "learning_rate": 1e-2, "random_state": 0}
+SMALL = {"layers": 2, "hidden": (16,), "members": 1, "epochs": 15, "random_state": 0}
 ROWS = RNG.normal([10.0, -3.0], [2.0, 0.1], (300, 2))
 
 
@@ -51,7 +51,11 @@ def mixed():
             "share": RNG.beta(2, 3, n),
         }
     )
-    return table, pd.DataFrame({"colour": colour}), cf.FlowDensity(bounds={"share": (0, 1)}, **SMALL).fit(table)
+    return (
+        table,
+        pd.DataFrame({"colour": colour}),
+        cf.FlowDensity(bounds={"share": (0, 1)}, **SMALL | {"members": 2}).fit(table),
+    )
 
 
 def test_samples_look_like_the_table(mixed):
@@ -229,7 +233,7 @@ def test_save_and_load(mixed, tmp_path):
         loaded = cf.FlowDensity.load(tmp_path / name)
         np.testing.assert_array_equal(loaded.score_samples(x, given), fitted.score_samples(x, given))
         np.testing.assert_array_equal(loaded.get_feature_names_out(), fitted.get_feature_names_out())
-        assert isinstance(cf.load(tmp_path / name / MODEL), cf.Flow)
+        assert isinstance(cf.load(tmp_path / name / MODEL), cf.FlowMixture)
     with pytest.raises(FileNotFoundError, match=r"density.json, which FlowDensity.save writes, got no such file"):
         cf.FlowDensity.load(tmp_path)
     (tmp_path / "plain" / DESCRIPTION).write_text("{}")
@@ -238,7 +242,7 @@ def test_save_and_load(mixed, tmp_path):
 
 
 def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
-    monkeypatch.delitem(sys.modules, "counterflow.density")
+    monkeypatch.delitem(sys.modules, "counterflow.density.estimator")
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
     with pytest.raises(ImportError, match=r"expected scikit-learn .* pip install 'counterflow\[data\]'"):
         _ = cf.FlowDensity
@@ -290,3 +294,38 @@ def test_wide_and_short_tables():
     assert np.isfinite(density.score_samples(wide)).all() and density.sample(3).shape == (3, 300)
     short = cf.FlowDensity(**TINY).fit(wide[:2, :3])
     assert np.isfinite(short.score_samples(wide[:2, :3])).all()
+
+
+# -- several flows, and kernels ----------------------------------------------------------------------
+
+
+def test_members_are_averaged_and_one_is_a_flow():
+    density = cf.FlowDensity(**TINY).fit(ROWS)
+    assert len(density.flow_.flows) == 3 and len(density.records_) == density.trainings == 4
+    x = torch.from_numpy(ROWS[:5])
+    each = torch.stack([flow().log_prob(x) for flow in density.flow_.flows])
+    np.testing.assert_allclose(density.score_samples(ROWS[:5]), torch.logsumexp(each, 0).numpy() - math.log(3))
+    assert each.std(0).min() > 0
+    assert isinstance(cf.FlowDensity(**TINY, members=1).fit(ROWS).flow_, cf.Flow)
+    with pytest.raises(ValueError, match="expected members as a whole number of at least 1, got 0"):
+        cf.FlowDensity(**TINY, members=0).fit(ROWS)
+
+
+def test_rows_that_come_twice_are_kept_as_kernels_unless_forbidden(tmp_path):
+    twice = RNG.normal(size=(300, 3)).repeat(2, 0) + 1e-3 * RNG.normal(size=(600, 3))
+    density = cf.FlowDensity(**SMALL).fit(twice)
+    other = cf.FlowDensity(**SMALL, kernels=False).fit(twice)
+    assert density.holds_rows_ and not other.holds_rows_
+    new = twice[:200] + 1e-3 * RNG.normal(size=(200, 3))
+    assert density.score(new) > other.score(new) + 0.5
+    density.save(tmp_path)
+    np.testing.assert_array_equal(cf.FlowDensity.load(tmp_path).score_samples(new), density.score_samples(new))
+    assert not cf.FlowDensity(**SMALL).fit(ROWS).holds_rows_
+
+
+def test_the_noise_of_a_mixture_with_kernels_is_normal():
+    twice = RNG.normal(size=(300, 2)).repeat(2, 0) + 1e-3 * RNG.normal(size=(600, 2))
+    density = cf.FlowDensity(**SMALL | {"members": 2}).fit(twice)
+    assert density.holds_rows_
+    eps = density.noise(density.sample(4000, random_state=1), random_state=2)
+    assert np.abs(eps.mean(0)).max() < 0.06 and np.abs(eps.std(0) - 1).max() < 0.06

@@ -82,7 +82,9 @@ def save(module: nn.Module, path: str | Path) -> None:
         3
     """
     header = json.dumps(encode(module))
-    tensors = {k: v.detach().cpu().clone() for k, v in module.state_dict().items()}  # none shares memory
+    tensors = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()
+    }  # none shares memory
     write_whole(Path(path), safetensors.torch.save(tensors, metadata={KEY: header}))
 
 
@@ -119,7 +121,7 @@ def save_state(state: State, folder: str | Path) -> None:
         8
     """
     folder = Path(folder)
-    tensors = {k: v.detach().cpu().clone() for k, v in state.tensors.items()}
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.tensors.items()}
     content = safetensors.torch.save(tensors, metadata={STATE: json.dumps(state.numbers)})
     write_whole(folder / f"{state.steps:012d}.safetensors", content)
     for old in _states(folder)[KEPT:]:

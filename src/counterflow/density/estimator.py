@@ -586,7 +586,7 @@ def _front(columns: Columns, x: Tensor, weights: Array | None, seed: int, correl
 def _gaussian(z: Array, weights: Array | None, correlated: bool) -> Triangular:
     """The linear layer: N(mean, L L^T) fitted to z, its correlations shrunk as by Ledoit and Wolf 2004, or none."""
     mean = np.average(z, axis=0, weights=weights)
-    if not correlated:
+    if not correlated or len(z) < 2:
         covariance = np.diag(np.average((z - mean) ** 2, axis=0, weights=weights))
     else:
         covariance = np.atleast_2d(np.cov(z, rowvar=False, bias=True, aweights=weights))
