@@ -121,8 +121,7 @@ def save_state(state: State, folder: str | Path) -> None:
         8
     """
     folder = Path(folder)
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in state.tensors.items()}
-    content = safetensors.torch.save(tensors, metadata={STATE: json.dumps(state.numbers)})
+    content = safetensors.torch.save(_alone(state.tensors), metadata={STATE: json.dumps(state.numbers)})
     write_whole(folder / f"{state.steps:012d}.safetensors", content)
     for old in _states(folder)[KEPT:]:
         old.unlink()
