@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,10 +83,12 @@ def save(module: nn.Module, path: str | Path) -> None:
         3
     """
     header = json.dumps(encode(module))
-    tensors = {
-        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in module.state_dict().items()
-    }  # none shares memory
-    write_whole(Path(path), safetensors.torch.save(tensors, metadata={KEY: header}))
+    write_whole(Path(path), safetensors.torch.save(_alone(module.state_dict()), metadata={KEY: header}))
+
+
+def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in ordinary memory of which none shares any."""
+    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
 
 
 def write_whole(path: Path, content: bytes) -> None:
