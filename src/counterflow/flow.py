@@ -168,6 +168,9 @@ class FlowDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(value) in nats: (..., D) -> (...).
 
+        It is finite or -inf, never NaN, where value and context are finite: beyond the square root of the largest
+        number a normal density is 0, and so is here what has overflowed on the way to its base.
+
         Raises:
             ValueError: a wrong number of features, a batch shape that does not broadcast, or a NaN.
         """
@@ -175,7 +178,9 @@ class FlowDistribution(Distribution):
         if self._validate_args and value.numel():
             self._validate_sample(value)
         eps, log_det = self.transform.inverse(value, self.context)
-        return self._log_base(eps).sum(-1) + log_det
+        log_q = self._log_base(eps).sum(-1) + log_det
+        far = _far(value) if self.context is None else _far(value) | _far(self.context)
+        return log_q.masked_fill(far & log_q.isnan(), -math.inf)
 
     def _log_base(self, eps: Tensor) -> Tensor:
         """log q_0 by feature, (..., D); Independent's own sum does not take empty batches."""
@@ -225,6 +230,11 @@ class FlowDistribution(Distribution):
 
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
+
+def _far(x: Tensor) -> Tensor:
+    """Rows of x (..., D) with a number whose square overflows; a NaN is not one."""
+    return (x.abs() > torch.finfo(x.dtype).max ** 0.5).any(-1)
 
 
 class Flow(nn.Module):
