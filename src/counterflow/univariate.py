@@ -365,19 +365,27 @@ class RationalQuadraticSpline(Univariate):
         return torch.where(inside, y, x), torch.where(inside, log_slope, torch.zeros_like(x))
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy: the root of a quadratic, in the one of its two forms that does not cancel."""
+        """Return x and log dx/dy: the root of a quadratic, by the form of it that does not cancel, and a Newton step.
+
+        The step is for slopes that differ a lot: the quadratic's coefficients cancel then, what it is made of does not.
+        """
         inside = y.abs() < self.bound
         t_y = torch.where(inside, y, torch.zeros_like(y))
         xs, ys, slopes = self._knots(params)
         x0, x1, y0, y1, d0, d1 = _bin(t_y, ys, xs, ys, slopes)
         width, height = x1 - x0, y1 - y0
         s, up = height / width, t_y - y0
-        mixed = up * (d0 + d1 - 2 * s)
+        bend = d0 + d1 - 2 * s
+        mixed = up * bend
         a, b, c = height * (s - d0) + mixed, height * d0 - mixed, -s * up
         root, forth = torch.sqrt((b * b - 4 * a * c).clamp_min(0)), b >= 0
         t = (torch.where(forth, 2 * c, root - b) / torch.where(forth, -b - root, 2 * a)).clamp(0, 1)
         u = t * (1 - t)
-        log_slope = self._log_slope(s, t, u, d0, d1, s + (d0 + d1 - 2 * s) * u)
+        below, above = s + bend * u, d1 * t * t + 2 * s * u + d0 * (1 - t) * (1 - t)
+        off = height * (s * t * t + d0 * u) - up * below
+        t = (t - off * below / (height * s * above)).clamp(0, 1)
+        u = t * (1 - t)
+        log_slope = self._log_slope(s, t, u, d0, d1, s + bend * u)
         return torch.where(inside, x0 + t * width, y), torch.where(inside, -log_slope, torch.zeros_like(y))
 
     def partials(self, x: Tensor, params: Tensor) -> Partials:

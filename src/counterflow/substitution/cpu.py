@@ -780,6 +780,10 @@ def _invert_spline(x, log_det, params, knots, constants, clipped):
         t = min(max(t, real(0)), real(1))
         below = s + bend * t * (real(1) - t)
         above = d1 * t * t + real(2) * s * t * (real(1) - t) + d0 * (real(1) - t) * (real(1) - t)
+        off = height * (s * t * t + d0 * t * (real(1) - t)) - up * below
+        t = min(max(t - off * below / (height * s * above), real(0)), real(1))
+        below = s + bend * t * (real(1) - t)
+        above = d1 * t * t + real(2) * s * t * (real(1) - t) + d0 * (real(1) - t) * (real(1) - t)
         x[r] = found[X0, r] + t * width if inside else x[r]
         slope[r] = s * s * above / (below * below) if inside else real(1)
     for r in range(len(x)):  # alone: the library's logarithm takes one number at a time
