@@ -168,8 +168,8 @@ class FlowDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(value) in nats: (..., D) -> (...).
 
-        It is finite or -inf, never NaN, where value and context are finite: beyond the square root of the largest
-        number a normal density is 0, and so is here what has overflowed on the way to its base.
+        It is finite or -inf, never NaN, for finite numbers and weights: what overflows on its way to the base ends
+        where the base has no density. Without validation (validate_args=False) it may be NaN there.
 
         Raises:
             ValueError: a wrong number of features, a batch shape that does not broadcast, or a NaN.
@@ -179,8 +179,14 @@ class FlowDistribution(Distribution):
             self._validate_sample(value)
         eps, log_det = self.transform.inverse(value, self.context)
         log_q = self._log_base(eps).sum(-1) + log_det
-        far = _far(value) if self.context is None else _far(value) | _far(self.context)
-        return log_q.masked_fill(far & log_q.isnan(), -math.inf)
+        if self._validate_args and log_q.isnan().any() and self._is_sound():
+            numbers = True if self.context is None else self.context.isfinite().all(-1)
+            log_q = log_q.masked_fill(log_q.isnan() & numbers, -math.inf)
+        return log_q
+
+    def _is_sound(self) -> bool:
+        """Whether the weights are finite, so that a NaN is made of infinities: of sums and scales that overflowed."""
+        return all(bool(p.isfinite().all()) for p in self.transform.parameters())
 
     def _log_base(self, eps: Tensor) -> Tensor:
         """log q_0 by feature, (..., D); Independent's own sum does not take empty batches."""
@@ -230,11 +236,6 @@ class FlowDistribution(Distribution):
 
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
-
-
-def _far(x: Tensor) -> Tensor:
-    """Rows of x (..., D) with a number whose square overflows; a NaN is not one."""
-    return (x.abs() > torch.finfo(x.dtype).max ** 0.5).any(-1)
 
 
 class Flow(nn.Module):
