@@ -410,3 +410,15 @@ def test_log_prob_of_a_sample_is_the_samples(flow, seed):
         _, log_det = flow.transform.inverse(z, c if flow.transform.context else None)
     assume((log_det.abs() < 30).all() and (z.abs() < 1e6).all())
     assert ((flow(c).log_prob(z) - log_q).abs() <= 1e-6 * (1 + log_q.abs())).all()
+
+
+@over(DTYPES, "dtype")
+def test_broken_weights_are_not_taken_for_overflow(dtype):
+    flow = stir(cf.IAF(3, 2, layers=2, hidden=(5,))).to(dtype)
+    x, c = 1e25 * normal(0, 4, 3, dtype=dtype), normal(1, 4, 2, dtype=dtype)
+    with torch.no_grad():
+        assert not flow(c).log_prob(x).isnan().any()
+        c[1] = math.nan
+        assert flow(c).log_prob(x).isnan().tolist() == [False, True, False, False]
+        flow.transform.transforms[0].made.layers[0].bias.fill_(math.nan)
+        assert flow(c).log_prob(x).isnan().all()
