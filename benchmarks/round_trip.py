@@ -1,147 +1,126 @@
-"""How exactly does float32 come back? Five affine layers, D = 64, two hidden layers of 512, there and back again.
+"""How exactly does float32 come back? Affine layers, D = 64, two hidden layers of 512, there and back again.
 
     pip install -c constraints.txt -e ".[bench]" && python benchmarks/round_trip.py
 
-Each library's masked autoregressive flow is built as its users build it, with the order reversed between layers, and is
-tried as initialised and with every parameter multiplied by 3. x ~ N(0, I) goes through the one-pass direction to y, the
-solved direction brings it back, and the error is max |x - x'| over 256 rows. Counterflow's last layers start at 3e-4 of
-the others' size, which makes its map tame; it is also tried with torch's initial weights in every layer, which are what
-the other libraries start from. The spread of y and the largest |log det| say how wild a map is. Written to
-results/round_trip.md.
+Each library's masked autoregressive flow is built as for `counterflow bench`, by `counterflow.commands.peers`: two
+hidden layers everywhere, and the features in another order after each layer. It is tried with 5 and with 20 layers, as
+initialised and with every parameter multiplied by 3. x ~ N(0, I) goes through the one-pass direction to y, the solved
+direction brings it back, and the error is max |x - x'| over 256 rows. The largest |y| and |log det| say how wild a map
+is.
+
+Counterflow's last layers start at 3e-4 of the others' size, which makes its map tame; it is also tried with torch's
+initial weights in every layer, which are what the other libraries start from, by the solve and by the D passes that
+define it. With them the second table looks for the place where float32 ends, and for what goes further: float64, fewer
+layers, and maps with other bounds. Written to results/round_trip.md.
 """
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
 
 import counterflow as cf
+from counterflow.commands import peers
+from counterflow.commands.peers import TorchFlow
 
-D, H, LAYERS, B = 64, 512, 5, 256
-Pair = tuple[nn.Module, Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]
+D, H, B = 64, 512, 256
+DEPTHS, FACTORS = (5, 20), (1.0, 3.0)
+MORE_FACTORS = (1.0, 1.5, 2.0, 2.5, 3.0)  # of the second table
 
 
-def counterflow(own_weights: bool, solver: str = "auto") -> Pair:
-    transform = cf.MAF(features=D, layers=LAYERS, hidden=(H, H)).transform.transform
-    for layer in transform:
+def counterflow(layers: int, univariate: cf.Univariate, own_weights: bool = True, solver: str = "auto") -> TorchFlow:
+    flow = peers.counterflow(D, H, layers, univariate)
+    for layer in flow.module.modules():
         if isinstance(layer, cf.Autoregressive):
             layer.solver = solver
             if not own_weights:
                 for linear in layer.made.layers:
                     linear.reset_parameters()
-    return transform, transform, lambda y: transform.inverse(y)[0]
+    return flow
 
 
-def nflows() -> Pair:
-    from nflows.transforms import CompositeTransform, MaskedAffineAutoregressiveTransform, ReversePermutation
-
-    parts: list[nn.Module] = []
-    for _ in range(LAYERS):
-        parts += [
-            MaskedAffineAutoregressiveTransform(D, H, num_blocks=2, use_residual_blocks=False),
-            ReversePermutation(D),
-        ]
-    flow = CompositeTransform(parts)
-    return flow, flow, lambda y: flow.inverse(y)[0]
-
-
-def zuko() -> Pair:
-    import zuko as library
-
-    flow = library.flows.MAF(D, transforms=LAYERS, hidden_features=(H, H))
-    transform = lambda: flow().transform  # noqa: E731  # built anew, since it holds the weights of its moment
-    return flow, lambda x: transform().call_and_ladj(x), lambda y: transform().inv(y)
-
-
-def normflows() -> Pair:
-    from normflows.flows import MaskedAffineAutoregressive, Permute
-
-    layers = nn.ModuleList()
-    for _ in range(LAYERS):
-        layers += [MaskedAffineAutoregressive(D, H, num_blocks=2, use_residual_blocks=False), Permute(D, mode="swap")]
-
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(x))
-        for layer in reversed(layers):
-            x, log_det = layer.inverse(x)
-            total = total + log_det
-        return x, total
-
-    def back(y: Tensor) -> Tensor:
-        for layer in layers:
-            y = layer.forward(y)[0]
-        return y
-
-    first = layers[0]
-    probe = torch.randn(2, D)
-    if (first.forward(first.inverse(probe)[0])[0] - probe).abs().max() > 1e-2:
-        raise RuntimeError("expected normflows' layer to undo itself")
-    return layers, forward, back
-
-
-def pyro() -> Pair:
-    from pyro.distributions.transforms import affine_autoregressive
-
-    layers = nn.ModuleList(affine_autoregressive(D, hidden_dims=[H, H]) for _ in range(LAYERS))
-
-    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(len(x))
-        for layer in layers:
-            y = layer._call(x)
-            total = total + layer.log_abs_det_jacobian(x, y)
-            x = y.flip(-1)
-        return x, total
-
-    def back(y: Tensor) -> Tensor:
-        for layer in reversed(layers):
-            y = layer._inverse(y.flip(-1))
-        return y
-
-    return layers, forward, back
-
-
-SIDES: dict[str, Callable[[], Pair]] = {
-    "Counterflow": lambda: counterflow(own_weights=True),
-    "Counterflow, torch's weights": lambda: counterflow(own_weights=False),
-    "Counterflow, torch's weights, D passes": lambda: counterflow(own_weights=False, solver="reference"),
-    "nflows": nflows,
-    "normflows": normflows,
-    "zuko": zuko,
-    "Pyro": pyro,
+SIDES: dict[str, Callable[[int], TorchFlow]] = {
+    "Counterflow": lambda layers: counterflow(layers, cf.Affine()),
+    "Counterflow, torch's weights": lambda layers: counterflow(layers, cf.Affine(), False),
+    "Counterflow, torch's weights, D passes": lambda layers: counterflow(layers, cf.Affine(), False, "reference"),
+    "nflows": lambda layers: peers.nflows(D, H, layers),
+    "normflows": lambda layers: peers.normflows(D, H, layers),
+    "zuko": lambda layers: peers.zuko(D, H, layers),
+    "Pyro": lambda layers: peers.pyro(D, H, layers),
+}
+MAPS = {
+    "Affine()": cf.Affine(),
+    "Affine(bound=1.0)": cf.Affine(1.0),
+    "Gated()": cf.Gated(),
+    "RationalQuadraticSpline()": cf.RationalQuadraticSpline(),
 }
 
 
 @torch.no_grad()
-def measure(build: Callable[[], Pair], factor: float) -> tuple[float, float, float]:
-    """Error, spread of y, largest log det."""
+def measure(
+    build: Callable[[], TorchFlow], factor: float, dtype: torch.dtype = torch.float32
+) -> tuple[float, float, float]:
+    """Error, largest |y|, largest |log det|."""
     torch.manual_seed(0)
-    module, forward, back = build()
-    for parameter in module.parameters():
+    flow = build()
+    flow.module.to(dtype).eval()
+    for parameter in flow.module.parameters():
         parameter *= factor
-    module.eval()
-    x = torch.randn(B, D, generator=torch.Generator().manual_seed(1))
-    y, log_det = forward(x)
-    return (back(y) - x).abs().max().item(), y.std().item(), log_det.abs().max().item()
+    x = torch.randn(B, D, generator=torch.Generator().manual_seed(1)).to(dtype)
+    y, log_det = flow.parallel(x)
+    back = flow.sequential(y)[0]
+    error = (back - x).abs().nan_to_num(nan=math.inf).max()
+    return error.item(), y.abs().max().item(), log_det.abs().max().item()
+
+
+def beside_others() -> list[str]:
+    """The first table."""
+    ways = [(layers, factor) for layers in DEPTHS for factor in FACTORS]
+    heads = [f"{layers} layers" + (f", weights x {factor:g}" if factor > 1 else "") for layers, factor in ways]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(ways)]
+    for name, build in SIDES.items():
+        cells = []
+        for layers, factor in ways:
+            error, y, log_det = measure(partial(build, layers), factor)
+            cells.append(f"{error:.1e} ({y:.1e}, {log_det:.3g})")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+    return lines
+
+
+def where_it_ends() -> list[str]:
+    """The second table."""
+    heads = [f"weights x {factor:g}" for factor in MORE_FACTORS]
+    lines = ["| | layers | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(MORE_FACTORS)]
+    for name, univariate in MAPS.items():
+        for dtype in (torch.float32, torch.float64):
+            for layers in DEPTHS:
+                build = partial(counterflow, layers, univariate, own_weights=False)
+                cells = [f"{measure(build, factor, dtype)[0]:.0e}" for factor in MORE_FACTORS]
+                lines.append(f"| {name}, {str(dtype)[6:]} | {layers} | " + " | ".join(cells) + " |")
+                print(lines[-1], flush=True)
+    return lines
 
 
 def main() -> None:
     lines = [
         "# Round trip in float32",
         "",
-        f"Made by `python benchmarks/round_trip.py` ({platform.machine()}, torch {torch.__version__}): {LAYERS} affine "
-        f"layers, D = {D}, hidden ({H}, {H}), {B} rows; the largest error of a coordinate.",
+        f"Made by `python benchmarks/round_trip.py` ({platform.machine()}, torch {torch.__version__}): affine layers, "
+        f"D = {D}, hidden ({H}, {H}), {B} rows; the largest error of a coordinate, and in brackets the largest |y| and "
+        "the largest |log det|. An error of inf is a NaN or an overflow.",
         "",
-        "| | as initialised | std of y | max abs log det | weights x 3 | std of y | max abs log det |",
-        "|---|---|---|---|---|---|---|",
+        *beside_others(),
+        "",
+        "Counterflow with torch's initial weights in every layer, multiplied: the error by map, dtype and depth.",
+        "",
+        *where_it_ends(),
     ]
-    for name, build in SIDES.items():
-        cells = [f"{v:.1e}" if k == 0 else f"{v:.3g}" for f in (1.0, 3.0) for k, v in enumerate(measure(build, f))]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-        print(lines[-1], flush=True)
     path = Path(__file__).parent / "results" / "round_trip.md"
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(lines) + "\n")

@@ -336,6 +336,37 @@ def test_nothing_but_faults():
     assert all(math.isnan(e.train) for e in record.epochs)
 
 
+@over([1e15, 1e25, 3e38], "size")
+@over(["IAF", "MAF"], "recipe")
+def test_rows_that_overflow_in_the_model(recipe, size):
+    """They are finite, so they are let in. At 1e15 the gradient's norm overflows, then the loss, then the network."""
+    rows = ROWS.clone()
+    rows[::20] = size
+    flow = getattr(cf, recipe)(2, layers=2, hidden=(8,), seed=0)
+    before = copy.deepcopy(flow.state_dict())
+    record = cf.fit(flow, cf.log_likelihood, rows, HELD_OUT, replace(PLAIN, batch_size=5, epochs=4))
+    skipped = [e.skipped for e in record.epochs]
+    assert record.stopped == "finished" and all(1 <= k <= 2 for k in skipped)
+    assert all(p.isfinite().all() for p in flow.parameters()) and not same(before, flow)
+    assert all(math.isfinite(e.validation) for e in record.epochs)
+
+
+def test_an_objective_that_is_nan_in_a_region():
+    """Beyond 1.5 there is no number: batches without such rows still train, and a validation with one is never best."""
+
+    def log_gap(model, x):
+        return torch.log(1.5 - x[:, 0]) + closeness(model, x)
+
+    beyond = [bool((rows[:, 0] > 1.5).any()) for rows in (ROWS, HELD_OUT)]
+    assert beyond == [True, True]
+    inside = HELD_OUT[HELD_OUT[:, 0] < 1.5]
+    model, record = fit(objective=log_gap, validation=inside, config=replace(PLAIN, batch_size=4))
+    assert model.w.isfinite().all() and not torch.equal(model.w, Center().w)
+    assert all(0 < e.skipped < 10 and math.isfinite(e.train) for e in record.epochs) and record.best is not None
+    model, record = fit(objective=log_gap, config=replace(PLAIN, batch_size=4))
+    assert record.best is None and all(math.isnan(e.validation) for e in record.epochs) and model.w.isfinite().all()
+
+
 # -- without data ------------------------------------------------------------------------------------
 
 

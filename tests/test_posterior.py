@@ -190,6 +190,51 @@ def test_draws_where_the_target_is_not_finite_leave_finite_gradients():
     assert terms.isfinite().all() and all(p.grad.isfinite().all() for p in flow.parameters())
 
 
+# In the upper half of the first coordinate, where a normal is centred: what a model may do outside of its support.
+REGIONS = {
+    "nan": lambda x: math.nan * x,
+    "minus infinity": lambda x: -math.inf * x,
+    "plus infinity": lambda x: math.inf * x,
+    "nan gradient": lambda x: 0 * (0 * x).sqrt(),
+    "infinite gradient": lambda x: (x - x.detach()).sqrt(),
+    "overflow": lambda x: (1e160 * x).square(),
+}
+
+
+def broken(region):
+    """A normal of two features, with a region where it is not finite, or its gradient is not."""
+
+    def target(theta):
+        x = theta[:, 0]
+        return normal(theta).sum(-1) + torch.where(x > 1.0, REGIONS[region](x.clamp_min(1.0)), 0.0)
+
+    return target
+
+
+@over(REGIONS)
+@over(ESTIMATORS, "estimator")
+def test_a_region_without_numbers_reaches_neither_terms_nor_gradients(name, estimator):
+    flow = layered(1)
+    terms = ESTIMATORS[estimator](OnTarget(flow, broken(name)), None, 64)
+    terms.mean().backward()
+    assert terms.isfinite().all() and all(p.grad.isfinite().all() for p in flow.parameters())
+
+
+@over(REGIONS)
+def test_a_region_without_numbers_reaches_no_weight_of_a_fit(name):
+    posterior = cf.fit_posterior(broken(name), replace(QUICK, seed=1), dim=2)
+    assert all(p.isfinite().all() for p in posterior.flow.parameters()) and posterior.stages[0].skipped == 0
+    pool = posterior.pool
+    assert pool.theta.isfinite().all() and pool.log_q.isfinite().all() and not pool.log_p.isnan().any()
+    counted = "gradient" in name or pool.theta[:, 0] <= 1.0
+    assert ((pool.log_p > -math.inf) == counted).all() and pool.log_p.max() < math.inf
+    weights = posterior.log_weights.exp()
+    assert weights.isfinite().all() and math.isclose(weights.sum(), 1.0, rel_tol=1e-6)
+    assert (weights[pool.log_p == -math.inf] == 0).all()
+    drawn = posterior.sample(500)["theta"]
+    assert drawn.isfinite().all() and ("gradient" in name or not posterior.resampled or (drawn[:, 0] <= 1.0).all())
+
+
 # -- fits whose answer is known ----------------------------------------------------------------------
 
 

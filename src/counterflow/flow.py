@@ -277,6 +277,9 @@ class FlowDistribution(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """log q(value) in nats: (..., D) -> (...).
 
+        It is finite or -inf, never NaN, for finite numbers and weights: what overflows on its way to the base ends
+        where the base has no density. Without validation (validate_args=False) it may be NaN there.
+
         Raises:
             ValueError: a wrong number of features, a batch shape that does not broadcast, or a NaN.
         """
@@ -284,7 +287,15 @@ class FlowDistribution(Distribution):
         if self._validate_args and value.numel():
             self._validate_sample(value)
         eps, log_det = self.transform.inverse(value, self.context)
-        return self._log_base(eps) + log_det
+        log_q = self._log_base(eps) + log_det
+        if self._validate_args and log_q.isnan().any() and self._is_sound():
+            numbers = True if self.context is None else self.context.isfinite().all(-1)
+            log_q = log_q.masked_fill(log_q.isnan() & numbers, -math.inf)
+        return log_q
+
+    def _is_sound(self) -> bool:
+        """Whether the weights are finite, so that a NaN is made of infinities: of sums and scales that overflowed."""
+        return all(bool(p.isfinite().all()) for p in self.transform.parameters())
 
     def _log_base(self, eps: Tensor) -> Tensor:
         """log q_0, (...); Independent's own sum does not take empty batches."""

@@ -271,26 +271,28 @@ class SinhArcsinh(Univariate):
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return y and log dy/dx."""
         e, s = self._clipped(params)
-        u = torch.exp(s) * torch.asinh(x) + e
-        return torch.sinh(u), s + _log_cosh(u) - torch.log1p(x * x) / 2
+        v = torch.asinh(x)
+        u = torch.exp(s) * v + e
+        return torch.sinh(u), s + _log_cosh(u) - _log_cosh(v)  # log(1 + x^2) / 2, whose square would overflow
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and log dx/dy."""
         e, s = self._clipped(params)
-        v = torch.exp(-s) * (torch.asinh(y) - e)
-        return torch.sinh(v), -s + _log_cosh(v) - torch.log1p(y * y) / 2
+        u = torch.asinh(y)
+        v = torch.exp(-s) * (u - e)
+        return torch.sinh(v), -s + _log_cosh(v) - _log_cosh(u)
 
     def partials(self, x: Tensor, params: Tensor) -> Partials:
         """Closed form: d asinh(x) / dx = 1 / sqrt(1 + x^2), d log cosh(u) / du = tanh(u)."""
         e, s = self._clipped(params)
-        t, v = torch.exp(s), torch.asinh(x)
-        du_dx = t / torch.sqrt(1 + x * x)
+        t, v, root = torch.exp(s), torch.asinh(x), torch.hypot(torch.ones_like(x), x)
+        du_dx = t / root
         ds = 1 - (s / self.bound).square()
         du = torch.stack([1 - (e / (3 * self.bound)).square(), t * v * ds], -1)
         u = t * v + e
         cosh, tanh = torch.cosh(u), torch.tanh(u)
         dl = tanh[..., None] * du + torch.stack([torch.zeros_like(ds), ds], -1)
-        return Partials(cosh * du_dx, cosh[..., None] * du, tanh * du_dx - x / (1 + x * x), dl)
+        return Partials(cosh * du_dx, cosh[..., None] * du, tanh * du_dx - x / root / root, dl)
 
     def _clipped(self, params: Tensor) -> tuple[Tensor, Tensor]:
         m, a = params.unbind(-1)
@@ -363,18 +365,27 @@ class RationalQuadraticSpline(Univariate):
         return torch.where(inside, y, x), torch.where(inside, log_slope, torch.zeros_like(x))
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy: the root of a quadratic, in the form that does not cancel."""
+        """Return x and log dx/dy: the root of a quadratic, by the form of it that does not cancel, and a Newton step.
+
+        The step is for slopes that differ a lot: the quadratic's coefficients cancel then, what it is made of does not.
+        """
         inside = y.abs() < self.bound
         t_y = torch.where(inside, y, torch.zeros_like(y))
         xs, ys, slopes = self._knots(params)
         x0, x1, y0, y1, d0, d1 = _bin(t_y, ys, xs, ys, slopes)
         width, height = x1 - x0, y1 - y0
         s, up = height / width, t_y - y0
-        mixed = up * (d0 + d1 - 2 * s)
+        bend = d0 + d1 - 2 * s
+        mixed = up * bend
         a, b, c = height * (s - d0) + mixed, height * d0 - mixed, -s * up
-        t = (2 * c / (-b - torch.sqrt((b * b - 4 * a * c).clamp_min(0)))).clamp(0, 1)
+        root, forth = torch.sqrt((b * b - 4 * a * c).clamp_min(0)), b >= 0
+        t = (torch.where(forth, 2 * c, root - b) / torch.where(forth, -b - root, 2 * a)).clamp(0, 1)
         u = t * (1 - t)
-        log_slope = self._log_slope(s, t, u, d0, d1, s + (d0 + d1 - 2 * s) * u)
+        below, above = s + bend * u, d1 * t * t + 2 * s * u + d0 * (1 - t) * (1 - t)
+        off = height * (s * t * t + d0 * u) - up * below
+        t = (t - off * below / (height * s * above)).clamp(0, 1)
+        u = t * (1 - t)
+        log_slope = self._log_slope(s, t, u, d0, d1, s + bend * u)
         return torch.where(inside, x0 + t * width, y), torch.where(inside, -log_slope, torch.zeros_like(y))
 
     def partials(self, x: Tensor, params: Tensor) -> Partials:

@@ -775,8 +775,13 @@ def _invert_spline(x, log_det, params, knots, constants, clipped):
         s, up, inside = height / width, x[r] - found[Y0, r], abs(x[r]) < bound
         bend = d0 + d1 - real(2) * s
         a, b, c = height * (s - d0) + up * bend, height * d0 - up * bend, -s * up
-        t = real(2) * c / (-b - np.sqrt(max(b * b - real(4) * a * c, real(0))))
+        root, forth = np.sqrt(max(b * b - real(4) * a * c, real(0))), b >= real(0)
+        t = (real(2) * c if forth else root - b) / (-b - root if forth else real(2) * a)
         t = min(max(t, real(0)), real(1))
+        below = s + bend * t * (real(1) - t)
+        above = d1 * t * t + real(2) * s * t * (real(1) - t) + d0 * (real(1) - t) * (real(1) - t)
+        off = height * (s * t * t + d0 * t * (real(1) - t)) - up * below
+        t = min(max(t - off * below / (height * s * above), real(0)), real(1))
         below = s + bend * t * (real(1) - t)
         above = d1 * t * t + real(2) * s * t * (real(1) - t) + d0 * (real(1) - t) * (real(1) - t)
         x[r] = found[X0, r] + t * width if inside else x[r]
