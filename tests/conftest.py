@@ -7,6 +7,7 @@ import pytest
 import torch
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # also for the processes that a test starts
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those alone: torch has been imported here
 
 
 @pytest.fixture(autouse=True)
