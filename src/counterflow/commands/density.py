@@ -241,7 +241,7 @@ def _tell(summary: dict[str, Any], run: Path) -> None:
         difference, error = summary["difference"].values()
         console.say(f"difference, row by row: {difference:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
     if summary["holds_rows"]:
-        console.note("rows come nearly twice: the model holds training rows as kernels; --no-kernels forbids it")
+        console.note("kernels at the training rows did better: the model holds these rows; --no-kernels forbids it")
     if summary["stopped"] == "interrupted":
         console.note("interrupted; these are the best weights so far")
     console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
