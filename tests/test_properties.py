@@ -115,7 +115,8 @@ def test_a_map_comes_back(name, data, dtype, direction, scale):
     again, log_slope_back = back(y, params)
     assert log_slope.isfinite().all() and not y.isnan().any()
     fine = y.isfinite()  # the others have overflowed
-    error, bound = (again - x).abs(), bound_of(g, x, y, log_slope, params)
+    slope = torch.minimum(log_slope, -log_slope_back)  # the flatter end, should rounding have passed a knot
+    error, bound = (again - x).abs(), bound_of(g, x, y, slope, params)
     assert (error <= C * bound + 1e-44)[fine].all()
     off, bends = (log_slope + log_slope_back).abs(), bend_of(g, direction, x, y, again, params)
     assert (off <= C * (torch.finfo(dtype).eps * (1 + log_slope.abs()) + bends * bound))[fine].all()
@@ -157,7 +158,8 @@ def test_a_spline_at_its_knots_and_bounds(name, seed, dtype, scale):
     assert ((y - ys).abs() <= 20 * eps * g.bound * (1 + steepest)).all()
     back, log_slope_back = g.inverse(y, wide)
     assert log_slope_back.isfinite().all()
-    assert ((back - around).abs() <= C * bound_of(g, around, y, log_slope, wide).amax((1, 2), keepdim=True)).all()
+    flatter = torch.minimum(log_slope, -log_slope_back)  # should rounding have passed the knot
+    assert ((back - around).abs() <= C * bound_of(g, around, y, flatter, wide)).all()
     for side in (0, -1):
         assert torch.equal(y[:, side, 1], xs[:, side, 1]) and (log_slope[:, side, 1] == 0).all()
 
@@ -310,29 +312,30 @@ def test_rows_do_not_see_each_other(question, data, direction):
 @laws(120)
 @given(questions(UNIVARIATES | FOREIGN, special=MODERATE + LARGE), st.data())
 def test_every_body_agrees_with_the_definition(question, data):
-    """Values, and the gradients of y, where the definition's are numbers."""
+    """Values everywhere, and in float64 the gradients of y where nothing is near a kink or a billion away."""
     t, y, c = question
     y, c = flat(y, c)
-    w, v = (normal(data.draw(seeds), *shape, dtype=y.dtype) for shape in (y.shape[:-1], y.shape))
-    expected = answers(t, "reference", y, c, v, w)
+    set_solver(t, "reference")
+    x, log_det = run(t, "inverse", y, c)
     _, _, by_x, by_log_det = needed(t, "inverse", y, c)
+    near = ((by_x / (1e-300 + x.abs()) < 1e-12) & (x.abs() < 1e9)).all(-1)
+    v, w = (normal(data.draw(seeds), *shape) for shape in (y.shape, y.shape[:-1]))
+    expected = gradient(t, y[near], None if c is None else c[near], v[near], w[near])
     for solver in ("sliced", "auto"):
-        came = answers(t, solver, y, c, v, w)
-        within(came[0], expected[0], by_row(by_x))
-        within(came[1], expected[1], by_log_det)
-        if y.dtype == torch.float64 and y.numel():  # where no kink is near enough to matter
-            size = expected[2].abs().amax(-1, keepdim=True)
-            steady = (by_x / (1e-300 + expected[0].abs()) < 1e-12).all(-1) & size.isfinite()[:, 0]
-            assert ((came[2] - expected[2]).abs() <= 1e-7 * size)[steady].all()
+        set_solver(t, solver)
+        came = run(t, "inverse", y, c)
+        within(came[0], x, by_row(by_x))
+        within(came[1], log_det, by_log_det)
+        if y.dtype == torch.float64:
+            off = (gradient(t, y[near], None if c is None else c[near], v[near], w[near]) - expected).abs()
+            assert (off <= 1e-7 * by_row(expected.abs())).all()
 
 
-def answers(t, solver, y, c, v, w):
-    """The inverse, its log_det, and the gradient of y for cotangents v and w."""
-    set_solver(t, solver)
+def gradient(t, y, c, v, w):
+    """That of the inverse and its log_det for y, with cotangents v and w."""
     y = y.clone().requires_grad_()
     x, log_det = t.inverse(y, c)
-    (gradient,) = torch.autograd.grad((x * v).sum() + (log_det * w).sum(), y)
-    return x.detach(), log_det.detach(), gradient
+    return torch.autograd.grad((x * v).sum() + (log_det * w).sum(), y)[0]
 
 
 @laws(60)
