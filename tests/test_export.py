@@ -15,19 +15,23 @@ onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
+CURVES = cf.Inverse(cf.Marginals.of(torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).square()))
 SMALL = {"hidden": (8,), "context": 6, "posterior_layers": 2, "posterior_hidden": (9,)}
 VAES = {
     "conv": lambda: cf.VAE((1, 9, 8), 3, network="conv", channels=2, **SMALL),
     "mlp logistic": lambda: cf.VAE((2, 4, 4), 3, likelihood="discretized_logistic", network="mlp", **SMALL),
     "rows gaussian": lambda: cf.VAE((5,), 3, "gaussian", "gaussian", **SMALL),
 }
-ONE_PASS = [name for name in FLOWS if name != "both ways"]
+ONE_PASS = [name for name in FLOWS if name not in ("both ways", "kernels")]
 ARCHIVED = ["IAF gated", "MAF context random", "Coupling", "diagonal context", "student"]  # one takes a second or two
 # ONNX Runtime knows neither softplus nor elu in float64, and one export takes two seconds, of a spline five.
 IN_ONNX = {
     "IAF context": lambda: stir(cf.IAF(5, 2, layers=2, hidden=(9,), activation="elu")).float(),
     "MAF float64": lambda: stir(cf.MAF(3, layers=2, hidden=(9, 7))),
     "NSF": lambda: stir(cf.NSF(3, layers=1, hidden=(9,), bins=3)).float(),
+    "IAF of a table": lambda: cf.Flow(
+        cf.StandardNormal(2), cf.Compose([stir(cf.IAF(2, layers=1)).transform, CURVES])
+    ).float(),
 }
 
 
@@ -164,9 +168,41 @@ def vae_of_a_maf():
     return cf.VAE((5,), 3, cf.MAF(3, 6, layers=1, hidden=(4,)), "gaussian", hidden=(8,), context=6)
 
 
+class Quantiles(cf.Permute):
+    """A transform with an operator that ONNX lacks."""
+
+    def __init__(self):
+        super().__init__([1, 0])
+
+    def forward(self, x, c=None):
+        y, log_det = super().forward(x, c)
+        return torch.special.ndtri(torch.sigmoid(y)), log_det
+
+
 REFUSED = {
     "suffix": (cf.IAF(2), "flow.bin", {}, ValueError, r"ends in \.onnx or \.pt2, got .*flow\.bin"),
     "module": (cf.Permute([0]), "flow.pt2", {}, TypeError, "expected a Flow or a VAE, got Permute"),
+    "mixture": (
+        cf.FlowMixture([cf.IAF(2), cf.IAF(2)]),
+        "flow.pt2",
+        {},
+        ValueError,
+        "one flow, got a mixture of 2; fit",
+    ),
+    "base": (
+        cf.Flow(cf.KernelMixture(2, 3), cf.IAF(2).transform),
+        "flow.pt2",
+        {},
+        ValueError,
+        "got KernelMixture; of a table, fit the density with kernels=False",
+    ),
+    "operator": (
+        cf.Flow(cf.StandardNormal(2), cf.Compose([cf.IAF(2, layers=1).transform, Quantiles()])),
+        "flow.onnx",
+        {},
+        ValueError,
+        "operators that ONNX has, got: .*ndtri.*; export to .pt2, which has all",
+    ),
     "name": (cf.IAF(2), "flow.pt2", {"direction": "decode"}, ValueError, "sample, log_prob for a Flow, got 'decode'"),
     "IAF": (
         cf.IAF(2),
@@ -243,10 +279,11 @@ def test_the_command_says_where_numbers_differ(here, monkeypatch):
 
 def test_float64_that_onnx_runtime_lacks(here, tmp_path):
     cf.save(cf.MAF(3, layers=1, hidden=(9,), activation="elu").double(), tmp_path / "double.safetensors")
-    code, _, err = here("double.safetensors", "flow.onnx")
+    code, _, err = here("double.safetensors", "flow.onnx", "--double")
     assert code == 1
     assert "not compared: expected operators that ONNX Runtime knows in this dtype" in err
     assert "export a flow in float32" in err
+    assert here("double.safetensors", "single.onnx")[0] == 0
 
 
 def test_what_the_command_refuses(here, tmp_path):

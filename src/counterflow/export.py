@@ -20,8 +20,9 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from counterflow.flow import Base, DiagonalNormal, Flow, StudentT
+from counterflow.flow import Base, DiagonalNormal, Flow, StandardNormal, StudentT
 from counterflow.made import MaskedLinear
+from counterflow.mixture import FlowMixture
 from counterflow.vae import VAE
 
 Direction = Literal["sample", "log_prob", "decode", "encode"]
@@ -234,6 +235,8 @@ class _Draw(nn.Module):
 
 def graph_of(module: Flow | VAE, direction: Direction | None = None, fold: bool = True) -> _Graph:
     """The module's graph of that direction, on a copy; see `export`. With `fold`, its weights hold their zeros."""
+    if isinstance(module, FlowMixture):
+        raise ValueError(f"expected one flow, got a mixture of {len(module.flows)}; fit the density with members=1")
     if not isinstance(module, Flow | VAE):
         raise TypeError(f"expected a Flow or a VAE, got {type(module).__name__}")
     if isinstance(module, VAE):
@@ -247,6 +250,12 @@ def graph_of(module: Flow | VAE, direction: Direction | None = None, fold: bool 
             f"expected direction as one of {', '.join(known)} for a {type(module).__name__}, got {direction!r}"
         )
     _check_one_pass(module, direction)
+    base = module.posterior.base if isinstance(module, VAE) else module.base
+    if not isinstance(base, StandardNormal | DiagonalNormal | StudentT):
+        raise ValueError(
+            f"expected a base of StandardNormal, DiagonalNormal or StudentT, got {type(base).__name__}; of a table, "
+            "fit the density with kernels=False"
+        )
     module = copy.deepcopy(module)
     if fold:
         _fold(module)
@@ -298,16 +307,20 @@ def _write_archive(program: torch.export.ExportedProgram, graph: _Graph, path: P
 def _write_onnx(program: torch.export.ExportedProgram, graph: _Graph, path: Path, free: Free) -> None:
     for package in ("onnx", "onnxscript"):
         _import(package)
-    with _quiet():
-        written = torch.onnx.export(
-            program,
-            (),
-            dynamo=True,
-            verbose=False,
-            input_names=list(graph.sizes),
-            output_names=OUTPUTS[graph.direction],
-            dynamic_shapes=free,  # for the name of the axis
-        )
+    try:
+        with _quiet():
+            written = torch.onnx.export(
+                program,
+                (),
+                dynamo=True,
+                verbose=False,
+                input_names=list(graph.sizes),
+                output_names=OUTPUTS[graph.direction],
+                dynamic_shapes=free,  # for the name of the axis
+            )
+    except torch.onnx.errors.OnnxExporterError as error:
+        cause = str(error.__cause__ or error).strip().splitlines()[0]
+        raise ValueError(f"expected operators that ONNX has, got: {cause}; export to .pt2, which has all") from error
     if written is None:
         raise RuntimeError("expected an ONNX program from torch.onnx.export, got None")
     for node in written.model.graph.all_nodes():

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from counterflow.transform import Transform, prepare
+from counterflow.transform import Transform, prepare, rank
 
 Knots = tuple[Tensor, Tensor, Tensor]  # x, y and slopes of one feature, (K,) each
 
@@ -106,7 +106,7 @@ class Marginals(Transform):
         return cls(*(torch.stack(part).to(rows.dtype) for part in zip(*curves, strict=True)))
 
     def _piece(self, at: Tensor, edges: Tensor) -> Piece:
-        k = torch.searchsorted(edges, at.movedim(-1, 0).contiguous().reshape(self.features, -1), right=True)
+        k = rank(at.movedim(-1, 0).reshape(self.features, -1), edges)
         k = (k - 1).clamp(0, edges.shape[1] - 2)
 
         def pick(values: Tensor, more: int) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 Cost = Literal["one pass", "forward substitution", "mixed"]
 
@@ -123,6 +124,13 @@ def positive(value: int, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"expected {name} as a whole number of at least 1, got {value!r}")
     return value
+
+
+def rank(x: Tensor, edges: Tensor) -> Tensor:
+    """How many of the ascending edges (..., K) each x (..., N) has reached: x >= edge. (..., N), whole numbers."""
+    if is_compiling():  # ONNX has no search
+        return (x[..., None] >= edges[..., None, :]).sum(-1)
+    return torch.searchsorted(edges.contiguous(), x.contiguous(), right=True)
 
 
 class Compose(Transform):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from counterflow.transform import Transform, prepare
+from counterflow.transform import Transform, prepare, rank
 
 MAPS = ("linear", "log", "logit", "asinh", "ordinal")
 
@@ -322,7 +322,7 @@ class _Ranks(nn.Module):
 
     def place(self, x: Tensor) -> Tensor:
         """In which cell x lies; the outer ones reach on for ever."""
-        return torch.searchsorted(self.edges[1:-1].contiguous(), x.contiguous(), right=True)
+        return rank(x, self.edges[1:-1])
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         k = self.place(x)
@@ -332,7 +332,7 @@ class _Ranks(nn.Module):
 
     def inverse(self, v: Tensor) -> tuple[Tensor, Tensor]:
         u = torch.special.ndtr(v)
-        k = torch.searchsorted(self.below[1:].contiguous(), u.contiguous(), right=True)
+        k = rank(u, self.below[1:])
         return self.edges[k] + self.widths[k] * (u - self.below[k]) / self.shares[k], -self._log_slope(k, v)
 
     def _log_slope(self, k: Tensor, v: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from counterflow.density import DESCRIPTION
 from counterflow.distill import EPOCH, Agreement, DistillConfig, Distilled, agreement, distilled
 from counterflow.fit import Epoch
 from counterflow.flow import Flow
+from counterflow.mixture import FlowMixture
 
 FORMAT = 1  # of the run folder
 OBJECTIVES = {"start": "- loss of all layers, nats", "finish": "- KL, nats"}
@@ -50,6 +51,8 @@ class Distill:
         if self.draws < 2:
             raise ValueError(f"expected draws of at least 2, got {self.draws}")
         teacher, folder = trained(self.run_folder)
+        if isinstance(teacher, FlowMixture):
+            raise ValueError(f"expected one flow in {self.run_folder}, got a mixture; fit the density with --members 1")
         if not isinstance(teacher, Flow):
             raise ValueError(f"expected a flow in {self.run_folder}, got a {type(teacher).__name__}")
         if teacher.context:

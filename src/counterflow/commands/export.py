@@ -31,6 +31,8 @@ class Export:
     """of a flow sample or log_prob, the one that is one pass when not given; of a VAE decode (the default) or encode"""
     batch: int | None = None
     """rows at each call; any number when not given"""
+    double: bool = False
+    """keep float64, which ONNX Runtime knows in part; else the model is rounded to float32"""
     seed: int = 0
     """of the random input"""
 
@@ -38,6 +40,7 @@ class Export:
         """Write the file and compare; 1 where the numbers differ."""
         model, _ = trained(self.run_folder)
         console.new_file(self.path)
+        model = model if self.double else model.float()
         graph = graph_of(model, self.direction)
         with console.err.status(f"exporting {graph.direction}"):
             path = export(model, self.path, self.direction, self.batch)
