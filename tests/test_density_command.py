@@ -126,7 +126,7 @@ def test_a_run_leaves_its_folder(runs):
     config = json.loads((folder / "plain" / "config.json").read_text())
     assert (config["command"], config["data"], config["fit"]["hidden"]) == ("density", "table.csv", [8])
     metrics = [json.loads(line) for line in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
-    assert [m["epoch"] for m in metrics] == [1, 2]
+    assert [(m["training"], m["epoch"]) for m in metrics] == [(k, epoch) for k in range(4) for epoch in (1, 2)]
 
 
 def test_the_summary_is_that_of_the_test_rows(runs):
@@ -377,8 +377,8 @@ def test_ctrl_c_keeps_the_best_weights(here, tmp_path, monkeypatch):
     fit = cf.FlowDensity.fit
 
     def interrupted(self, *arguments, on_epoch, **more):
-        def stop(row):
-            on_epoch(row)
+        def stop(training, row):
+            on_epoch(training, row)
             raise KeyboardInterrupt
 
         return fit(self, *arguments, on_epoch=stop, **more)
