@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from counterflow.cli import main
+
 os.environ.setdefault("MPLBACKEND", "Agg")  # also for the processes that a test starts
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those alone: torch has been imported here
 
@@ -20,3 +22,18 @@ def same_start_for_every_test() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     assert torch.get_default_dtype() == torch.float32, "the test left another default dtype behind"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, capsys):
+    """The command in this process, in tmp_path: arguments -> exit code, stdout, stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        try:
+            code = main([str(a) for a in arguments])
+        except SystemExit as end:
+            code = end.code
+        return code, *capsys.readouterr()
+
+    return run

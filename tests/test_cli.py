@@ -3,7 +3,6 @@
 import csv
 import json
 import math
-import os
 import re
 import shlex
 import signal
@@ -11,16 +10,15 @@ import subprocess
 import sys
 import time
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from command_line import COMMAND, ENVIRONMENT, everything, files, real
 from PIL import Image
 from registry import over
 
 import counterflow as cf
-from counterflow.cli import main
 from counterflow.commands.vae import Vae
 
 RNG = np.random.default_rng(0)
@@ -34,39 +32,6 @@ PICTURES = {"learning_curves.png", "posterior.png", "reconstructions.png", "samp
 WEIGHTS = "model.safetensors"
 PLAIN_RUN = {"config.json", "metrics.jsonl", "summary.json", WEIGHTS}
 RESULT = {"posterior", "test_elbo", "test_log_likelihood", "samples", "kl", "parameters", "seconds"}
-
-COMMAND = [sys.executable, "-m", "counterflow.cli"]
-SOURCE = str(Path(cf.__file__).parents[1])  # the tests run elsewhere, where a relative path would not be found
-ENVIRONMENT = {**os.environ, "PYTHONPATH": SOURCE, "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
-
-
-def real(folder, *arguments):
-    """The command in a process of its own."""
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """The command in this process, in tmp_path: arguments -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def files(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def everything(folder):
-    return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in folder.rglob("*")}
 
 
 def summary(run):

@@ -2,27 +2,21 @@
 
 import json
 import math
-import os
 import re
 import shlex
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
+from command_line import everything, files, real
 from PIL import Image
 from pyarrow import parquet
 
 import counterflow as cf
-from counterflow.cli import main
 
 RNG = np.random.default_rng(0)
 TINY = shlex.split("--layers 1 --hidden 8 --epochs 2")
-COMMAND = [sys.executable, "-m", "counterflow.cli"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cf.__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
 FILES = {
     *("config.json", "density.json", "metrics.jsonl", "model.safetensors", "summary.json"),
     *("plots/calibration.png", "plots/learning_curve.png", "plots/pairs.png", "plots/scores.png"),
@@ -64,35 +58,6 @@ def read(path, names=()):
             return pd.DataFrame(np.load(path), columns=names)
     with np.load(path) as arrays:
         return pd.DataFrame(arrays["rows"], columns=names)
-
-
-def real(folder, *arguments):
-    """The command in a process of its own."""
-    command = [*COMMAND, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
-
-
-@pytest.fixture
-def here(tmp_path, monkeypatch, capsys):
-    """The command in this process, in tmp_path: arguments -> exit code, stdout, stderr."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments):
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
-def files(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
-def everything(folder):
-    return {path: path.stat().st_mtime_ns if path.is_file() else 0 for path in folder.rglob("*")}
 
 
 # -- from a table to a run, to scores and samples ----------------------------------------------------

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import shlex
 import subprocess
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from command_line import COMMAND, ENVIRONMENT, files
 from PIL import Image
 from pyarrow import parquet
 
@@ -22,8 +22,7 @@ from counterflow.commands.misfit import misfit, noise
 from counterflow.commands.modelling import Tool, find_target, split_name
 
 QUICK = shlex.split("--stages 1 --steps 30 --layers 1 --draws 32 --verdict-draws 1000 --starts 2")
-COMMAND = [sys.executable, "-m", "counterflow.cli", "posterior"]
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(cf.__file__).parents[1]), "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
+POSTERIOR = [*COMMAND, "posterior"]
 FILES = {
     *("config.json", "metrics.jsonl", "summary.json", "posterior.nc", "draws.parquet"),
     *("model.safetensors", "draws.safetensors", "posterior.json"),
@@ -180,10 +179,6 @@ def write_models(folder):
     (folder / "old" / "mine.txt").write_text("mine")
 
 
-def files(folder):
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-
-
 def everything(folder):
     paths = (path for path in folder.rglob("*") if "__pycache__" not in path.parts)
     return {path: path.stat().st_mtime_ns for path in paths if path.is_file()}
@@ -204,7 +199,7 @@ def rows(run):
 def schools(tmp_path_factory):
     """The process that fitted the bundled model, and its run folder."""
     folder = tmp_path_factory.mktemp("schools")
-    command = [*COMMAND, "--steps", "100", "--verdict-draws", "4000", "-n", "500", "--out", "run"]
+    command = [*POSTERIOR, "--steps", "100", "--verdict-draws", "4000", "-n", "500", "--out", "run"]
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True), folder / "run"
 
 

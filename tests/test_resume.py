@@ -3,10 +3,10 @@
 import json
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
+from command_line import COMMAND, ENVIRONMENT
 
 SMALL = ["--epochs", "4", "--latent", "2", "--hidden", "16", "--iaf-layers", "1", "--iaf-hidden", "8"]
 VAE = ["vae", *SMALL, "--save-every", "0.05", "--test-samples", "3"]
@@ -14,8 +14,8 @@ VAE = ["vae", *SMALL, "--save-every", "0.05", "--test-samples", "3"]
 
 def counterflow(*arguments, ended_by=None, when=None):
     """The command's exit code and stderr; the signal is sent as soon as `when()` holds."""
-    command = [sys.executable, "-m", "counterflow.cli", *map(str, arguments)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command = [*COMMAND, *map(str, arguments)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while ended_by is not None and process.poll() is None:
         if when():
             process.send_signal(ended_by)
