@@ -36,6 +36,7 @@ ROOMS = (
     "vae",
     # inference
     "objectives",
+    "group",
     "fit",
     "kernels",
     "diagnostics",

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from counterflow import __version__
 from counterflow.checkpoint import load_state, save_state
 from counterflow.commands import console
-from counterflow.fit import Group, State
+from counterflow.fit import State
+from counterflow.group import Group
 
 FORMAT = 1  # of the run folder
 STATES = "states"  # a folder of the run folder, while the run is not finished

@@ -22,7 +22,8 @@ from counterflow.commands import console, training
 from counterflow.commands.model import observed, picture
 from counterflow.data import Dataset, Splits, load, split
 from counterflow.diagnostics import effective_sample_size, resample
-from counterflow.fit import Epoch, FitConfig, Group, Record, fit
+from counterflow.fit import Epoch, FitConfig, Record, fit
+from counterflow.group import Group
 from counterflow.objectives import Evaluation, elbo, evaluate, iw_elbo, path_elbo, warm_up
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
 from counterflow.vae import VAE
