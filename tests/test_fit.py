@@ -4,6 +4,7 @@ import copy
 import json
 import math
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import counterflow as cf
+from counterflow.states import State, States
 
 ROWS, HELD_OUT = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).split([40, 20])
 PLAIN = cf.FitConfig(epochs=3, batch_size=10, ema=0, warm_up_steps=0, schedule="constant", learning_rate=0.05)
@@ -475,35 +477,48 @@ def jittered(model, batch, beta=1.0):
     return beta * model.flow(c).log_prob(x + 0.1 * torch.randn_like(x))
 
 
-def course(states=None, stop_after=None, **more):
-    """A short training; the states that it gave, cloned, and the weights and the record that it ended with."""
+class InMemory(States):
+    """States that are kept in memory, all of them."""
+
+    def __init__(self, resume=None, every=0.0):
+        super().__init__("nowhere", every)
+        object.__setattr__(self, "resume", resume)
+        object.__setattr__(self, "taken", [])
+
+    def load(self):
+        return self.resume
+
+    def save(self, state):
+        tensors = {k: v.clone() for k, v in state.tensors.items()}
+        self.taken.append(State(tensors, json.loads(json.dumps(state.numbers))))
+
+
+def course(states, stop_after=None, config=MappingProxyType({})):
+    """A short training: the weights and the record that it ended with."""
     torch.manual_seed(1)
     x, c = torch.randn(103, 2), torch.randn(103, 1)
-    model, config = Conditional(), cf.FitConfig(epochs=5, batch_size=20, warm_up_steps=3, **more.pop("config", {}))
-    taken = []
-
-    def on_state(state):
-        taken.append(cf.State({k: v.clone() for k, v in state.tensors.items()}, json.loads(json.dumps(state.numbers))))
+    model, config = Conditional(), cf.FitConfig(epochs=5, batch_size=20, warm_up_steps=3, **config)
 
     def on_step(done, steps):
         if done == stop_after:
             raise KeyboardInterrupt
 
-    more = {"state_every": 0.0, "on_state": on_state, "on_step": on_step, "resume": states} | more
     anneal = lambda epoch: {"beta": 1 + epoch / 7}  # noqa: E731
-    record = cf.fit(model, jittered, (x, c), (x[:30], c[:30]), config, anneal=anneal, **more)
-    return taken, model.state_dict(), record
+    more = {"anneal": anneal, "on_step": on_step, "states": states}
+    record = cf.fit(model, jittered, (x, c), (x[:30], c[:30]), config, **more)
+    return model.state_dict(), record
 
 
 @over(["adam", "adamax", "adamw"], "optimizer")
 @over([0.0, 0.9], "ema")
 def test_a_training_goes_on_from_any_step_bit_by_bit(optimizer, ema, tmp_path):
-    config = {"optimizer": optimizer, "ema": ema, "patience": 3}
-    taken, weights, record = course(config=config)
-    assert [state.steps for state in taken] == [*range(1, 26), 25]
-    for state in taken[::3]:
-        cf.save_state(state, tmp_path)
-        _, again, second = course(cf.load_state(tmp_path), config=config)
+    config, states = {"optimizer": optimizer, "ema": ema, "patience": 3}, InMemory()
+    weights, record = course(states, config=config)
+    assert [state.steps for state in states.taken] == [*range(1, 26), 25]
+    for state in states.taken[::3]:
+        kept = cf.States(tmp_path / str(state.steps))
+        kept.save(state)
+        again, second = course(kept, config=config)
         assert all(torch.equal(again[k], weights[k]) for k in weights)
         assert [(e.train, e.validation, e.best) for e in second.epochs] == [
             (e.train, e.validation, e.best) for e in record.epochs
@@ -511,33 +526,39 @@ def test_a_training_goes_on_from_any_step_bit_by_bit(optimizer, ema, tmp_path):
 
 
 def test_an_interruption_between_two_steps_loses_nothing():
-    _, weights, _ = course()
-    taken, _, record = course(stop_after=13, state_every=1e9)
-    assert record.stopped == "interrupted" and [state.steps for state in taken] == [13]
-    _, again, second = course(taken[0])
+    weights, _ = course(None)
+    states = InMemory(every=1e9)
+    _, record = course(states, stop_after=13)
+    assert record.stopped == "interrupted" and [state.steps for state in states.taken] == [13]
+    again, second = course(InMemory(states.taken[0]))
     assert second.stopped == "finished" and all(torch.equal(again[k], weights[k]) for k in weights)
 
 
 def test_a_state_of_another_training_is_refused():
-    state = course(stop_after=3)[0][-1]
+    states = InMemory()
+    course(states, stop_after=3)
+    state = InMemory(states.taken[-1])
     with pytest.raises(ValueError, match="got other settings"):
         course(state, config={"seed": 1})
+    rows = [(torch.zeros(n, 2),) * 2 for n in (400, 4)]
     with pytest.raises(ValueError, match="got other data"):
-        cf.fit(
-            Conditional(), jittered, (torch.zeros(400, 2),) * 2, (torch.zeros(4, 2),) * 2, cf.FitConfig(), resume=state
-        )
+        cf.fit(Conditional(), jittered, *rows, cf.FitConfig(), states=state)
+    del state.resume.tensors["shuffle"]
+    with pytest.raises(ValueError, match="expected a whole state of this training in nowhere, got KeyError: 'shuffle'"):
+        course(state)
 
 
 def test_the_last_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
-    assert cf.load_state(tmp_path) is None
-    taken = course(stop_after=4)[0]
-    for state in taken:
-        cf.save_state(state, tmp_path)
+    taken, states = InMemory(), cf.States(tmp_path)
+    assert states.load() is None
+    course(taken, stop_after=4)
+    for state in taken.taken:
+        states.save(state)
     newest, other = sorted(tmp_path.iterdir(), reverse=True)
-    assert cf.load_state(tmp_path).steps == 4
+    assert states.load().steps == 4
     newest.write_bytes(newest.read_bytes()[:100])
     with pytest.warns(RuntimeWarning, match="does not read"):
-        assert cf.load_state(tmp_path).steps == 3
+        assert states.load().steps == 3
     other.unlink()
     newest.unlink()
-    assert cf.load_state(tmp_path) is None
+    assert states.load() is None

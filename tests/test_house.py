@@ -37,6 +37,8 @@ ROOMS = (
     # inference
     "objectives",
     "group",
+    "files",
+    "states",
     "fit",
     "kernels",
     "diagnostics",

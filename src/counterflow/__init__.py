@@ -5,13 +5,13 @@ from typing import TYPE_CHECKING, Any
 from counterflow import targets
 from counterflow.autoregressive import Autoregressive
 from counterflow.blackbox import PosteriorConfig
-from counterflow.checkpoint import load, load_state, save, save_state
+from counterflow.checkpoint import load, save
 from counterflow.columns import Column, Columns
 from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
 from counterflow.distill import Agreement, DistillConfig, agreement, distill
 from counterflow.export import export
-from counterflow.fit import Epoch, FitConfig, Record, State, fit
+from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Base, DiagonalNormal, Flow, FlowDistribution, KernelMixture, StandardNormal, StudentT
 from counterflow.interop import convert
 from counterflow.kernels import add_kernels
@@ -33,6 +33,7 @@ from counterflow.objectives import (
 )
 from counterflow.posterior import Posterior, fit_posterior
 from counterflow.recipes import IAF, MAF, NSF, Coupling
+from counterflow.states import States
 from counterflow.transform import Compose, Inverse, Permute, Standardize, Transform, Triangular
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, ScaledAffine, SinhArcsinh, Univariate
 from counterflow.vae import VAE
@@ -56,7 +57,7 @@ __all__ = [
     "FitConfig",
     "Record",
     "convert",
-    "State",
+    "States",
     "dreg_elbo",
     "elbo",
     "evaluate",
@@ -65,12 +66,10 @@ __all__ = [
     "forward_kl",
     "iw_elbo",
     "load",
-    "load_state",
     "log_likelihood",
     "path_elbo",
     "renyi_elbo",
     "save",
-    "save_state",
     "targets",
     "warm_up",
     "MAF",

@@ -1,14 +1,8 @@
-"""Save and load: weights as safetensors, the constructor's arguments as JSON in the file's header. Never pickle.
-
-The state of a training, from which it goes on after a kill, is kept in the same form.
-"""
+"""Save and load: weights as safetensors, the constructor's arguments as JSON in the file's header. Never pickle."""
 
 from __future__ import annotations
 
 import json
-import os
-import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +15,7 @@ from counterflow.autoregressive import Autoregressive
 from counterflow.columns import Columns
 from counterflow.context import StandardizedContext
 from counterflow.coupling import CouplingLayer
-from counterflow.fit import State
+from counterflow.files import alone, write_whole
 from counterflow.flow import DiagonalNormal, Flow, KernelMixture, StandardNormal, StudentT
 from counterflow.linear import Linear
 from counterflow.made import Wiring
@@ -62,8 +56,6 @@ TYPES: dict[str, type] = {
     )
 }
 KEY = "counterflow"  # in the header of the file
-STATE = "counterflow.training"  # in the header of a state
-KEPT = 2  # states of a training; where the newest does not read, the one before does
 
 
 def save(module: nn.Module, path: str | Path) -> None:
@@ -83,68 +75,7 @@ def save(module: nn.Module, path: str | Path) -> None:
         3
     """
     header = json.dumps(encode(module))
-    write_whole(Path(path), safetensors.torch.save(_alone(module.state_dict()), metadata={KEY: header}))
-
-
-def _alone(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Copies in ordinary memory of which none shares any."""
-    return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that is there as a whole or as it was before, also after a loss of power."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too
-        finally:
-            os.close(folder)
-
-
-def save_state(state: State, folder: str | Path) -> None:
-    """Write the state of a training to a folder of its own, in which the last two are kept.
-
-    Example:
-        >>> import counterflow as cf, tempfile, torch
-        >>> flow, x, folder = cf.MAF(2, layers=1, hidden=(8,)), torch.randn(200, 2), tempfile.mkdtemp()
-        >>> config = cf.FitConfig(epochs=2, batch_size=50)
-        >>> record = cf.fit(flow, cf.log_likelihood, x, x, config, on_state=lambda state: cf.save_state(state, folder))
-        >>> cf.load_state(folder).steps
-        8
-    """
-    folder = Path(folder)
-    content = safetensors.torch.save(_alone(state.tensors), metadata={STATE: json.dumps(state.numbers)})
-    write_whole(folder / f"{state.steps:012d}.safetensors", content)
-    for old in _states(folder)[KEPT:]:
-        old.unlink()
-
-
-def load_state(folder: str | Path) -> State | None:
-    """The newest state of a training in its folder that reads; None where there is none."""
-    for path in _states(Path(folder)):
-        try:
-            with safe_open(path, "pt") as file:
-                numbers = json.loads((file.metadata() or {})[STATE])
-                return State({k: file.get_tensor(k) for k in file.keys()}, numbers)  # noqa: SIM118  # not a dict
-        except (SafetensorError, KeyError, ValueError) as error:
-            warnings.warn(f"{path} does not read ({error}); taking the state before it", RuntimeWarning, stacklevel=2)
-    return None
-
-
-def _states(folder: Path) -> list[Path]:
-    """The newest first."""
-    return sorted(folder.glob("*.safetensors"), reverse=True)
+    write_whole(Path(path), safetensors.torch.save(alone(module.state_dict()), metadata={KEY: header}))
 
 
 def load(path: str | Path, device: str = "cpu") -> Any:

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from counterflow.group import Group
+from counterflow.states import State, States
 from counterflow.transform import positive
 
 Batch = Any  # a tensor (B, ...), or a tuple of tensors of B rows each; None where the objective draws its own
@@ -103,19 +104,6 @@ class Record:
         return next((e for e in reversed(self.epochs) if e.best), None)
 
 
-@dataclass(frozen=True)
-class State:
-    """All that a training needs to go on from between two steps as if it had never stopped, bit by bit."""
-
-    tensors: dict[str, Tensor]  # weights, averaged and best weights, the optimizer's moments, generators, order of rows
-    numbers: dict[str, Any]  # position, sums, epochs: what JSON can hold
-
-    @property
-    def steps(self) -> int:
-        """The steps that are done."""
-        return int(self.numbers["steps"])
-
-
 def fit(
     model: nn.Module,
     objective: Objective,
@@ -127,9 +115,7 @@ def fit(
     anneal: Callable[[float], dict[str, float]] | None = None,
     on_step: Callable[[int, int], None] | None = None,
     on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
-    on_state: Callable[[State], None] | None = None,
-    state_every: float = 60.0,
-    resume: State | None = None,
+    states: States | None = None,
 ) -> Record:
     """Maximise the mean of an objective's terms; the model ends with the weights that validated best.
 
@@ -139,8 +125,8 @@ def fit(
 
     Where torch.distributed has a process group, all its processes call this with the same arguments, and come to the
     same weights by DistributedDataParallel: each takes its share of every batch, with noise of its own, and of the
-    validation rows. What an objective draws without data is drawn by each. on_epoch and on_state are called by the
-    first process alone.
+    validation rows. What an objective draws without data is drawn by each. on_epoch is called by the first process
+    alone.
 
     Args:
         model: trained in place, and moved to the config's device.
@@ -154,10 +140,9 @@ def fit(
         anneal: epoch (a float) -> keywords for the objective, such as beta for a warm-up of the KL.
         on_step: called with (steps done, steps in all), between two steps: a KeyboardInterrupt raised here loses none.
         on_epoch: called with the epoch and the model as evaluated (averaged weights).
-        on_state: called between two steps with what it takes to go on from there: every state_every seconds, after
-            an interruption by on_step, and at the end. Its tensors are those of the training: write them, or clone.
-        state_every: seconds.
-        resume: a state to go on from; model, data and config must be those that it comes from.
+        states: where to keep what it takes to go on from between two steps, and to look for it: a training that was
+            ended goes on bit by bit when model, data and config are the same. One is written every so many seconds,
+            after an interruption by on_step, and at the end.
 
     Raises:
         ValueError: fewer rows than a batch, data that hold a NaN or an infinity, or a state of another training.
@@ -174,24 +159,22 @@ def fit(
     _check_rows(validation, "the validation data", 1)
     device, group = torch.device(config.device), Group.here()
     group.share(config.batch_size, "batch_size")
-    fingerprint = _fingerprint((train, validation)) if resume is not None or on_state is not None else ""
+    fingerprint = "" if states is None else _fingerprint((train, validation))
     training = _Training(model.to(device), objective, config, steps_per_epoch, fingerprint, group)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     started = saved = time.perf_counter()
     forked = list(range(torch.cuda.device_count()))  # manual_seed reaches every one
     with torch.random.fork_rng(forked):
         torch.manual_seed(group.seed(config.seed))
-        if resume is not None:
-            training.restore(resume)
+        if states is not None:
+            _go_on(training, states)
         before = training.record.seconds
 
         def keep() -> None:
             nonlocal saved
             training.record.seconds = before + time.perf_counter() - started
-            if on_state is not None:
-                state = training.state()
-                if group.rank == 0:
-                    on_state(state)
+            if states is not None:
+                states.save(training.state())
             saved = time.perf_counter()
 
         try:
@@ -204,7 +187,7 @@ def fit(
                         loss = training.loss(_to(batch, device), annealed)
                     training.step(loss)
                     ended = _interrupted(on_step, training.steps, steps_per_epoch * config.epochs)
-                    due = time.perf_counter() - saved > state_every
+                    due = states is not None and time.perf_counter() - saved > states.every
                     due, ended = group.any(due or ended, ended)
                     if due:
                         keep()
@@ -233,6 +216,20 @@ def fit(
             stacklevel=2,
         )
     return record
+
+
+def _go_on(training: _Training, states: States) -> None:
+    """From the newest state, if there is one."""
+    state = states.load()
+    if state is None:
+        return
+    try:
+        training.restore(state)
+    except (KeyError, IndexError, TypeError, RuntimeError) as error:
+        came = f"{type(error).__name__}: {error}"
+        raise ValueError(f"expected a whole state of this training in {states.folder}, got {came}") from None
+    if states.on_resume is not None:
+        states.on_resume(states.folder, state)
 
 
 class _Training:
@@ -356,7 +353,7 @@ class _Training:
             what = "data" if "fingerprint" in other else "settings"
             raise ValueError(
                 f"expected a state of the same data and settings to resume from, got other {what}; resume with what "
-                "the training was begun with, or begin a new one"
+                "the training was begun with, or remove its states to begin anew"
             )
         tensors = state.tensors
         self.best_weights = _under(tensors, "best")

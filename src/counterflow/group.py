@@ -61,6 +61,18 @@ class Group:
         dist.all_gather(every, mine.to(self._device))
         return [each.cpu() for each in every]
 
+    def broadcast(self, content: bytes) -> bytes:
+        """What the first process gave."""
+        if self.size == 1:
+            return content
+        length = torch.tensor(len(content), device=self._device)
+        dist.broadcast(length, 0)
+        every = torch.zeros(int(length), dtype=torch.uint8, device=self._device)
+        if self.rank == 0 and content:
+            every.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
+        dist.broadcast(every, 0)
+        return every.cpu().numpy().tobytes()
+
     @property
     def _device(self) -> str:
         return "cuda" if dist.get_backend() == "nccl" else "cpu"

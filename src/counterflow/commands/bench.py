@@ -23,6 +23,7 @@ from counterflow.commands.contest import BOTH, GROWTH_ROWS, Contest, Rules
 from counterflow.commands.peers import OURS, PEERS
 from counterflow.commands.standings import Results, Sheet
 from counterflow.commands.trial import MEASUREMENTS, Setting, Size
+from counterflow.files import write_json
 
 FORMAT = 1  # of the run folder
 GIB = 2**30
@@ -77,7 +78,7 @@ class Bench:
         self._check(growth)
         run = console.new_run(self.out, "bench")
         config = {"format": FORMAT, "command": "bench", "version": __version__, **dataclasses.asdict(self)}
-        console.write_json(run / "config.json", config)
+        write_json(run / "config.json", config)
 
         absent = not_installed(self.peers)
         for name, command in absent.items():
@@ -195,7 +196,7 @@ def _save(run: Path, report: dict[str, Any], contest: Contest) -> None:
         "growth": [dataclasses.asdict(m) for m in contest.growth],
         "first calls": [dataclasses.asdict(f) for f in contest.first],
     }
-    console.write_json(run / "bench.json", {**report, **figures})
+    write_json(run / "bench.json", {**report, **figures})
 
 
 def _finish(run: Path, report: dict[str, Any], contest: Contest) -> int:
@@ -208,7 +209,7 @@ def _finish(run: Path, report: dict[str, Any], contest: Contest) -> int:
         "not installed": report["not installed"],
         "failed": contest.failed,
     }
-    console.write_json(run / "summary.json", summary)
+    write_json(run / "summary.json", summary)
     sheets = [
         standings.directions(results),
         standings.against(results, "sequential", "Sequential direction"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -65,11 +63,6 @@ def new_file(path: Path) -> Path:
     if path.exists():
         raise FileExistsError(f"expected a new file, got {path}, which exists; give another --out")
     return path
-
-
-def write_json(path: Path, value: Any) -> None:
-    """One JSON file, indented, ending in a newline."""
-    path.write_text(json.dumps(value, indent=2, default=str) + "\n")
 
 
 def progress(kind: str, reached: str = "ELBO") -> Progress:

@@ -27,6 +27,7 @@ from counterflow.commands import console
 from counterflow.data.streams import open_table, read_table
 from counterflow.density import DensityConfig
 from counterflow.density.estimator import FlowDensity
+from counterflow.files import write_json
 from counterflow.fit import Epoch
 from counterflow.mixture import FlowMixture
 from counterflow.transform import Compose, Inverse, Permute, Transform
@@ -94,13 +95,13 @@ class Density:
         )
         with console.removed_on_error(run):
             config = {"format": FORMAT, "command": "density", "version": __version__, **dataclasses.asdict(self)}
-            console.write_json(run / "config.json", config)
+            write_json(run / "config.json", config)
             self._fit(density, train, run)
             density.save(run)
             with console.err.status("testing, beside Gaussian mixtures"):
                 summary = self._summary(density, train, test)
             _draw(density, test, run / "plots", self.seed)
-            console.write_json(run / "summary.json", summary)
+            write_json(run / "summary.json", summary)
         _tell(summary, run)
         return 130 if density.records_[-1].stopped == "interrupted" else 0
 

@@ -20,6 +20,7 @@ from counterflow.commands import console
 from counterflow.commands.model import trained
 from counterflow.density import DESCRIPTION
 from counterflow.distill import EPOCH, Agreement, DistillConfig, Distilled, agreement, distilled
+from counterflow.files import write_json
 from counterflow.fit import Epoch
 from counterflow.flow import Flow
 from counterflow.mixture import FlowMixture
@@ -62,7 +63,7 @@ class Distill:
             )
         run = console.new_run(self.out, "distill")
         config = {"format": FORMAT, "command": "distill", "version": __version__, **dataclasses.asdict(self)}
-        console.write_json(run / "config.json", config)
+        write_json(run / "config.json", config)
         made = self._train(teacher, run)
         if any(record.best is None for record in made.records.values()):
             console.note("training ended before its first epoch was over: no weights are kept")
@@ -73,7 +74,7 @@ class Distill:
         torch.manual_seed(self.distill.seed)
         with console.err.status(f"comparing {self.draws} draws of each"):
             found = agreement(teacher, made.student, draws=self.draws)
-        console.write_json(run / "summary.json", self._summary(made, found))
+        write_json(run / "summary.json", self._summary(made, found))
         self._draw(run / "plots", teacher, made)
         console.say(
             f"KL(student || teacher) {found.reverse:.3f} ± {found.reverse_error:.2g} nats, KL(teacher || student) "

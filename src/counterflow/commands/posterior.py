@@ -24,6 +24,7 @@ from counterflow.commands import console
 from counterflow.commands.misfit import misfit, noise
 from counterflow.commands.modelling import DEFAULT, Tool, blaming, find_target
 from counterflow.diagnostics import import_arviz, resample
+from counterflow.files import write_json
 from counterflow.targets import Target
 
 FORMAT = 1  # of the run folder
@@ -74,7 +75,7 @@ class Posterior:
         console.note(f"{self.model}: {target.dim} dimensions ({_listed(target.parameters)}); run folder {run}")
         with console.removed_on_error(run), blaming(self._file):
             config = {"format": FORMAT, "command": "posterior", "version": __version__, **dataclasses.asdict(self)}
-            console.write_json(run / "config.json", config)
+            write_json(run / "config.json", config)
             found = self._fit(target, run)
         interrupted = found.stages[-1].stopped == "interrupted"
         self._write(found, target, run)
@@ -110,7 +111,7 @@ class Posterior:
         _whole(run / "posterior.nc", lambda path: data.to_netcdf(str(path)))
         _whole(run / "draws.parquet", lambda path: _write_parquet(path, data, found.values))
         _draw(found, target, run / "plots")
-        console.write_json(run / "summary.json", _plain(_summary(found, self.model)))
+        write_json(run / "summary.json", _plain(_summary(found, self.model)))
 
 
 def _check_packages() -> None:

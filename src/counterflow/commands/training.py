@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 
 from counterflow import __version__
-from counterflow.checkpoint import load_state, save_state
 from counterflow.commands import console
-from counterflow.fit import State
+from counterflow.files import write_json
 from counterflow.group import Group
+from counterflow.states import State, States
 
 FORMAT = 1  # of the run folder
 STATES = "states"  # a folder of the run folder, while the run is not finished
@@ -68,37 +68,23 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-@dataclasses.dataclass(frozen=True)
-class Course:
-    """The states of one training of a run."""
+def course(run: Path, name: str, every: float, about: dict[str, Any]) -> States:
+    """The states of one training of a run; where it goes on from one, metrics.jsonl then ends where that one does.
 
-    run: Path
-    name: str = "model"
+    about is what the lines of this training have, and those of others do not.
+    """
 
-    @property
-    def folder(self) -> Path:
-        """Where they are."""
-        return self.run / STATES / self.name
+    def on_resume(folder: Path, state: State) -> None:
+        console.note(f"{name}: going on from step {state.steps:,} ({folder})")
 
-    def begin(self, about: dict[str, Any]) -> State | None:
-        """The state to go on from, if there is one; metrics.jsonl then ends with the epoch that it ends with.
-
-        about is what the lines of this training have, and those of others do not.
-        """
-        state, group = load_state(self.folder), Group.here()
-        group.wait()  # before anyone writes
-        metrics = self.run / "metrics.jsonl"
-        if metrics.exists() and group.rank == 0:
-            over = 0 if state is None else len(state.numbers["record"]["epochs"])
-            lines = metrics.read_text("utf-8").splitlines()
-            metrics.write_text("".join(f"{line}\n" for line in lines if not _is_later(line, about, over)), "utf-8")
-        if state is not None:
-            console.note(f"{self.name}: going on from step {state.steps:,} ({self.folder})")
-        return state
-
-    def keep(self, state: State) -> None:
-        """Write a state."""
-        save_state(state, self.folder)
+    states = States(run / STATES / name, every, on_resume)
+    state = states.load()
+    metrics = run / "metrics.jsonl"
+    if metrics.exists() and Group.here().rank == 0:
+        over = 0 if state is None else len(state.numbers["record"]["epochs"])
+        lines = metrics.read_text("utf-8").splitlines()
+        metrics.write_text("".join(f"{line}\n" for line in lines if not _is_later(line, about, over)), "utf-8")
+    return states
 
 
 def _is_later(line: str, about: dict[str, Any], epochs: int) -> bool:
@@ -155,9 +141,7 @@ def begun(command: Command, run: Path | None, name: str) -> Path:
         if group.rank == 0:
             run = console.new_run(run, name)
             values = dataclasses.asdict(typing.cast(Any, command))
-            console.write_json(
-                run / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values}
-            )
+            write_json(run / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values})
     group.wait()
     return typing.cast(Path, run)
 

@@ -22,6 +22,7 @@ from counterflow.commands import console, training
 from counterflow.commands.model import observed, picture
 from counterflow.data import Dataset, Splits, load, split
 from counterflow.diagnostics import effective_sample_size, resample
+from counterflow.files import write_json
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.group import Group
 from counterflow.objectives import Evaluation, elbo, evaluate, iw_elbo, path_elbo, warm_up
@@ -156,7 +157,7 @@ class Vae:
             with console.err.status(f"testing {name} with {self.test_samples} samples a datum"):
                 reached = evaluate(model, test, self.test_samples)
             summary["results"].append(self._result(name, model, record, reached))
-            console.write_json(run / "summary.json", summary)
+            write_json(run / "summary.json", summary)
         if Group.here().rank:
             return 0
         self._draw(run / "plots", models, records, test[:64])
@@ -189,8 +190,7 @@ class Vae:
         return elbo(model, x, self.samples, beta=beta, free_bits=self.free_bits, groups=self.groups)
 
     def _train(self, name: str, model: VAE, parts: Splits, run: Path, last: bool, stop: training.Stop) -> Record:
-        course = training.Course(run, name)
-        state = course.begin({"posterior": name})
+        states = training.course(run, name, self.save_every, {"posterior": name})
         file = run / ("model.safetensors" if last else f"model-{name}.safetensors")
         unit = "images" if parts.train.dim() == 4 else "rows"
 
@@ -221,9 +221,7 @@ class Vae:
                 anneal=lambda epoch: {"beta": warm_up(epoch, self.warm_up * self.fit.epochs)},
                 on_step=training.on_step(stop, on_step),
                 on_epoch=on_epoch,
-                on_state=course.keep,
-                state_every=self.save_every,
-                resume=state,
+                states=states,
             )
 
     def _result(self, name: str, model: VAE, record: Record, reached: Evaluation) -> dict[str, Any]:

@@ -1,0 +1,114 @@
+"""The states of trainings, in files: a training that was killed goes on from the last one bit by bit. Never pickle."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from counterflow.files import alone, write_whole
+from counterflow.group import Group
+
+NUMBERS = "numbers"  # the tensor that holds the JSON
+KEPT = 2  # of a training; where the newest does not read, the one before does
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a training needs to go on from between two steps as if it had never stopped, bit by bit."""
+
+    tensors: dict[str, Tensor]  # weights, averaged and best weights, the optimizer's moments, generators, order of rows
+    numbers: dict[str, Any]  # position, sums, epochs: what JSON can hold
+
+    @property
+    def steps(self) -> int:
+        """The steps that are done."""
+        return int(self.numbers["steps"])
+
+
+@dataclass(frozen=True)
+class States:
+    """Where the states of a training are kept: give it to the same call again, and the training goes on.
+
+    A state is written to a temporary file, synced and renamed, so that there is always a whole one; the last two are
+    kept. Several trainings of one name each have a folder within it. Where torch.distributed has a process group, the
+    first process writes, and reads for all.
+
+    Args:
+        folder: made when there is something to write; remove it to begin anew.
+        every: seconds between two states; there is one at the end, and one when a training is interrupted, besides.
+        on_resume: called with the folder and the state from which a training goes on.
+
+    Example:
+        >>> import counterflow as cf, tempfile, torch
+        >>> x, states = torch.randn(200, 2), cf.States(tempfile.mkdtemp())
+        >>> def train():
+        ...     flow = cf.MAF(2, layers=1, hidden=(8,), seed=0)
+        ...     return cf.fit(flow, cf.log_likelihood, x, x, cf.FitConfig(epochs=2, batch_size=50), states=states)
+        >>> record = train()
+        >>> states.load().steps
+        8
+        >>> train().epochs == record.epochs  # nothing was left to do
+        True
+    """
+
+    folder: Path
+    every: float = 60.0
+    on_resume: Callable[[Path, State], None] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", Path(self.folder))
+
+    def of(self, name: str) -> States:
+        """Those of one training among several."""
+        return States(self.folder / name, self.every, self.on_resume)
+
+    def load(self) -> State | None:
+        """The newest one that reads; None where there is none."""
+        content = Group.here().broadcast(self._newest())
+        if not content:
+            return None
+        tensors = safetensors.torch.load(content)
+        return State(tensors, _numbers(tensors))
+
+    def save(self, state: State) -> None:
+        """Write one, and remove all but the last two."""
+        if Group.here().rank:
+            return
+        text = json.dumps(state.numbers).encode()
+        tensors = {**alone(state.tensors), NUMBERS: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
+        write_whole(self.folder / f"{state.steps:012d}.safetensors", safetensors.torch.save(tensors))
+        for old in self._files()[KEPT:]:
+            old.unlink()
+
+    def _newest(self) -> bytes:
+        """What the newest file that reads holds; nothing where there is none, or another process reads."""
+        for path in [] if Group.here().rank else self._files():
+            content = path.read_bytes()
+            try:
+                _numbers(safetensors.torch.load(content))
+                return content
+            except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+                warnings.warn(
+                    f"{path} does not read ({error}); taking the state before it", RuntimeWarning, stacklevel=3
+                )
+        return b""
+
+    def _files(self) -> list[Path]:
+        """The newest first."""
+        return sorted(self.folder.glob("*.safetensors"), reverse=True)
+
+
+def _numbers(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """The JSON among the tensors, which is taken out of them."""
+    numbers: dict[str, Any] = json.loads(tensors.pop(NUMBERS).numpy().tobytes())
+    int(numbers["steps"])
+    return numbers
