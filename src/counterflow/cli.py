@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 import warnings
 
@@ -47,11 +48,22 @@ def main(arguments: list[str] | None = None) -> int:
             with together():
                 return command.run()
         except (ValueError, OSError, ImportError) as error:
-            console.note(f"counterflow: {' '.join(str(error).split())}")
+            console.note(f"counterflow: {_in_one_line(_explained(error), error)}")
             return 2
-        except KeyboardInterrupt:
-            console.note("interrupted")
-            return 130
+        except KeyboardInterrupt as error:
+            console.note(_in_one_line("interrupted", error))
+            return error.code if isinstance(error, console.Interrupted) else 130
+
+
+def _explained(error: Exception) -> str:
+    """A full disk is the one error of the system that has to be told in other words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"expected room on the disk to write to, got none left ({error}); make some"
+    return str(error)
+
+
+def _in_one_line(text: str, error: BaseException) -> str:
+    return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())
 
 
 if __name__ == "__main__":
