@@ -5,7 +5,9 @@
 
 import ctypes
 import gc
+import multiprocessing
 import os
+import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -16,6 +18,7 @@ import pytest
 import torch
 from registry import UNIVARIATES, over
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import counterflow as cf
 from counterflow.blackbox import ESTIMATORS, OnTarget
@@ -250,3 +253,84 @@ def test_a_state_of_a_longer_course_leaves_nothing_behind(tmp_path):
     before = types_after(1000)
     assert types_after(1040) <= before + 1
     assert states.load().numbers == {"steps": 1079, "record": list(range(1079))}
+
+
+# -- a real Ctrl-C in the midst of a step ------------------------------------------------------------
+
+
+def strike() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def course(folder: Path, place: str | None = None, at: int = 21) -> tuple[cf.Record, dict, list[dict]]:
+    """A training whose states are written at every step; step `at` gets a SIGINT. What it comes to, and its weights."""
+    model, weights, step = flow(cf.IAF), [], 0
+
+    def objective(q, x):
+        nonlocal step
+        step += q.training
+        here = step == at and q.training
+        if here and place == "forward pass":
+            strike()
+        if place == "validation" and not q.training and step >= at:
+            strike()
+        z = x + 0.1 * torch.randn_like(x)
+        if here and place == "backward pass":
+            z.requires_grad_().register_hook(lambda grad: strike())
+        return q().log_prob(z)
+
+    def struck(optimizer, arguments, keywords):
+        if place == "optimizer" and step == at:
+            strike()
+
+    def on_epoch(row, evaluated):
+        weights.append({k: v.clone() for k, v in evaluated.state_dict().items()})
+
+    real = os.fsync
+
+    def fsync(descriptor):
+        if place == "state that is being written" and step == at:
+            strike()
+        real(descriptor)
+
+    hook = register_optimizer_step_pre_hook(struck)
+    os.fsync = fsync
+    try:
+        states = cf.States(folder, every=0.0)
+        record = train(model, objective, ROWS, 6, on_epoch=on_epoch, states=states)
+    finally:
+        os.fsync = real
+        hook.remove()
+    return record, model.state_dict(), weights
+
+
+PLACES = ("forward pass", "backward pass", "optimizer", "validation", "state that is being written")
+
+
+def same(a: dict, b: dict) -> bool:
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def strike_and_go_on(folder: str) -> None:
+    """In a process of its own: whatever a step is at, Ctrl-C ends with the best weights, and the training goes on."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    whole, expected, _ = course(Path(folder) / "whole")
+    assert whole.stopped == "finished"
+    for place in PLACES:
+        record, weights, kept = course(Path(folder) / place, place)
+        last = {"validation": 24}.get(place, 20)  # steps that are done, 6 to an epoch
+        assert record.stopped == "interrupted" and len(record.epochs) == 3, (place, record)
+        assert same(weights, kept[record.best.epoch - 1]), place
+        files = sorted(path.name for path in (Path(folder) / place).iterdir())
+        assert files == [f"{k:012d}.safetensors" for k in (last - 1, last)], (place, files)
+        record, weights, _ = course(Path(folder) / place)
+        assert record.stopped == "finished" and same(weights, expected), place
+        assert [e.validation for e in record.epochs] == [e.validation for e in whole.epochs], place
+
+
+def test_ctrl_c_in_the_midst_of_a_step(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=strike_and_go_on, args=(str(tmp_path),))
+    process.start()
+    process.join(120)
+    assert process.exitcode == 0
