@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from counterflow.checkpoint import load, save
-from counterflow.columns import Columns, Context, check_cells, check_columns, detect
+from counterflow.columns import Columns, Context, check_cells, check_columns, check_sizes, detect
 from counterflow.columns.context import is_numeric
 from counterflow.columns.detection import Bounds, Kind
 from counterflow.density import DESCRIPTION, MODEL, DensityConfig, Named
@@ -262,6 +262,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             x, c, weights = x[kept], None if c is None else c[kept], weights[kept] / weights[kept].mean()
         if len(x) < 2:
             raise ValueError(f"expected at least two rows of a weight above 0, got n_samples={len(x)}; bring more data")
+        check_sizes(x, names)
         self.columns_ = detect(x, names, self.columns, self.bounds, self.seed_)
         check_columns(x, names, self.columns_.quantised)
         parts = [torch.from_numpy(part).float() for part in (c, weights) if part is not None]
