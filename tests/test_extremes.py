@@ -13,6 +13,7 @@ from registry import SPLINE, over
 from test_properties import DTYPES, LARGE, LARGEST, MODERATE, dtypes, laws, normal, rows
 
 import counterflow as cf
+from counterflow.blackbox import ESTIMATORS
 
 SMALLEST = {torch.float32: [1e-45, -1e-45, 1e-39, 1.2e-38], torch.float64: [5e-324, -5e-324, 1e-310, 2.3e-308]}
 REPEATED = [0.0, 1.0, 1.0, 1.0, -1.0, -1.0]
@@ -217,3 +218,22 @@ def test_terms_of_a_vae_are_finite(likelihood, seed, special):
     terms = cf.elbo(model, x)
     terms.mean().backward()
     assert terms.isfinite().all() and all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# -- posteriors --------------------------------------------------------------------------------------
+
+
+@over([1.0, 3.0], "edge")
+@over(ESTIMATORS, "estimator")
+@pytest.mark.filterwarnings("ignore:training ended:RuntimeWarning")
+def test_a_target_that_is_no_number_in_a_region(estimator, edge):
+    """No NaN reaches the flow, and draws that the verdict trusts keep out of the region."""
+
+    def target(theta):
+        return torch.where(theta[..., 0] > edge, math.nan, -theta.square().sum(-1) / 2)
+
+    config = cf.PosteriorConfig(layers=1, steps=100, stages=2, verdict_draws=1000, estimator=estimator)
+    posterior = cf.fit_posterior(target, config, dim=2)
+    assert all(p.isfinite().all() for p in posterior.flow.parameters())
+    assert posterior.trusted or edge == 1.0  # where an ELBO, which is -inf, does not tell the way
+    assert not posterior.trusted or posterior.sample(500)["theta"][:, 0].max() <= edge
