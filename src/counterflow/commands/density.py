@@ -8,16 +8,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
-import pyarrow
 import torch
 import tyro
 from rich.table import Table
-from sklearn.datasets import load_breast_cancer
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
 from counterflow import plots
@@ -25,12 +21,14 @@ from counterflow.columns import Columns
 from counterflow.commands import console, training
 from counterflow.data.streams import open_table, read_table
 from counterflow.density import DensityConfig
-from counterflow.density.estimator import FlowDensity
 from counterflow.files import write_json
 from counterflow.fit import Epoch
 from counterflow.group import Group
 from counterflow.mixture import FlowMixture
 from counterflow.transform import Compose, Inverse, Permute, Transform
+
+if TYPE_CHECKING:  # scikit-learn takes seconds to import, which no other command should wait for
+    from counterflow.density.estimator import FlowDensity
 
 Array = np.ndarray[Any, Any]
 BUNDLED = "breast-cancer"
@@ -80,6 +78,8 @@ class Density:
 
     def _run(self, run: Path | None) -> int:
         """A new run, or one to go on with."""
+        from counterflow.density.estimator import FlowDensity
+
         if not 0 < self.test < 1:
             raise ValueError(f"expected test in (0, 1), got {self.test}")
         if run is None:
@@ -115,6 +115,9 @@ class Density:
 
     def _read(self) -> tuple[Any, dict[str, Array]]:
         """The columns as an Arrow table, whose names scikit-learn takes over, and those to condition on."""
+        import pyarrow
+        from sklearn.datasets import load_breast_cancer
+
         if self.data == BUNDLED:
             bundled = load_breast_cancer()
             read = dict(zip(bundled.feature_names.tolist(), bundled.data.T, strict=True))
@@ -213,6 +216,9 @@ def mixture_scores(columns: Columns, train: Array, test: Array, draws: int, seed
     Recorded numbers are put within their cells, in training and, `draws` times, in the test, as for the flow: a mixture
     on the plain numbers would find the density without bound of those that repeat.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
     rng = np.random.default_rng(seed)
 
     def noisy(x: Array) -> tuple[Array, Tensor]:
@@ -264,6 +270,8 @@ def _tell(summary: dict[str, Any], run: Path) -> None:
 
 
 def _draw(density: FlowDensity, test: _Part, folder: Path, seed: int) -> None:
+    import pyarrow
+
     names = density.get_feature_names_out().tolist()
     curve = {
         f"flow {k + 1}": ([e.train for e in record.epochs], [e.validation for e in record.epochs])
