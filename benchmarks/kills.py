@@ -5,7 +5,7 @@
 For each command that trains, a run that is left alone is timed. Then, so many times, the same command is started and
 ended by SIGKILL at a moment drawn uniformly from that time, start-up, tests and pictures included; then
 `--resume` (or the command itself, where there is no run yet) is started, and killed again with a chance of one half,
-until it ends by itself. Counted is how often the weights, the draws and what the metrics and the summary say (but for
+until it ends by itself. A run that ends before it is killed does not count, and shortens the time. Counted is how often the weights, the draws and what the metrics and the summary say (but for
 the seconds) are the same bits as those of the run that was left alone.
 
     python benchmarks/kills.py --ranks [--times 10]
@@ -90,14 +90,14 @@ def _timeless(value: Any) -> Any:
 
 
 def survive(words: list[str], out: Path, seconds: float, rng: random.Random) -> tuple[dict[str, Any] | None, str, int]:
-    """What a run that is killed comes to, where it stood when it was first killed, and how often it was."""
+    """What a run that is killed comes to, where it stood when it was first killed, and how often it was killed."""
     kills, stage, killing = 0, "", True
     while True:
         begun = (out / "config.json").is_file()
         again = [*words[:4], "--resume", str(out)] if begun else [*words, "--out", str(out)]
         code, errors = run(again, rng.uniform(0.05, seconds) if killing else None)
         if code == 0 or (code == 2 and "which is finished" in errors):
-            return outcome(out), stage or "after its end", kills
+            return outcome(out), stage, kills
         if code != -signal.SIGKILL:
             print(errors, flush=True)
             return None, stage, kills
@@ -129,15 +129,19 @@ def kills(names: list[str], times: int) -> list[str]:
             assert code == 0, errors
             seconds, expected = time.perf_counter() - begun, outcome(folder / "alone")
             same, total, places = 0, 0, Counter[str]()
-            for k in range(times):
-                out = folder / f"{name}-{k}"
+            while sum(places.values()) < times:
+                out, begun = folder / f"{name}-{sum(places.values())}", time.perf_counter()
                 came, place, killed = survive(words, out, seconds, rng)
+                if not killed:
+                    seconds = min(seconds, time.perf_counter() - begun)
+                    shutil.rmtree(out)
+                    continue
                 differ = (
                     ["did not end"] if came is None else [key for key in expected if came.get(key) != expected[key]]
                 )
                 same, total = same + (not differ), total + killed
                 places[place] += 1
-                print(f"{name} {k}: {place}, {killed} kills, differs in {differ}", flush=True)
+                print(f"{name} {out.name}: {place}, {killed} kills, differs in {differ}", flush=True)
                 shutil.rmtree(out)
             fell = ", ".join(f"{count} {place}" for place, count in places.most_common())
             lines.append(f"| {name} | {seconds:.0f} | {times} | {same} | {total} | {fell} |")
