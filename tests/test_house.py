@@ -58,6 +58,7 @@ ROOMS = (
     "plots",
     "commands",
     "cli",
+    "__main__",
 )
 LAZY = [
     "PIL",

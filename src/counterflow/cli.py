@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
+import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from counterflow import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 when all went well, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; 0 when all went well, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         import tyro
 
@@ -44,14 +49,31 @@ def main(arguments: list[str] | None = None) -> int:
                 description=f"Autoregressive normalizing flows: VAEs, posteriors, tables. Version {__version__}.",
                 args=arguments,
             )
-            with together():
+            with _ended_by_sigterm(), together():
                 return command.run()
         except (ValueError, OSError, ImportError) as error:
             console.note(f"counterflow: {' '.join(str(error).split())}")
             return 2
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as end:
             console.note("interrupted")
-            return 130
+            return 128 + (end.args[0] if end.args else signal.SIGINT)
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, which tidies up."""
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one is given signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

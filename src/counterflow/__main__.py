@@ -1,0 +1,7 @@
+"""`python -m counterflow`, which is the command."""
+
+import sys
+
+from counterflow.cli import main
+
+sys.exit(main())
