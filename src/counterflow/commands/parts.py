@@ -147,6 +147,7 @@ class Parts:
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"{wish}, got {self.folder}, which is a file; give another --out")
         if not self._about.is_file():
+            _clear(self._about)
             if self.folder.exists() and any(self.folder.iterdir()):
                 raise ValueError(f"{wish}, got {self.folder}, which holds something else; give another --out")
             write_json(self._about, made_of)
@@ -171,8 +172,7 @@ class Parts:
                 part = self._part(number)
                 if number % group.size != group.rank or part.exists():
                     continue
-                for file in leftovers(part):
-                    file.unlink()
+                _clear(part, self._sums(number))
                 with whole(part) as temporary:
                     sums = do(number, piece, temporary, partial(_show, status, part.name))
                     write_json(self._sums(number), sums)
@@ -202,6 +202,13 @@ class Parts:
 
     def _sums(self, number: int) -> Path:
         return self.folder / "_sums" / f"{number:05}.json"
+
+
+def _clear(*paths: Path) -> None:
+    """Remove what processes that were killed have left of these files."""
+    for path in paths:
+        for file in leftovers(path):
+            file.unlink()
 
 
 def _show(status: Status, name: str, how: str) -> None:
