@@ -5,8 +5,9 @@
 For each command that trains, a run that is left alone is timed. Then, so many times, the same command is started and
 ended by SIGKILL at a moment drawn uniformly from that time, start-up, tests and pictures included; then
 `--resume` (or the command itself, where there is no run yet) is started, and killed again with a chance of one half,
-until it ends by itself. A run that ends before it is killed does not count, and shortens the time. Counted is how often the weights, the draws and what the metrics and the summary say (but for
-the seconds) are the same bits as those of the run that was left alone.
+until it ends by itself. A run that ends before it is killed does not count, and shortens the time. Counted is how often
+the weights, the draws and what the metrics and the summary say (but for the seconds) are the same bits as those of the
+run that was left alone.
 
     python benchmarks/kills.py --ranks [--times 10]
 

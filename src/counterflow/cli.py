@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import errno
+import signal
 import sys
+import threading
+import types
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from counterflow import __version__
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 when all went well, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command; 0 when all went well, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
     try:
         import tyro
 
@@ -45,14 +50,14 @@ def main(arguments: list[str] | None = None) -> int:
                 description=f"Autoregressive normalizing flows: VAEs, posteriors, tables. Version {__version__}.",
                 args=arguments,
             )
-            with together():
+            with _ended_by_sigterm(), together():
                 return command.run()
         except (ValueError, OSError, ImportError) as error:
             console.note(f"counterflow: {_in_one_line(_explained(error), error)}")
             return 2
         except KeyboardInterrupt as error:
             console.note(_in_one_line("interrupted", error))
-            return error.code if isinstance(error, console.Interrupted) else 130
+            return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
 def _explained(error: Exception) -> str:
@@ -64,6 +69,23 @@ def _explained(error: Exception) -> str:
 
 def _in_one_line(text: str, error: BaseException) -> str:
     return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())
+
+
+@contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends a command as Ctrl-C does, which tidies up."""
+
+    def end(number: int, frame: types.FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    if threading.current_thread() is not threading.main_thread():  # only that one is given signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,25 +14,46 @@ import torch
 from torch import Tensor
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """A file that is there as a whole or as it was before, also after a loss of power."""
+@contextmanager
+def whole(path: Path) -> Iterator[Path]:
+    """Another path to write to, which becomes this file at the end: it is there as a whole or as it was before.
+
+    So it is after a loss of power as well. Where the writing fails, the folders that were made for it go too.
+    """
+    folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _to_disk(temporary, os.O_RDWR)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        for folder in folders:
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the new name, too
-        finally:
-            os.close(folder)
+        _to_disk(path.parent, os.O_RDONLY)  # the new name, too
+
+
+def leftovers(path: Path) -> list[Path]:
+    """What processes that were killed have left of this file."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
+
+
+def _to_disk(path: Path, mode: int) -> None:
+    opened = os.open(path, mode)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that is there as a whole or as it was before, also after a loss of power."""
+    with whole(path) as temporary:
+        temporary.write_bytes(content)
 
 
 def write_json(path: Path, value: Any) -> None:

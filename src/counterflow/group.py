@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -76,6 +79,25 @@ class Group:
             every.copy_(torch.frombuffer(bytearray(content), dtype=torch.uint8))
         dist.broadcast(every, 0)
         return every.cpu().numpy().tobytes()
+
+    def told_by_first(self, look: Callable[[], Any]) -> Any:
+        """What the first process finds, as JSON has it, or the error that it meets, in all: they may see other disks.
+
+        Raises:
+            ValueError: the first process meets that or an OSError.
+        """
+        found: dict[str, Any] = {}
+        if self.rank == 0:
+            try:
+                found = {"value": look()}
+            except (ValueError, OSError) as error:
+                if self.size == 1:
+                    raise
+                found = {"error": str(error)}
+        found = json.loads(self.broadcast(json.dumps(found).encode()))
+        if "error" in found:
+            raise ValueError(found["error"])
+        return found["value"]
 
     @property
     def _device(self) -> str:

@@ -12,16 +12,6 @@ out = Console()
 err = Console(stderr=True)
 
 
-class Interrupted(KeyboardInterrupt):
-    """An end that was asked for, with the exit code 128 + the number of the signal."""
-
-    def __init__(self, code: int, like: BaseException) -> None:
-        super().__init__()
-        self.code = code
-        for text in getattr(like, "__notes__", []):
-            self.add_note(text)
-
-
 def say(text: str) -> None:
     """A result, on stdout: as it is, neither coloured nor wrapped."""
     out.print(text, markup=False, highlight=False, soft_wrap=True)

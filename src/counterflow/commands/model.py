@@ -36,6 +36,11 @@ def kind_of_run(run: Path) -> str:
     return str(command)
 
 
+def weights(run: Path) -> Path:
+    """The weights file of a run folder, or the one that was given."""
+    return run / "model.safetensors" if run.is_dir() else run
+
+
 def trained(run: Path, kind: str = "counterflow") -> tuple[Any, Path]:
     """The model of a run folder, or of one weights file, and the folder.
 
@@ -44,7 +49,7 @@ def trained(run: Path, kind: str = "counterflow") -> tuple[Any, Path]:
     """
     if not run.exists():
         raise FileNotFoundError(f"expected a run folder of {kind}, got {run}, which does not exist")
-    path = run / "model.safetensors" if run.is_dir() else run
+    path = weights(run)
     if not path.is_file():
         others = ", ".join(str(p) for p in sorted(run.glob("*.safetensors"))) or "none"
         raise FileNotFoundError(f"expected {path}, which does not exist; other models in this folder: {others}")

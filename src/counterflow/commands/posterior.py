@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +22,7 @@ from counterflow.commands import console, training
 from counterflow.commands.misfit import misfit, noise
 from counterflow.commands.modelling import DEFAULT, Tool, blaming, find_target
 from counterflow.diagnostics import import_arviz, resample
-from counterflow.files import write_json
+from counterflow.files import whole, write_json
 from counterflow.group import Group
 from counterflow.targets import Target
 
@@ -118,8 +117,10 @@ class Posterior:
         torch.manual_seed(self.fit.seed)
         found.save(run)
         data = found.to_arviz(self.n)
-        _whole(run / "posterior.nc", lambda path: data.to_netcdf(str(path)))
-        _whole(run / "draws.parquet", lambda path: _write_parquet(path, data, found.values))
+        with whole(run / "posterior.nc") as path:
+            data.to_netcdf(str(path))
+        with whole(run / "draws.parquet") as path:
+            _write_parquet(path, data, found.values)
         _draw(found, target, run / "plots")
         write_json(run / "summary.json", _plain(_summary(found, self.model)))
 
@@ -166,17 +167,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file that is written whole or not at all."""
-    part = path.with_suffix(".part")
-    try:
-        write(part)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _write_parquet(path: Path, data: Any, names: Iterable[str]) -> None:

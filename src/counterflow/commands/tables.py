@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
 
 from counterflow.columns import Context
-from counterflow.commands import console
-from counterflow.data.streams import Source, check_writable, numbers, open_table, texts, writing
-from counterflow.density.estimator import FlowDensity
+from counterflow.commands import console, parts
+from counterflow.data.source import Part, Source, located
+from counterflow.data.streams import appending, check_writable, numbers, open_table, texts, writing
+from counterflow.density import DESCRIPTION, MODEL
+
+if TYPE_CHECKING:  # scikit-learn takes seconds to import, which no other command should wait for
+    from counterflow.density.estimator import FlowDensity
 
 Array = np.ndarray[Any, Any]
 ROWS = 1 << 15  # at a time
@@ -21,67 +25,119 @@ ADDED = "log_density"
 
 
 def score(run: Path, data: Path, key: str | None, device: str, out: Path | None) -> int:
-    """Add the log density of each row as a column."""
+    """Add the log density of each row as a column, in one file or in a folder of parts."""
+    into = parts.folder(out)
     density, folder = _trained(run, device)
     source = open_table(data, key)
-    arrays = source.path.suffix.lower() in (".npy", ".npz")
-    suffix = ".npy" if arrays else source.path.suffix.lower()
-    path = console.new_file(out or folder / f"scores{suffix}")
-    if path.suffix.lower() not in ({".npy", ".npz"} if arrays else {suffix}):
-        raise ValueError(f"expected --out to end in {suffix}, as {data} is such a table, got {path}")
+    kind = ".parquet" if data.is_dir() else data.suffix.lower()
+    arrays = kind in (".npy", ".npz")
+    suffix = ".npy" if arrays else kind
     names, given = _places(density, source)
     if ADDED in source.names:
         raise ValueError(f"expected a table without a column {ADDED!r}, which is to be added, got one in {data}")
-    scored, total, total_of_squares = 0, 0.0, 0.0
-    with (
-        writing(path, source.rows) as write,
-        ThreadPoolExecutor(1) as writer,
-        console.err.status("scoring") as status,
-    ):
+    if into is not None:
+
+        def do(number: int, part: Part, path: Path, show: parts.Show) -> parts.Sums:
+            with appending(path, suffix, part.rows) as write:
+                return _score(density, names, given, [part], write, show)
+
+        made_of = parts.about("score", _files(folder), data, key=key, rows=parts.ROWS)
+        return parts.Parts(into, suffix).write(made_of, source.parts(parts.ROWS), do, _told)
+    path = console.new_file(out or folder / f"scores{suffix}")
+    if path.suffix.lower() not in ({".npy", ".npz"} if arrays else {suffix}):
+        raise ValueError(
+            f"expected --out to end in {suffix}, as {data} is such a table, or to be a name without a suffix, for a "
+            f"folder of parts, got {path}"
+        )
+    with writing(path, source.rows) as write, console.err.status("scoring") as status:
+        sums = _score(density, names, given, source.parts(None), write, lambda how: status.update(f"scoring: {how}"))
+        if not sums["rows"]:
+            raise ValueError(f"expected at least one row in {data}, got none; add data")
+    console.say(f"{_told(sums)}; wrote {path}")
+    return 0
+
+
+def _score(
+    density: FlowDensity,
+    names: Sequence[str],
+    given: Sequence[str],
+    pieces: Iterable[Part],
+    write: Callable[[Any], None],
+    show: parts.Show,
+) -> parts.Sums:
+    """Write these parts of a table with their log densities; the sums over the rows."""
+    sums = {"rows": 0, ADDED: 0.0, f"{ADDED}_squared": 0.0}
+    with ThreadPoolExecutor(1) as writer:
         written = None
-        for batch in _ahead(source.batches(ROWS)):
-            x = numbers(batch, names, source.path, scored)
-            scores = density.score_checked(x, _context(density.context_, given, batch, source.path, scored))
+        for path, first, batch in _ahead(located(pieces, ROWS)):
+            x = numbers(batch, names, path, first)
+            scores = density.score_checked(x, _context(density.context_, given, batch, path, first))
             if written is not None:
                 written.result()  # one batch is written while the next is scored
             columns, names_out = [*batch.columns, pyarrow.array(scores)], [*batch.schema.names, ADDED]
             written = writer.submit(write, pyarrow.record_batch(columns, names=names_out))
-            scored, total = scored + len(scores), total + float(scores.sum())
-            total_of_squares += float(np.square(scores).sum())
-            status.update(f"scoring: {scored:,} rows")
-        if written is None:
-            raise ValueError(f"expected at least one row in {data}, got none; add data")
-        written.result()
-    mean = total / scored
-    error = f" ± {((total_of_squares / scored - mean**2) / (scored - 1)) ** 0.5:.3f}" if scored > 1 else ""
-    console.say(f"{scored:,} rows: mean log density {mean:.3f}{error} nats; wrote {path}")
-    return 0
+            sums["rows"] += len(scores)
+            sums[ADDED] += float(scores.sum())
+            sums[f"{ADDED}_squared"] += float(np.square(scores).sum())
+            show(f"{sums['rows']:,} rows")
+        if written is not None:
+            written.result()
+    return sums
+
+
+def _told(sums: parts.Sums) -> str:
+    """The mean log density and its standard error."""
+    rows, mean = int(sums["rows"]), sums[ADDED] / sums["rows"]
+    variance = max(0.0, sums[f"{ADDED}_squared"] / rows - mean**2)
+    error = f" ± {(variance / (rows - 1)) ** 0.5:.3f}" if rows > 1 else ""
+    return f"{rows:,} rows: mean log density {mean:.3f}{error} nats"
 
 
 def sample(run: Path, n: int, context: Path | None, seed: int, device: str, out: Path | None) -> int:
-    """Draw n rows, or n for each row of the context."""
+    """Draw n rows, or n for each row of the context, to one file or to a folder of parts."""
+    into = parts.folder(out)
     density, folder = _trained(run, device)
-    path = console.new_file(out or folder / "samples.csv")
-    check_writable(path)
     if (context is None) != (density.context_ is None):
         wanted = "no --context" if density.context_ is None else f"--context FILE with {density.context_.names}"
         raise ValueError(f"expected {wanted}, as this run was trained, got {context or 'none'}")
-    drawn, rng = 0, np.random.RandomState(seed)
     source = None if context is None else open_table(context)
+    asked = _asked(density, source, n)
+    if into is not None:
+
+        def do(number: int, piece: Any, path: Path, show: parts.Show) -> parts.Sums:
+            rng = np.random.RandomState(np.random.MT19937(parts.entropy(seed, number)))
+            with appending(path, ".parquet") as write:
+                return {"rows": _sample(density, asked([piece]), rng, write, show)}
+
+        made_of = parts.about("sample", _files(folder), context, n=n, seed=seed, rows=parts.ROWS)
+        pieces: Iterable[Any] = source.parts(max(1, parts.ROWS // n)) if source else parts.sizes(n, parts.ROWS)
+        return parts.Parts(into, ".parquet").write(made_of, pieces, do, lambda sums: f"{sums['rows']:,} rows")
+    path = console.new_file(out or folder / "samples.csv")
+    check_writable(path)
     rows = n if source is None else None if source.rows is None else n * source.rows
     if source is not None and rows is None and path.suffix.lower() in (".npy", ".npz"):
         rows = n * sum(batch.num_rows for batch in source.batches(ROWS))  # an array begins with its shape
     with writing(path, rows) as write, console.err.status("drawing") as status:
-        for given, carried in _contexts(density, source, n):
-            size = min(ROWS, n - drawn) if given is None else len(next(iter(given.values())))
-            rows_drawn = density.sample(size, given, rng)
-            write(pyarrow.record_batch({**carried, **_named(density, rows_drawn)}))
-            drawn += size
-            status.update(f"drawing: {drawn:,} rows")
+        every = source.parts(None) if source else [n]
+        rng = np.random.RandomState(seed)
+        drawn = _sample(density, asked(every), rng, write, lambda how: status.update(f"drawing: {how}"))
         if not drawn:
             raise ValueError(f"expected at least one row in {context}, got none; add some")
     console.say(f"{drawn:,} rows; wrote {path}")
     return 0
+
+
+def _sample(
+    density: FlowDensity, asked: Iterable[Any], rng: Any, write: Callable[[Any], None], show: parts.Show
+) -> int:
+    """Draw what is asked for, batch by batch; how many rows that were."""
+    drawn = 0
+    for size, given, carried in asked:
+        rows = density.sample(size, given, rng)
+        write(pyarrow.record_batch({**carried, **_named(density, rows)}))
+        drawn += size
+        show(f"{drawn:,} rows")
+    return drawn
 
 
 def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
@@ -93,26 +149,34 @@ def _ahead(batches: Iterator[Any]) -> Iterator[Any]:
             yield batch
 
 
-def _contexts(density: FlowDensity, source: Source | None, n: int) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """What to condition on for each batch of samples, and the same as columns of it."""
-    if source is None or density.context_ is None:
-        for _ in range(0, n, ROWS):
-            yield None, {}
-        return
-    given = _match(density.context_.names, source)
-    first = 0
-    for batch in source.batches(max(1, ROWS // n)):
-        context = _context(density.context_, given, batch, source.path, first) or {}
-        times = pyarrow.array(np.repeat(np.arange(batch.num_rows), n))
-        carried = {
-            name: batch.column(place).take(times) for name, place in zip(density.context_.names, given, strict=True)
-        }
-        yield {name: np.repeat(values, n) for name, values in context.items()}, carried
-        first += batch.num_rows
+def _asked(density: FlowDensity, source: Source | None, n: int) -> Callable[[Iterable[Any]], Iterator[Any]]:
+    """For pieces of the work, each batch to draw: how many rows, what to condition on, and the same as columns of it.
+
+    A piece is a number of rows, or a part of the table of context, of whose rows each is drawn n times.
+    """
+    context = density.context_
+    if source is None or context is None:
+        return lambda sizes: ((size, None, {}) for whole in sizes for size in parts.sizes(whole, ROWS))
+    places = _match(context.names, source)
+
+    def asked(pieces: Iterable[Part]) -> Iterator[Any]:
+        for path, first, batch in located(pieces, max(1, ROWS // n)):
+            table = _context(context, places, batch, path, first) or {}
+            times = pyarrow.array(np.repeat(np.arange(batch.num_rows), n))
+            carried = {name: batch.column(place).take(times) for name, place in zip(context.names, places, strict=True)}
+            yield n * batch.num_rows, {name: np.repeat(values, n) for name, values in table.items()}, carried
+
+    return asked
+
+
+def _files(folder: Path) -> list[Path]:
+    return [folder / MODEL, folder / DESCRIPTION]
 
 
 def _trained(run: Path, device: str) -> tuple[FlowDensity, Path]:
     folder = run if run.is_dir() else run.parent
+    from counterflow.density.estimator import FlowDensity
+
     return FlowDensity.load(folder, device), folder
 
 

@@ -70,16 +70,16 @@ def opened(command: Command, name: str) -> tuple[Command, Path | None]:
             raise ValueError(
                 f"expected --resume without other options, which the run knows, got {', '.join(given)} as well"
             )
-        config = _of_the_first(lambda: _unfinished(resumed, name))
+        config = Group.here().told_by_first(lambda: _unfinished(resumed, name))
         return _built(type(command), config), resumed
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return command, None
     if place.out is None:
         raise ValueError("expected --out under torchrun, where a run that is started again finds its states, got none")
     out = place.out
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and _of_the_first(lambda: _is_finished(out)):
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and Group.here().told_by_first(lambda: _is_finished(out)):
         raise SystemExit(0)
-    config = _of_the_first(lambda: _unfinished(out, name) if _is_begun(out) else None)
+    config = Group.here().told_by_first(lambda: _unfinished(out, name) if _is_begun(out) else None)
     if config is None:
         return command, None
     if _built(type(command), config) != command:
@@ -101,7 +101,7 @@ def begun(command: Command, run: Path | None, name: str) -> Path:
         write_json(folder / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values})
         return str(folder)
 
-    return Path(_of_the_first(make))
+    return Path(Group.here().told_by_first(make))
 
 
 @contextmanager
@@ -118,8 +118,8 @@ def under_way(run: Path) -> Iterator[Stop]:
                 error.add_note(f"go on with --resume {run}")
             elif Group.here().rank == 0 and not any(run.glob("*.safetensors")):
                 shutil.rmtree(run, ignore_errors=True)
-            if isinstance(error, KeyboardInterrupt):
-                raise console.Interrupted(stop.code, error) from None
+            if isinstance(error, KeyboardInterrupt) and stop.signal is not None:
+                error.args = (stop.signal,)
             raise
 
 
@@ -154,20 +154,6 @@ def _unfinished(run: Path, name: str) -> dict[str, Any]:
     if _is_finished(run):
         raise ValueError(f"expected an unfinished run to resume, got {run}, which is finished; begin another one")
     return config
-
-
-def _of_the_first(look: Callable[[], Any]) -> Any:
-    """What the first process finds, or the error that it meets, in all processes: they may see other disks."""
-    group, found = Group.here(), {}
-    if group.rank == 0:
-        try:
-            found = {"value": look()}
-        except (ValueError, OSError) as error:
-            found = {"error": str(error)}
-    found = json.loads(group.broadcast(json.dumps(found).encode()))
-    if "error" in found:
-        raise ValueError(found["error"])
-    return found["value"]
 
 
 # -- what is kept of a training ----------------------------------------------------------------------
@@ -237,7 +223,7 @@ def stoppable() -> Iterator[Stop]:
 
     def ask(number: int, frame: types.FrameType | None) -> None:
         if stop.signal is not None:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
         stop.signal = number
         console.note("ending after this step; once more ends at once, without a state to go on from")
 

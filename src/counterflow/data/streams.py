@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import io
-import os
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,42 +15,31 @@ import numpy as np
 
 from counterflow.data.arrays import Array, npy_header, npz_member, read_npy
 from counterflow.data.formats import needs, reading
+from counterflow.data.source import Part, Source, in_turn, located
 from counterflow.data.tables import CSV, csv_header, is_number
+from counterflow.files import whole
 
 SUFFIXES = (".csv", ".parquet", ".npy", ".npz")
-BLOCK = 1 << 22  # bytes of a CSV at a time
+BLOCK = 1 << 22  # bytes of a CSV or an .npz at a time
+PARQUET = "a Parquet file"
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # texts that stand for no number
 
 
-@dataclass(frozen=True)
-class Source:
-    """A table on disk.
-
-    names    of the columns; f0, f1, .. where the file gives none
-    named    whether it does
-    rows     how many, None where only reading to the end would tell
-    batches  rows at most -> Arrow record batches with these columns, in the order of the file; a CSV's are texts
-    """
-
-    path: Path
-    names: list[str]
-    named: bool
-    rows: int | None
-    batches: Callable[[int], Iterator[Any]]
-
-
 def open_table(path: Path, key: str | None = None) -> Source:
-    """Look at a .csv, .parquet, .npy or .npz file: what it holds, not yet its rows.
+    """Look at a .csv, .parquet, .npy or .npz file, or a folder of Parquet files: what it holds, not yet its rows.
+
+    A folder is one table: the .parquet files in it and in its subfolders, in the order of their paths, all with the
+    same columns. Names that begin with . or _ are left out, as the libraries that write such folders mean them to be.
 
     Raises FileNotFoundError if there is none, and ValueError for another format, what does not decode, arrays that
-    are not (N, D), and names that stand twice.
+    are not (N, D), files whose columns differ, and names that stand twice.
     """
-    suffix = path.suffix.lower()
+    suffix = ".parquet" if path.is_dir() else path.suffix.lower()
     if suffix not in SUFFIXES:
         raise ValueError(f"expected a table, {', '.join(SUFFIXES)}, got {path}; convert it to one of these")
     if key is not None and suffix != ".npz":
         raise ValueError(f"expected a key only with an .npz file, got {key!r} with {path}; leave the key out")
-    if not path.is_file():
+    if not path.exists():
         raise FileNotFoundError(f"expected a table, {', '.join(SUFFIXES)}; got {str(path)!r}, where nothing is")
     source = {".csv": _csv, ".parquet": _parquet, ".npy": _npy}.get(suffix, lambda path: _npz(path, key))(path)
     twice = sorted({name for name in source.names if source.names.count(name) > 1})
@@ -64,7 +52,7 @@ def _csv(path: Path) -> Source:
     arrow, reader = (needs(module, "pyarrow", "a CSV file") for module in ("pyarrow", "pyarrow.csv"))
     names, named = csv_header(path)
 
-    def batches(size: int) -> Iterator[Any]:
+    def read() -> Iterator[Any]:
         options = reader.ReadOptions(use_threads=False, block_size=BLOCK)
         options.autogenerate_column_names = not named
         convert = reader.ConvertOptions(column_types=dict.fromkeys(names, arrow.string()), strings_can_be_null=False)
@@ -76,56 +64,102 @@ def _csv(path: Path) -> Source:
                     batch = next(stream, None)
                 if batch is None:
                     return
-                yield from _cut(batch, size)
+                yield batch
 
-    return Source(path, names, named, None, batches)
+    return Source(path, names, named, None, in_turn(path, None, read))
 
 
 def _parquet(path: Path) -> Source:
+    files = _parquet_files(path) if path.is_dir() else [path]
+    names: list[str] = []
+    groups: list[list[int]] = []  # rows of each row group of each file
+    for k, file in enumerate(files):
+        with reading(file, PARQUET), _parquet_file(file) as found:
+            came = list(found.schema_arrow.names)
+            groups.append([found.metadata.row_group(g).num_rows for g in range(found.num_row_groups)])
+        names = names if k else came
+        if came != names:
+            raise ValueError(
+                f"expected the columns of {files[0]} in every file of {path}, {', '.join(names)}, in that order, got "
+                f"{', '.join(came)} in {file}; take that file out, or write it again"
+            )
+
+    def parts(most: int | None) -> Iterator[Part]:
+        for file, sizes in zip(files, groups, strict=True):
+            first = 0
+            for span in _spans(sizes, most):
+                rows = sum(sizes[span.start : span.stop])
+                if rows:
+                    yield Part(file, first, rows, partial(_row_groups, file, span))
+                first += rows
+
+    return Source(path, names, True, sum(map(sum, groups)), parts)
+
+
+def _parquet_files(folder: Path) -> list[Path]:
+    found = sorted(file for file in folder.rglob("*") if file.suffix.lower() == ".parquet" and file.is_file())
+    files = [file for file in found if not any(name[0] in "._" for name in file.relative_to(folder).parts)]
+    if not files:
+        raise ValueError(f"expected Parquet files in {folder}, got none; give such a folder, or one file")
+    return files
+
+
+def _parquet_file(path: Path) -> Any:
+    # a row group may be larger than memory: its pages are read as they are needed
     parquet = needs("pyarrow.parquet", "pyarrow", "a Parquet file")
-    kind = "a Parquet file"
+    return parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
 
-    def file() -> Any:
-        # a row group may be larger than memory: its pages are read as they are needed
-        return parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
 
-    with reading(path, kind), file() as found:
-        names, rows = list(found.schema_arrow.names), found.metadata.num_rows
+def _spans(sizes: Sequence[int], most: int | None) -> Iterator[range]:
+    """Row groups of these sizes, side by side, with at most so many rows together; a larger one is alone."""
+    start, rows = 0, 0
+    for k, size in enumerate(sizes):
+        if most is not None and k > start and rows + size > most:
+            yield range(start, k)
+            start, rows = k, 0
+        rows += size
+    if sizes:
+        yield range(start, len(sizes))
 
-    def batches(size: int) -> Iterator[Any]:
-        with reading(path, kind):
-            opened = file()
-        with opened:
-            stream = opened.iter_batches(batch_size=size, use_threads=False)
-            while True:
-                with reading(path, kind):
-                    batch = next(stream, None)
-                if batch is None:
-                    return
-                yield batch
 
-    return Source(path, names, True, rows, batches)
+def _row_groups(path: Path, groups: range, size: int) -> Iterator[Any]:
+    with reading(path, PARQUET):
+        opened = _parquet_file(path)
+    with opened:
+        stream = opened.iter_batches(batch_size=size, row_groups=list(groups), use_threads=False)
+        while True:
+            with reading(path, PARQUET):
+                batch = next(stream, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def _npy(path: Path) -> Source:
     array = read_npy(path)
     names = _array_names(array.shape, str(path))
 
-    def batches(size: int) -> Iterator[Any]:
-        for first in range(0, len(array), size):
-            yield _as_batch(np.asarray(array[first : first + size]), names)
+    def batches(start: int, stop: int, size: int) -> Iterator[Any]:
+        for first in range(start, stop, size):
+            yield _as_batch(np.asarray(array[first : min(first + size, stop)]), names)
 
-    return Source(path, names, False, len(array), batches)
+    def parts(most: int | None) -> Iterator[Part]:
+        for first in range(0, len(array), most or len(array) or 1):
+            stop = min(first + (most or len(array)), len(array))
+            yield Part(path, first, stop - first, partial(batches, first, stop))
+
+    return Source(path, names, False, len(array), parts)
 
 
 def _npz(path: Path, key: str | None) -> Source:
-    member = npz_member(path, key)
-    with reading(path, "a NumPy .npz file"), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+    member, kind = npz_member(path, key), "a NumPy .npz file"
+    with reading(path, kind), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
         shape, fortran, dtype = npy_header(stream)
     names = _array_names(shape, f"{member.removesuffix('.npy')!r} of {path}")
 
-    def batches(size: int) -> Iterator[Any]:
-        kind, width = "a NumPy .npz file", dtype.itemsize * shape[1]
+    def read() -> Iterator[Any]:
+        width = dtype.itemsize * shape[1]
+        size = max(1, BLOCK // width)
         with ExitStack() as stack:
             with reading(path, kind):
                 archive = stack.enter_context(zipfile.ZipFile(path))
@@ -143,7 +177,7 @@ def _npz(path: Path, key: str | None) -> Source:
                         part = np.frombuffer(stream.read(rows * width), dtype).reshape(rows, shape[1])
                 yield _as_batch(part, names)
 
-    return Source(path, names, False, shape[0], batches)
+    return Source(path, names, False, shape[0], in_turn(path, shape[0], read))
 
 
 def _array_names(shape: tuple[int, ...], what: str) -> list[str]:
@@ -156,11 +190,6 @@ def _as_batch(array: Array, names: Sequence[str]) -> Any:
     arrow = needs("pyarrow", "pyarrow", "a table")
     columns = [arrow.array(np.ascontiguousarray(column)) for column in array.T]
     return arrow.record_batch(columns, names=list(names))
-
-
-def _cut(batch: Any, size: int) -> Iterator[Any]:
-    for first in range(0, batch.num_rows, size):
-        yield batch.slice(first, size)
 
 
 # -- cells -------------------------------------------------------------------------------------------
@@ -232,15 +261,14 @@ def read_table(source: Source, names: Sequence[str], others: Sequence[str]) -> t
     arrow = needs("pyarrow", "pyarrow", "a table")
     parts: list[Array] = [np.empty((0, len(names)))]
     rest: list[Any] = []
-    first = 0
-    for batch in source.batches(1 << 16):
-        parts.append(numbers(batch, names, source.path, first))
-        rest.append(batch.select(list(others)))
-        first += batch.num_rows
+    for path, first, batch in located(source.parts(None), 1 << 16):
+        parts.append(numbers(batch, names, path, first))
+        rest.append(arrow.Table.from_batches([batch.select(list(others))]))
     table = arrow.table(dict(zip(names, np.concatenate(parts).T, strict=True)))
     if not (others and rest):
         return table, {}
-    joined = arrow.Table.from_batches(rest).combine_chunks().to_batches()[0]
+    every = arrow.concat_tables(rest, promote_options="permissive")  # the files of a folder may differ in their types
+    joined = every.combine_chunks().to_batches()[0]
     return table, {name: column(joined, name, source.path) for name in others}
 
 
@@ -253,27 +281,27 @@ def writing(path: Path, rows: int | None = None) -> Iterator[Callable[[Any], Non
 
     The file appears under its name when all is written, and never in part. An array needs to know its rows.
     """
-    folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with ExitStack() as stack:
-            yield _writer(path.suffix.lower(), part, rows, stack)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        for folder in folders:
-            folder.rmdir()
-        raise
+    with whole(path) as part, appending(part, path.suffix.lower(), rows) as write:
+        yield write
+
+
+@contextmanager
+def appending(path: Path, suffix: str, rows: int | None = None) -> Iterator[Callable[[Any], None]]:
+    """The same without regard to the name, for a file that somebody else keeps whole."""
+    with ExitStack() as stack:
+        yield _writer(path, suffix, rows, stack)
 
 
 def check_writable(path: Path) -> None:
     """Raise ValueError unless the name ends in a format that `writing` knows."""
     if path.suffix.lower() not in SUFFIXES:
-        raise ValueError(f"expected --out to end in one of {', '.join(SUFFIXES)}, got {path}")
+        raise ValueError(
+            f"expected --out to end in one of {', '.join(SUFFIXES)}, got {path}; a name without a suffix is a folder "
+            "of parts"
+        )
 
 
-def _writer(suffix: str, part: Path, rows: int | None, stack: ExitStack) -> Callable[[Any], None]:
+def _writer(part: Path, suffix: str, rows: int | None, stack: ExitStack) -> Callable[[Any], None]:
     if suffix == ".parquet":
         return _parquet_writer(part, stack)
     if suffix == ".npz":
@@ -292,6 +320,12 @@ def _parquet_writer(part: Path, stack: ExitStack) -> Callable[[Any], None]:
             # a dictionary of numbers that are all different costs as much as all else
             repeated = [field.name for field in batch.schema if not arrow.types.is_floating(field.type)]
             opened.append(stack.enter_context(parquet.ParquetWriter(part, batch.schema, use_dictionary=repeated)))
+        if not batch.schema.equals(opened[0].schema):
+            came = [field for field in batch.schema if field not in opened[0].schema]
+            raise ValueError(
+                f"expected columns of one type each to write one Parquet file, got {', '.join(map(str, came))} after "
+                "another type; give --out as a folder, whose parts may differ"
+            )
         opened[0].write_batch(batch)
 
     return write
