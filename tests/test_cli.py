@@ -226,7 +226,7 @@ def test_what_is_trained_on_what_is_tested_and_what_is_kept(here, tmp_path, monk
 
     def elbo(model, x, *arguments, **more):
         seen.append((model.training, x.unique().tolist()))
-        return cf.elbo(model, x, *arguments, **more)
+        return cf.elbo(model, x, *arguments, **more) - (0 if model.training else 1000 * len(seen))  # the first is best
 
     def evaluate(model, x, *arguments):
         tested.update(model.state_dict(), x=x)
@@ -299,7 +299,7 @@ def test_ctrl_c_before_and_after_the_training(here, tmp_path, monkeypatch):
         patch.setattr("counterflow.commands.vae.warm_up", interrupt)  # which is called at every step
         code, _, err = here("vae", *arguments, "--out", "before")
         assert code == 130 and "no epoch was over" in err
-        assert files(tmp_path / "before") == {"config.json", "metrics.jsonl"}
+        assert not (tmp_path / "before").exists()  # nothing is left to go on from
     with monkeypatch.context() as patch:
         patch.setattr("counterflow.commands.vae.evaluate", interrupt)
         code, _, err = here("vae", *arguments, "--out", "after")

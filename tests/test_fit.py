@@ -554,6 +554,8 @@ def test_the_last_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path)
     course(taken, stop_after=4)
     for state in taken.taken:
         states.save(state)
+    (tmp_path / "000000000004.safetensors.77.part").write_bytes(b"half")  # as a killed process leaves it
+    states.save(taken.taken[-1])
     newest, other = sorted(tmp_path.iterdir(), reverse=True)
     assert states.load().steps == 4
     newest.write_bytes(newest.read_bytes()[:100])

@@ -5,17 +5,29 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
-from command_line import COMMAND, ENVIRONMENT
+from command_line import COMMAND, ENVIRONMENT, files
 
 SMALL = ["--epochs", "4", "--latent", "2", "--hidden", "16", "--iaf-layers", "1", "--iaf-hidden", "8"]
-VAE = ["vae", *SMALL, "--save-every", "0.05", "--test-samples", "3"]
+FLOW = ["--layers", "1", "--hidden", "8", "--members", "2"]
+# the command, and the training of it during which it is ended
+RUNS = {
+    "vae": (["vae", *SMALL, "--test-samples", "3"], "iaf"),
+    "density": (["density", "table.npy", *FLOW, "--epochs", "15"], "flow-2"),
+    "posterior": (["posterior", "--steps", "60", "--stages", "2", "--verdict-draws", "1000"], "stage-2"),
+    "distill": (["distill", "teacher", "--train.start", "80", "--train.steps", "80", "--draws", "100"], "finish"),
+}
+CASES = [("vae", s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)]
+CASES += [("density", signal.SIGTERM), *((name, signal.SIGKILL) for name in ("density", "posterior", "distill"))]
 
 
-def counterflow(*arguments, ended_by=None, when=None):
+def counterflow(folder, *arguments, ended_by=None, when=None):
     """The command's exit code and stderr; the signal is sent as soon as `when()` holds."""
     command = [*COMMAND, *map(str, arguments)]
-    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=ENVIRONMENT, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     while ended_by is not None and process.poll() is None:
         if when():
             process.send_signal(ended_by)
@@ -25,37 +37,90 @@ def counterflow(*arguments, ended_by=None, when=None):
     return process.returncode, errors
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A table, and a teacher that was trained on it."""
+    folder = tmp_path_factory.mktemp("runs")
+    np.save(folder / "table.npy", np.random.default_rng(0).normal(size=(400, 2)).cumsum(1))
+    options = ["--flow", "maf", "--layers", "1", "--hidden", "8", "--members", "1", "--epochs", "2"]
+    code, errors = counterflow(folder, "density", "table.npy", *options, "--out", "teacher")
+    assert code == 0, errors
+    return folder
+
+
+def outcome(run):
+    """All that two runs must have in common: weights and draws to the bit, and what is said of them."""
+    found = {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+    found["metrics"] = [timeless(json.loads(line)) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return found | {"summary": timeless(json.loads((run / "summary.json").read_text())), "files": files(run)}
+
+
+def timeless(value):
+    if isinstance(value, dict):
+        return {k: timeless(v) for k, v in value.items() if k not in ("seconds", "rows_per_second")}
+    return [timeless(part) for part in value] if isinstance(value, list) else value
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
-def test_a_vae_that_was_ended_goes_on_bit_by_bit(ended_by, tmp_path):
-    whole, run = tmp_path / "whole", tmp_path / "run"
-    assert counterflow(*VAE, "--out", whole)[0] == 0
+@pytest.mark.parametrize(("name", "ended_by"), CASES, ids=lambda v: getattr(v, "name", v))
+def test_a_run_that_was_ended_goes_on_bit_by_bit(name, ended_by, folder):
+    (words, training), run = RUNS[name], f"{name}-{ended_by.name}"
+    words = [*words, "--save-every", "0.05"]
+    if not (folder / name).exists():
+        code, errors = counterflow(folder, *words, "--out", name)
+        assert code == 0, errors
 
-    def under_way():  # the second of the two models
-        return len(list((run / "states" / "iaf").glob("*.safetensors"))) == 2
+    def under_way():
+        return len(list((folder / run / "states" / training).glob("*.safetensors"))) == 2
 
-    code, errors = counterflow(*VAE, "--out", run, ended_by=ended_by, when=under_way)
+    code, errors = counterflow(folder, *words, "--out", run, ended_by=ended_by, when=under_way)
     assert code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[ended_by], errors
-    code, errors = counterflow("vae", "--resume", run)
-    assert code == 0 and "iaf: going on from step" in errors, errors
-    for file in ("model.safetensors", "model-gaussian.safetensors"):
-        assert (run / file).read_bytes() == (whole / file).read_bytes()
-    rows = [[json.loads(line) for line in (r / "metrics.jsonl").read_text().splitlines()] for r in (run, whole)]
-    assert [(r["posterior"], r["epoch"], r["validation"]) for r in rows[0]] == [
-        (r["posterior"], r["epoch"], r["validation"]) for r in rows[1]
-    ]
-    assert not (run / "states").exists()
-    code, errors = counterflow("vae", "--resume", run)
+    if ended_by != signal.SIGKILL:
+        assert f"go on with --resume {run}" in " ".join(errors.split()), errors
+    code, errors = counterflow(folder, *words, "--out", run)
+    assert code == 2 and f"or go on with it by --resume {run}" in errors, errors
+    code, errors = counterflow(folder, words[0], "--resume", run)
+    assert code == 0 and f"{training}: going on from step" in errors, errors
+    assert outcome(folder / run) == outcome(folder / name)
+    code, errors = counterflow(folder, words[0], "--resume", run)
     assert code == 2 and "which is finished" in errors and "Traceback" not in errors
 
 
-def test_what_cannot_be_resumed(tmp_path):
-    code, errors = counterflow("vae", "--resume", tmp_path / "nothing")
-    assert code == 2 and "expected a run folder of counterflow vae to resume" in " ".join(errors.split()), errors
-    (tmp_path / "states").mkdir()
-    (tmp_path / "config.json").write_text('{"command": "posterior"}')
-    code, errors = counterflow("vae", "--resume", tmp_path)
-    assert code == 2 and "one of counterflow posterior" in " ".join(errors.split()), errors
-    (tmp_path / "config.json").write_text('{"command": "vae"}')
-    code, errors = counterflow("vae", "--resume", tmp_path, "--latent", "3")
-    assert code == 2 and "got --latent as well" in " ".join(errors.split()), errors
+def test_what_cannot_be_resumed(here, tmp_path):
+    run = tmp_path / "run"
+    for words, told in {
+        ("vae", "--resume", "run"): "expected a run folder of counterflow vae to resume, got run: no config.json there",
+        ("distill",): "expected the run folder of a teacher, or --resume with that of a distillation, got none",
+        ("density", "--save-every", "-1"): "expected save-every of at least 0 seconds, got -1.0",
+    }.items():
+        code, _, errors = here(*words)
+        assert code == 2 and told in " ".join(errors.split())
+    run.mkdir()
+    for config, words, told in [
+        ("[1", (), "expected run/config.json to be the configuration of a run, but it does not read as JSON"),
+        ("[1]", (), "an object of JSON, got list"),
+        (
+            '{"command": "posterior"}',
+            (),
+            "expected a run of counterflow density, got run, one of counterflow posterior",
+        ),
+        ('{"command": "density"}', ("--layers", "3"), "got --layers as well"),
+        ('{"command": "density"}', ("other.csv", "--no-kernels"), "got DATA, --kernels as well"),
+    ]:
+        (run / "config.json").write_text(config)
+        code, _, errors = here("density", "--resume", "run", *words)
+        assert code == 2 and told in " ".join(errors.split()), errors
+
+
+def test_a_run_that_was_killed_before_its_first_state_begins_anew(here, tmp_path):
+    np.save(tmp_path / "table.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    words = ("density", "table.npy", *FLOW, "--epochs", "1", "--out", "run")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json.77.part").write_text("{")  # as a killed process leaves it
+    assert here(*words)[0] == 0
+    for path in [p for p in (tmp_path / "run").iterdir() if p.name != "config.json"]:
+        path.rename(tmp_path / path.name)
+    assert here("density", "--resume", "run")[0] == 0
+    weights = "model.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (tmp_path / weights).read_bytes()
+    assert not list((tmp_path / "run").glob("*.part"))

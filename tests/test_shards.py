@@ -353,7 +353,7 @@ class Second(Group):
     """The second of two processes, on a disk where the first one's files are not."""
 
     def broadcast(self, content):
-        return b'{"refused": "", "done": false}'
+        return b'{"value": false}'
 
 
 @over(

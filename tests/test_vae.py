@@ -183,6 +183,22 @@ def test_gaussian_adapts_to_the_scale_of_data(shape):
     close(likelihood(out).log_prob(x), unit(out).log_prob(standard) - jacobian)
 
 
+@over([1e-38, 1e-30, 1e-8, 1e18, 1e25, 1e36], "scale")
+def test_gaussian_of_data_on_any_scale(scale):
+    """The same terms, but for the log of the scale, and the same gradients: squares of such numbers are no floats."""
+    x = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    terms, gradients = [], []
+    for rows in (x, scale * x):
+        torch.manual_seed(0)
+        vae = cf.VAE((3,), 2, "iaf", "gaussian", hidden=(8,), context=4, posterior_layers=1, posterior_hidden=(8,))
+        vae.likelihood.adapt(rows)
+        terms.append(cf.elbo(vae, rows))
+        terms[-1].mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in vae.parameters()]))
+    close(terms[1] + 3 * math.log(scale), terms[0], 1e-4)
+    close(gradients[1], gradients[0], 1e-4)
+
+
 def test_gaussian_is_its_formula():
     likelihood = Gaussian((3, 2, 2)).double()
     assert likelihood.scale.shape == (3, 1, 1)

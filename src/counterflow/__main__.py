@@ -1,4 +1,4 @@
-"""`python -m counterflow`, which is the command."""
+"""python -m counterflow: the command line."""
 
 import sys
 

@@ -24,7 +24,9 @@ from counterflow.diagnostics import CLOSE, USABLE, Verdict, judge
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Flow, StudentT
 from counterflow.gaussian import Gaussians, LogDensity, log_density, log_density_and_score
+from counterflow.group import Group
 from counterflow.recipes import stack
+from counterflow.states import States
 from counterflow.transform import Compose, Permute, Transform, Triangular
 from counterflow.univariate import SinhArcsinh
 from counterflow.vae import Density, Draws, draw_from
@@ -165,28 +167,35 @@ def fit_flow(
     deadline: float,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    states: States | None = None,
 ) -> Fitted:
-    """Fit a flow that starts as the first Gaussian, stage by stage, until a verdict is good or the time is up."""
+    """Fit a flow that starts as the first Gaussian, stage by stage, until a verdict is good or the time is up.
+
+    Of several processes each makes its share of the draws, and all come to the same flow and the same verdict.
+    """
+    group = Group.here()
     base = StudentT(start.mean.shape[-1], config.df)
     parts: list[Transform] = [*_layers(config, 0, start), Triangular(start.mean[0], start.factor[0])]
     stages: list[Stage] = []
     best: Fitted | None = None
     for number, plan in enumerate(plans(config)):
-        if stages and time.perf_counter() + _expected_seconds(plan, stages[-1]) > deadline:
+        kept = None if states is None else states.of(f"stage-{number + 1}")
+        late = bool(stages) and time.perf_counter() + _expected_seconds(plan, stages[-1]) > deadline
+        if group.first(late) and (kept is None or kept.load() is None):  # one that was begun goes on
             break
         begun = time.perf_counter()
         if plan.more_layers:
             parts = [*_layers(config, number, start), *parts]
         flow = Flow(base, Compose(parts)).double()
-        record = _train(flow, target, plan, config, number, on_step)
-        pool = draw_pool(target, flow, config.verdict_draws)
+        record = _train(flow, target, plan, config, number, on_step, kept)
+        pool = _pool_of_all(target, flow, config.verdict_draws, group)
         verdict = judge(pool.log_p - pool.log_q)
         stages.append(_report(parts, plan, record, verdict, time.perf_counter() - begun))
-        if on_stage is not None:
+        if on_stage is not None and group.rank == 0:
             on_stage(stages[-1])
         if best is None or _rank(verdict) > _rank(best.verdict):
             best = Fitted(copy.deepcopy(flow), pool, verdict, ())
-        if stages[-1].good or record.stopped == "interrupted":
+        if group.first(stages[-1].good) or record.stopped == "interrupted":
             break
     return best._replace(stages=tuple(stages))  # type: ignore[union-attr]  # the first stage always runs
 
@@ -225,6 +234,12 @@ def draw_pool(target: LogDensity, flow: Flow, n: int) -> Pool:
     return Pool(theta, log_density(target, theta), log_q)
 
 
+def _pool_of_all(target: LogDensity, flow: Flow, n: int, group: Group) -> Pool:
+    """n draws, of which each process makes its share."""
+    mine = draw_pool(target, flow, -(-n // group.size))
+    return Pool(*(torch.cat(group.gather(part))[:n] for part in mine))
+
+
 def _layers(config: PosteriorConfig, number: int, like: Gaussians) -> list[Transform]:
     """Autoregressive layers, then a map of each feature by itself for its skewness and its tails; near the identity.
 
@@ -252,12 +267,14 @@ def _train(
     config: PosteriorConfig,
     number: int,
     on_step: Callable[[Step], None] | None,
+    states: States | None,
 ) -> Record:
     """One stage by the library's training loop; the flow ends with the averaged weights of the best ELBO."""
     estimator, epochs, elbo = ESTIMATORS[plan.estimator], min(10, plan.steps), math.nan
+    draws = Group.here().share(plan.draws, "draws")  # of each process, with noise of its own
 
     def objective(flow: nn.Module, batch: None) -> Tensor:
-        return estimator(OnTarget(flow, target), None, plan.draws)  # type: ignore[arg-type]  # it is the flow
+        return estimator(OnTarget(flow, target), None, draws)  # type: ignore[arg-type]  # it is the flow
 
     how = FitConfig(
         epochs=epochs,
@@ -277,7 +294,7 @@ def _train(
         nonlocal elbo
         elbo = epoch.validation
 
-    return fit(flow, objective, plan.steps // epochs, 4, how, on_step=stepped, on_epoch=looked)
+    return fit(flow, objective, plan.steps // epochs, 4, how, on_step=stepped, on_epoch=looked, states=states)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import sys
 import threading
@@ -52,19 +53,20 @@ def main(arguments: list[str] | None = None) -> int:
             with _ended_by_sigterm(), together():
                 return command.run()
         except (ValueError, OSError, ImportError) as error:
-            console.note(f"counterflow: {' '.join(str(error).split())}")
+            console.note(f"counterflow: {_in_one_line(_explained(error), error)}")
             return 2
-        except KeyboardInterrupt as end:
-            console.note("interrupted")
-            return 128 + (end.args[0] if end.args else signal.SIGINT)
+        except KeyboardInterrupt as error:
+            console.note(_in_one_line("interrupted", error))
+            return error.code if isinstance(error, console.Interrupted) else 130
 
 
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM ends a command as Ctrl-C does, which tidies up."""
+    from counterflow.commands.console import Interrupted
 
     def end(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
+        raise Interrupted(128 + number, KeyboardInterrupt())
 
     if threading.current_thread() is not threading.main_thread():  # only that one is given signals
         yield
@@ -74,6 +76,17 @@ def _ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _explained(error: Exception) -> str:
+    """A full disk is the one error of the system that has to be told in other words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"expected room on the disk to write to, got none left ({error}); make some"
+    return str(error)
+
+
+def _in_one_line(text: str, error: BaseException) -> str:
+    return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from counterflow.autoregressive import Autoregressive
 from counterflow.diagnostics import effective_sample_size, energy_test
 from counterflow.fit import Epoch, FitConfig, Record, check_finite, fit
 from counterflow.flow import Flow
+from counterflow.group import Group
+from counterflow.states import States
 from counterflow.transform import Compose, Inverse, Permute, Transform, Triangular
 from counterflow.univariate import Affine, RationalQuadraticSpline, SinhArcsinh, Univariate
 
@@ -89,6 +91,7 @@ def distill(
     *,
     student: Flow | None = None,
     on_epoch: Callable[[Stage, Epoch], None] | None = None,
+    states: States | None = None,
 ) -> Flow:
     """A flow that samples in one pass and has the teacher's distribution, or nearly: for a `MAF` an `IAF`.
 
@@ -116,6 +119,7 @@ def distill(
         config: how to distil.
         student: a flow that samples in one pass, of another make; trained as a whole from where it stands, on a copy.
         on_epoch: called with the stage and the epoch.
+        states: where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each stage.
 
     Raises:
         ValueError: contexts that are missing, not wanted or not finite; a student of other sizes, or one whose samples
@@ -132,7 +136,7 @@ def distill(
         >>> student.transform.forward_cost, student().rsample((5,)).shape
         ('one pass', torch.Size([5, 3]))
     """
-    return distilled(teacher, contexts, config, student=student, on_epoch=on_epoch).student
+    return distilled(teacher, contexts, config, student=student, on_epoch=on_epoch, states=states).student
 
 
 def distilled(
@@ -142,12 +146,15 @@ def distilled(
     *,
     student: Flow | None = None,
     on_epoch: Callable[[Stage, Epoch], None] | None = None,
+    on_step: Callable[[Stage, int, int], None] | None = None,
+    states: States | None = None,
 ) -> Distilled:
     """What `distill` does, with the records of its stages. An interrupted stage is the last one."""
     draw = _contexts(teacher, contexts)
     home = _device(teacher)
     teacher = copy.deepcopy(teacher).to(config.device).eval().requires_grad_(False)
     parts = _parts(teacher.transform)
+    share = Group.here().share(config.draws, "draws")  # of each process, with noise of its own
     with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
         torch.manual_seed(config.seed)
         made = _student(teacher, parts, draw, config.hidden) if student is None else _checked(student, teacher)
@@ -155,9 +162,9 @@ def distilled(
     stages: list[tuple[Stage, int, float, Callable[..., Tensor]]] = []
     learns = student is not None or any(_solved(part) is not None for part in parts)  # else it is a copy
     if learns and student is None and config.start:
-        stages.append(("start", config.start, 1.0, _by_layer(teacher, parts, draw, config.draws)))
+        stages.append(("start", config.start, 1.0, _by_layer(teacher, parts, draw, share)))
     if learns and config.steps:
-        stages.append(("finish", config.steps, 0.5, _as_a_whole(teacher, parts, draw, config)))
+        stages.append(("finish", config.steps, 0.5, _as_a_whole(teacher, parts, draw, share, config.forward)))
     records: dict[Stage, Record] = {}
     for stage, steps, rate, objective in stages:
 
@@ -165,7 +172,20 @@ def distilled(
             if on_epoch is not None:
                 on_epoch(stage, row)
 
-        records[stage] = fit(made, objective, min(steps, EPOCH), EVALUATIONS, config.fit(steps, rate), on_epoch=told)
+        def stepped(done: int, steps: int, stage: Stage = stage) -> None:
+            if on_step is not None:
+                on_step(stage, done, steps)
+
+        records[stage] = fit(
+            made,
+            objective,
+            min(steps, EPOCH),
+            EVALUATIONS,
+            config.fit(steps, rate),
+            on_step=stepped,
+            on_epoch=told,
+            states=None if states is None else states.of(stage),
+        )
         if records[stage].stopped == "interrupted":
             break
     return Distilled(made.to(home).eval(), records)
@@ -365,18 +385,18 @@ def _layer_loss(layer: Autoregressive, ours: Transform, trace: _Trace, c: Tensor
 
 
 def _as_a_whole(
-    teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], config: DistillConfig
+    teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], n: int, forward: float
 ) -> Callable[[Flow, None], Tensor]:
     """One term: -KL(student || teacher), with the path gradient, less forward times KL(teacher || student)."""
 
     def objective(student: Flow, _: None) -> Tensor:
-        c, shape = _drawn(draw, config.draws, _device(teacher))
+        c, shape = _drawn(draw, n, _device(teacher))
         z, log_q = student(c).rsample_and_path_log_prob(shape)
         terms = (teacher(c).log_prob(z) - log_q).mean()
-        if config.forward:
-            traces, c = _traces(teacher, parts, draw, config.draws)
+        if forward:
+            traces, c = _traces(teacher, parts, draw, n)
             x = traces[-1].u
-            terms = terms + config.forward * (student(c).log_prob(x) - teacher(c).log_prob(x)).mean()
+            terms = terms + forward * (student(c).log_prob(x) - teacher(c).log_prob(x)).mean()
         return terms
 
     return objective

@@ -87,7 +87,12 @@ def log_density(target: LogDensity, theta: Tensor) -> Tensor:
 
 
 def climb(
-    target: LogDensity, starts: Tensor, iterations: int, generator: torch.Generator, draws: int = 16
+    target: LogDensity,
+    starts: Tensor,
+    iterations: int,
+    generator: torch.Generator,
+    draws: int = 16,
+    least: float = 1.0,
 ) -> Gaussians:
     """Newton's way uphill from starts (K, D); of each path the Gaussian with the highest ELBO.
 
@@ -106,7 +111,7 @@ def climb(
         value, score, hessian = _curvature(target, x)
         factor = _inverse_root(hessian)
         eps = torch.randn(len(x), draws, x.shape[-1], generator=generator, dtype=x.dtype)
-        here = _with_elbo(target, Gaussians(x, _triangular(factor), value), eps)
+        here = _with_elbo(target, Gaussians(x, _triangular(factor), value), eps, least)
         best = _better(best, here)
         step = (factor @ (factor.mT @ score[..., None]))[..., 0]
         along = x[:, None] + STEPS[:, None] * step[:, None]  # (K, A, D)
@@ -148,14 +153,26 @@ def _triangular(root: Tensor) -> Tensor:
     return (upper * upper.diagonal(dim1=-2, dim2=-1).sign()[..., None]).mT
 
 
-def _with_elbo(target: LogDensity, q: Gaussians, eps: Tensor) -> Gaussians:
-    """The Gaussians with their ELBOs at the draws eps (K, S, D)."""
+def _with_elbo(target: LogDensity, q: Gaussians, eps: Tensor, least: float) -> Gaussians:
+    """The Gaussians with their ELBOs at the draws eps (K, S, D), cut off where the target is not finite.
+
+    E[log p - log q | p > 0] + log P(p > 0),    or -inf where that P, a share of the draws, is below `least`
+    """
     theta, log_q = q.rsample_and_log_prob(eps)
-    return q._replace(elbo=(log_density(target, theta) - log_q).mean(1))
+    log_p = log_density(target, theta)
+    inside = log_p > -math.inf
+    share = inside.double().mean(1)
+    elbo = torch.where(inside, log_p - log_q, 0.0).mean(1) / share + share.log()
+    return q._replace(elbo=torch.where(share >= least, elbo, -math.inf))
 
 
 def match(
-    target: LogDensity, q: Gaussians, iterations: int, generator: torch.Generator, draws: int | None = None
+    target: LogDensity,
+    q: Gaussians,
+    iterations: int,
+    generator: torch.Generator,
+    draws: int | None = None,
+    least: float = 1.0,
 ) -> Gaussians:
     """Fit each Gaussian's scores to those of the target: batch and match, in coordinates where q is N(0, I).
 
@@ -175,7 +192,7 @@ def match(
         theta, _ = q.rsample_and_log_prob(eps)
         value, score = log_density_and_score(target, theta)
         q = _matched(q, eps, score @ q.factor, torch.isfinite(value), S * D / t)
-    return _with_elbo(target, q, torch.randn(K, 32 * S, D, generator=generator, dtype=q.mean.dtype))
+    return _with_elbo(target, q, torch.randn(K, 32 * S, D, generator=generator, dtype=q.mean.dtype), least)
 
 
 def _matched(q: Gaussians, eps: Tensor, score: Tensor, counted: Tensor, rate: float) -> Gaussians:
@@ -206,25 +223,29 @@ def _moments(x: Tensor, counted: Tensor) -> tuple[Tensor, Tensor]:
 def find(target: LogDensity, starts: Tensor, generator: torch.Generator, most: int = 4) -> Gaussians:
     """Local Gaussians of the target, at most `most` that differ, the one with the highest ELBO first.
 
-    Half of the ways uphill begin at starts (K, D), the other half far around the best Gaussian that these found.
+    Half of the ways uphill begin at starts (K, D), the other half far around the best Gaussian that these found. Where
+    every Gaussian has draws at which the target is not finite, those are taken of which half of the draws are.
 
     Raises:
         ValueError: no Gaussian with a finite ELBO.
     """
-    near = climb(target, starts, CLIMBS, generator)
-    far = climb(target, _around(near, len(starts), generator), CLIMBS, generator)
-    found = settle(target, join(near, far), generator, most)
-    if not len(found.mean):
-        raise ValueError(
-            f"expected a log density that is finite around one of {len(starts)} starting points at least, got none; "
-            "look for data outside of a support and for wrong bounds"
-        )
-    return found
+    for least in (1.0, 0.5):
+        near = climb(target, starts, CLIMBS, generator, least=least)
+        far = climb(target, _around(near, len(starts), generator), CLIMBS, generator, least=least)
+        found = settle(target, join(near, far), generator, most, least)
+        if len(found.mean):
+            return found
+    raise ValueError(
+        f"expected a log density that is finite around one of {len(starts)} starting points at least, got none; "
+        "look for data outside of a support and for wrong bounds"
+    )
 
 
-def settle(target: LogDensity, q: Gaussians, generator: torch.Generator, most: int = 4) -> Gaussians:
+def settle(
+    target: LogDensity, q: Gaussians, generator: torch.Generator, most: int = 4, least: float = 1.0
+) -> Gaussians:
     """The Gaussians that differ, at most `most`, each matched to the target."""
-    return _distinct(match(target, _distinct(q, most), MATCHES, generator), most)
+    return _distinct(match(target, _distinct(q, most), MATCHES, generator, least=least), most)
 
 
 def join(a: Gaussians, b: Gaussians) -> Gaussians:

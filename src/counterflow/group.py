@@ -49,6 +49,10 @@ class Group:
         """Whether it is so in one process at least."""
         return [total > 0 for total in self.sum(*map(float, values))]
 
+    def first(self, value: float) -> float:
+        """What the first process has."""
+        return self.sum(value if self.rank == 0 else 0.0)[0]
+
     def wait(self) -> None:
         """Until all processes are here."""
         self.sum(0.0)

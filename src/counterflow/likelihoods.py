@@ -101,9 +101,7 @@ class Gaussian(Likelihood):
 
     def forward(self, out: Tensor) -> Distribution:
         """Normal(mean + std * out, std * exp(s))."""
-        std = self.std * torch.exp(self.bound * torch.tanh(self.scale / self.bound))
-        normal = Normal(self.mean + self.std * out, std.expand_as(out), validate_args=False)
-        return Independent(normal, self.dims, validate_args=False)
+        return Independent(_ScaledNormal(self, out), self.dims, validate_args=False)
 
     def check(self, x: Tensor) -> None:
         """Every real number will do."""
@@ -111,6 +109,20 @@ class Gaussian(Likelihood):
     def center(self, x: Tensor) -> Tensor:
         """(x - mean) / std."""
         return (x - self.mean) / self.std
+
+
+class _ScaledNormal(Normal):
+    """The normals of a `Gaussian`, whose density is taken on the standardised scale: no square leaves the floats."""
+
+    def __init__(self, likelihood: Gaussian, out: Tensor) -> None:
+        mean, std, bound = likelihood.mean, likelihood.std, likelihood.bound
+        self.likelihood, self.out, self.log_scale = likelihood, out, bound * torch.tanh(likelihood.scale / bound)
+        scale = std * torch.exp(self.log_scale)
+        super().__init__(mean + std * out, scale.expand_as(out), validate_args=False)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        eps = (self.likelihood.center(value) - self.out) * torch.exp(-self.log_scale)
+        return -0.5 * (eps * eps + math.log(2 * math.pi)) - self.log_scale - self.likelihood.std.log()
 
 
 class DiscretizedLogistic(Likelihood):

@@ -18,9 +18,12 @@ from torch import Tensor
 from counterflow.blackbox import Fitted, Pool, PosteriorConfig, Stage, Step, draw_pool, fit_flow, suspects, uncovered
 from counterflow.checkpoint import load, save
 from counterflow.diagnostics import Verdict, effective_sample_size_of_means, import_arviz, psis, resample
+from counterflow.files import alone, write_json, write_whole
 from counterflow.flow import Flow
 from counterflow.gaussian import CLIMBS, climb, find, join, settle
+from counterflow.group import Group
 from counterflow.refine import Chains, independence_metropolis, neutra
+from counterflow.states import States
 from counterflow.targets import Target, as_target
 
 REFINERS: dict[str, Callable[..., Chains]] = {"metropolis": independence_metropolis, "neutra": neutra}
@@ -35,6 +38,7 @@ def fit_posterior(
     dim: int | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_step: Callable[[Step], None] | None = None,
+    states: States | None = None,
 ) -> Posterior:
     """Fit an inverse autoregressive flow to a posterior, in stages, and judge it by its own draws.
 
@@ -46,6 +50,9 @@ def fit_posterior(
     `config.seconds`. Other modes are looked for from all starting points, far around, and where p / q is large; one
     that the flow leaves out makes the verdict a bad one, however good k-hat is.
 
+    Where torch.distributed has a process group, all its processes call this with the same arguments; each makes its
+    share of the draws, with noise of its own. on_stage is called by the first process alone.
+
     Args:
         target: a `counterflow.targets.Target`, or a function theta (B, dim) -> (B,) in float64: the log density up to
             a constant, without bounds, differentiable by autograd.
@@ -53,6 +60,8 @@ def fit_posterior(
         dim: D, for a function.
         on_stage: called after each stage.
         on_step: called after each step of a stage.
+        states: where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each stage. The
+            seconds of `config` are counted anew.
 
     Raises:
         ValueError: a missing dim, or a log density that is nowhere finite.
@@ -71,16 +80,16 @@ def fit_posterior(
         >>> posterior.resampled, posterior.sample(50)["theta"].shape
         (True, torch.Size([50, 2]))
     """
-    begun = time.perf_counter()
+    begun, group = time.perf_counter(), Group.here()
     target = as_target(target, dim)
     generator = torch.Generator().manual_seed(config.seed)
     found = find(target, target.initial(config.starts, config.seed), generator)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        fitted = fit_flow(target, found, config, begun + config.seconds, on_stage, on_step)
+        torch.default_generator.manual_seed(group.seed(config.seed))
+        fitted = fit_flow(target, found, config, begun + config.seconds, on_stage, on_step, states)
         doubtful = climb(target, suspects(target, fitted.flow, config.starts), CLIMBS, generator)
         found = join(found, settle(target, doubtful, generator))
-        missed = uncovered(target, fitted.flow, found, generator)
+        missed = group.first(uncovered(target, fitted.flow, found, generator))
     values = target.constrain(fitted.pool.theta)
     return Posterior(target, config, fitted, values, missed, time.perf_counter() - begun)
 
@@ -291,7 +300,7 @@ class Posterior:
         (folder / FILES[2]).unlink(missing_ok=True)  # it comes back last: a folder that has it is whole
         save(self.flow, folder / FILES[0])
         tensors = {f"values/{name}": value for name, value in self.values.items()} | self.pool._asdict()
-        safetensors.torch.save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / FILES[1])
+        write_whole(folder / FILES[1], safetensors.torch.save(alone(tensors)))
         facts = {
             "config": asdict(self.config),
             "verdict": asdict(self.verdict),
@@ -300,7 +309,7 @@ class Posterior:
             "missed": self.missed,
             "seconds": self.seconds,
         }
-        (folder / FILES[2]).write_text(json.dumps(facts, indent=1), "utf-8")
+        write_json(folder / FILES[2], facts)
 
     @classmethod
     def load(cls, folder: str | Path, target: Target | Callable[[Tensor], Tensor] | None = None) -> Posterior:

@@ -84,9 +84,10 @@ class States:
         if Group.here().rank:
             return
         text = json.dumps(state.numbers).encode()
+        text = text.ljust(1 << len(text).bit_length())  # safetensors keeps some 10 KB for every new length
         tensors = {**alone(state.tensors), NUMBERS: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
         write_whole(self.folder / f"{state.steps:012d}.safetensors", safetensors.torch.save(tensors))
-        for old in self._files()[KEPT:]:
+        for old in [*self._files()[KEPT:], *self.folder.glob("*.part")]:  # and what a killed process left half-written
             old.unlink()
 
     def _newest(self) -> bytes:

@@ -23,6 +23,7 @@ COARSE = 1e-3  # of the standard deviation: a finer grid is as good as none
 REPEATED = 0.01  # of the rows: what a number of a continuous column repeats in, to be a spike
 GAIN = 0.1  # nats a row by which a map must be nearer to a normal than the plain number is, to be taken unasked
 ALIKE = 1e-9  # of a correlation from 1: one column is an affine copy of the other
+SMALLEST, LARGEST = 1e-140, 1e140  # of a column's largest number: squares and what is a hundredth of it are floats too
 DEPENDENT = 1e-10  # least eigenvalue of a correlation matrix, relative to the greatest; rounding leaves about 1e-15
 
 
@@ -49,6 +50,26 @@ them, for example by sklearn.impute, or drop 1 of 2 rows
                 f"expected a number in every cell, got {bad.sum()} {what}: {', '.join(first)}{more} (rows counted from "
                 f"0); {todo} or drop {bad.any(1).sum()} of {len(bad)} rows"
             )
+
+
+def check_sizes(x: Array, names: Sequence[str]) -> None:
+    """Raise ValueError for columns (N, D) whose squares float64 does not hold, by name.
+
+    Example:
+        >>> check_sizes(np.array([[1.0, 1e-300], [2.0, 3e-300]]), ["a", "b"])
+        Traceback (most recent call last):
+        ...
+        ValueError: expected columns whose largest number is between 1e-140 and 1e+140 in size, got 'b' up to 3e-300; \
+give them in another unit
+    """
+    largest = np.abs(x).max(0, initial=0)
+    far = np.flatnonzero((largest > 0) & ((largest < SMALLEST) | (largest > LARGEST)))
+    if len(far):
+        listed = ", ".join(f"{names[i]!r} up to {largest[i]:.3g}" for i in far[:20])
+        raise ValueError(
+            f"expected columns whose largest number is between {SMALLEST:g} and {LARGEST:g} in size, got {listed}; "
+            "give them in another unit"
+        )
 
 
 def check_columns(x: Array, names: Sequence[str], cells: Sequence[int] = ()) -> None:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
@@ -13,6 +10,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 out = Console()
 err = Console(stderr=True)
+
+
+class Interrupted(KeyboardInterrupt):
+    """An end that was asked for, with the exit code 128 + the number of the signal."""
+
+    def __init__(self, code: int, like: BaseException) -> None:
+        super().__init__()
+        self.code = code
+        for text in getattr(like, "__notes__", []):
+            self.add_note(text)
 
 
 def say(text: str) -> None:
@@ -40,18 +47,15 @@ def new_run(folder: Path | None, kind: str) -> Path:
 
 def check_new(folder: Path | None) -> None:
     """Raise FileExistsError for a run folder that exists and holds something."""
-    if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"expected a new folder for the run, got {folder}, which exists; give another --out")
+    if folder is not None and folder.exists() and (not folder.is_dir() or any(map(_counts, folder.iterdir()))):
+        more = f", or go on with it by --resume {folder}" if (folder / "states").is_dir() else ""
+        raise FileExistsError(
+            f"expected a new folder for the run, got {folder}, which exists; give another --out{more}"
+        )
 
 
-@contextmanager
-def removed_on_error(run: Path) -> Iterator[None]:
-    """Leave no run folder behind without a result."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(run)
-        raise
+def _counts(path: Path) -> bool:
+    return path.suffix != ".part"  # which a killed process leaves
 
 
 def new_file(path: Path) -> Path:

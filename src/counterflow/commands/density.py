@@ -3,37 +3,34 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import numpy as np
-import pyarrow
 import torch
 import tyro
 from rich.table import Table
-from sklearn.datasets import load_breast_cancer
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.mixture import GaussianMixture
 from torch import Tensor
 
-from counterflow import __version__, plots
+from counterflow import plots
 from counterflow.columns import Columns
-from counterflow.commands import console
+from counterflow.commands import console, training
 from counterflow.data.streams import open_table, read_table
 from counterflow.density import DensityConfig
-from counterflow.density.estimator import FlowDensity
 from counterflow.files import write_json
 from counterflow.fit import Epoch
+from counterflow.group import Group
 from counterflow.mixture import FlowMixture
 from counterflow.transform import Compose, Inverse, Permute, Transform
 
+if TYPE_CHECKING:  # scikit-learn takes seconds to import, which no other command should wait for
+    from counterflow.density.estimator import FlowDensity
+
 Array = np.ndarray[Any, Any]
-FORMAT = 1  # of the run folder
 BUNDLED = "breast-cancer"
 FEWEST = 10  # rows, of which one part is tested and one validates
 COMPONENTS = (1, 2, 3, 4, 6, 8, 12, 16)  # of the mixtures that BIC chooses from
@@ -69,16 +66,24 @@ class Density:
     """part of the rows that is kept apart for the test"""
     seed: int = 0
     """of the parts, initial weights, batches and noise"""
-    out: Path | None = None
-    """run folder, which must be new; runs/density-DATE-TIME when not given"""
+    folder: training.Place = training.RunFolder()
+    """where the run is written"""
     fit: Annotated[DensityConfig, tyro.conf.arg(name="")] = DensityConfig()  # noqa: RUF009  # frozen
     """the flow and its training"""
 
     def run(self) -> int:
-        """Read, fit, test, draw; 130 where Ctrl-C ended the fit, whose results are written all the same."""
+        """Read, fit, test, draw; 130 after Ctrl-C, 143 after SIGTERM, with the results so far."""
+        command, run = training.opened(self, "density")
+        return command._run(run)
+
+    def _run(self, run: Path | None) -> int:
+        """A new run, or one to go on with."""
+        from counterflow.density.estimator import FlowDensity
+
         if not 0 < self.test < 1:
             raise ValueError(f"expected test in (0, 1), got {self.test}")
-        console.check_new(self.out)
+        if run is None:
+            console.check_new(self.folder.out)
         plots.check_installed()
         with console.err.status("reading the table"):
             x, context = self._read()
@@ -87,26 +92,32 @@ class Density:
         test, train = (_Part(*_rows(x, context, rows)) for rows in (order[:held_out], order[held_out:]))
         density = FlowDensity(**dataclasses.asdict(self.fit), random_state=self.seed)
         density.rehearse(train.x, train.context)  # what is refused is refused before there is a run folder
-        run = console.new_run(self.out, "density")
+        run = training.begun(self, run, "density")
         given = f", given {', '.join(context)}" if context else ""
         console.note(
             f"{self.data}: {x.num_columns} columns{given}; {train.x.num_rows} rows to train and validate, "
             f"{held_out} to test; run folder {run}"
         )
-        with console.removed_on_error(run):
-            config = {"format": FORMAT, "command": "density", "version": __version__, **dataclasses.asdict(self)}
-            write_json(run / "config.json", config)
-            self._fit(density, train, run)
+        with training.under_way(run) as stop:
+            self._fit(density, train, run, stop)
+            if Group.here().rank:  # the first process alone tests and draws
+                return 0
             density.save(run)
             with console.err.status("testing, beside Gaussian mixtures"):
                 summary = self._summary(density, train, test)
             _draw(density, test, run / "plots", self.seed)
-            write_json(run / "summary.json", summary)
+            write_json(run / "summary.json", summary)  # the last of all: a folder that has one is whole
         _tell(summary, run)
-        return 130 if density.records_[-1].stopped == "interrupted" else 0
+        if density.records_[-1].stopped == "interrupted":
+            return stop.code
+        training.finish(run)
+        return 0
 
     def _read(self) -> tuple[Any, dict[str, Array]]:
         """The columns as an Arrow table, whose names scikit-learn takes over, and those to condition on."""
+        import pyarrow
+        from sklearn.datasets import load_breast_cancer
+
         if self.data == BUNDLED:
             bundled = load_breast_cancer()
             read = dict(zip(bundled.feature_names.tolist(), bundled.data.T, strict=True))
@@ -130,20 +141,24 @@ class Density:
         if not {*names} - {*self.context, *self.drop}:
             raise ValueError("expected a column that is neither --context nor --drop, got none; leave one out of them")
 
-    def _fit(self, density: FlowDensity, train: _Part, run: Path) -> None:
-        with console.progress("rows", "log density") as bar, (run / "metrics.jsonl").open("w") as metrics:
+    def _fit(self, density: FlowDensity, train: _Part, run: Path, stop: training.Stop) -> None:
+        with console.progress("rows", "log density") as bar, training.metrics(run) as write:
             epochs = self.fit.epochs
             task = bar.add_task("flow 1", total=density.trainings * epochs, epoch="1", elbo="...", rate="...")
 
-            def on_epoch(training: int, row: Epoch) -> None:
-                print(json.dumps({"training": training, **dataclasses.asdict(row)}), file=metrics, flush=True)
+            def on_epoch(number: int, row: Epoch) -> None:
+                write({"training": number, **dataclasses.asdict(row)})
                 shown, rate = f"{row.epoch}/{epochs}", f"{row.rows_per_second:,.0f}"
-                name = f"flow {training + 1} of {density.trainings}"
-                completed, reached = training * epochs + row.epoch, f"{row.validation:.2f}"
+                name = f"flow {number + 1} of {density.trainings}"
+                completed, reached = number * epochs + row.epoch, f"{row.validation:.2f}"
                 bar.update(task, description=name, completed=completed, epoch=shown, elbo=reached, rate=rate)
 
-            density.fit(train.x, context=train.context, on_epoch=on_epoch)
+            states = training.states(run, self.folder, write, lambda name: {"training": int(name.split("-")[1]) - 1})
+            on_step = stop.after_step(lambda *_: None)
+            density.fit(train.x, context=train.context, on_epoch=on_epoch, on_step=on_step, states=states)
         if density.records_[0].best is None:
+            if density.records_[0].stopped == "interrupted":
+                raise KeyboardInterrupt
             raise ValueError("expected at least one whole epoch of training, got none: no weights are kept")
 
     def _summary(self, density: FlowDensity, train: _Part, test: _Part) -> dict[str, Any]:
@@ -201,6 +216,9 @@ def mixture_scores(columns: Columns, train: Array, test: Array, draws: int, seed
     Recorded numbers are put within their cells, in training and, `draws` times, in the test, as for the flow: a mixture
     on the plain numbers would find the density without bound of those that repeat.
     """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.mixture import GaussianMixture
+
     rng = np.random.default_rng(seed)
 
     def noisy(x: Array) -> tuple[Array, Tensor]:
@@ -244,7 +262,7 @@ def _tell(summary: dict[str, Any], run: Path) -> None:
     if summary["holds_rows"]:
         console.note("kernels at the training rows did better: the model holds these rows; --no-kernels forbids it")
     if summary["stopped"] == "interrupted":
-        console.note("interrupted; these are the best weights so far")
+        console.note(f"interrupted; these are the best weights so far; go on with --resume {run}")
     console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
 
 
@@ -252,6 +270,8 @@ def _tell(summary: dict[str, Any], run: Path) -> None:
 
 
 def _draw(density: FlowDensity, test: _Part, folder: Path, seed: int) -> None:
+    import pyarrow
+
     names = density.get_feature_names_out().tolist()
     curve = {
         f"flow {k + 1}": ([e.train for e in record.epochs], [e.validation for e in record.epochs])

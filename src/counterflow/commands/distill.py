@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import shutil
 from dataclasses import dataclass
@@ -14,18 +13,18 @@ import torch
 import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from counterflow import __version__, plots
+from counterflow import plots
 from counterflow.checkpoint import save
-from counterflow.commands import console
+from counterflow.commands import console, training
 from counterflow.commands.model import trained
 from counterflow.density import DESCRIPTION
 from counterflow.distill import EPOCH, Agreement, DistillConfig, Distilled, agreement, distilled
 from counterflow.files import write_json
 from counterflow.fit import Epoch
 from counterflow.flow import Flow
+from counterflow.group import Group
 from counterflow.mixture import FlowMixture
 
-FORMAT = 1  # of the run folder
 OBJECTIVES = {"start": "- loss of all layers, nats", "finish": "- KL, nats"}
 SHOWN = 1000  # draws of each in the picture
 
@@ -38,19 +37,26 @@ class Distill:
     its teacher: both KLs in nats, effective sample size, a two-sample test) and plots/. Ctrl-C keeps what is learnt.
     """
 
-    run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    run_folder: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
     """run folder of the teacher, or its .safetensors file; a flow without a context"""
     draws: int = 10_000
     """of teacher and student, for the comparison at the end"""
-    out: Path | None = None
-    """run folder, which must be new; runs/distill-DATE-TIME when not given"""
+    folder: training.Place = training.RunFolder()
+    """where the run is written"""
     distill: Annotated[DistillConfig, tyro.conf.arg(name="train")] = DistillConfig()  # frozen
     """how to distil"""
 
     def run(self) -> int:
-        """Distil, compare, draw; 130 after Ctrl-C."""
+        """Distil, compare, draw; 130 after Ctrl-C, 143 after SIGTERM, with what is learnt so far."""
+        command, run = training.opened(self, "distill")
+        return command._run(run)
+
+    def _run(self, run: Path | None) -> int:
+        """A new run, or one to go on with."""
         if self.draws < 2:
             raise ValueError(f"expected draws of at least 2, got {self.draws}")
+        if self.run_folder is None:
+            raise ValueError("expected the run folder of a teacher, or --resume with that of a distillation, got none")
         teacher, folder = trained(self.run_folder)
         if isinstance(teacher, FlowMixture):
             raise ValueError(f"expected one flow in {self.run_folder}, got a mixture; fit the density with --members 1")
@@ -61,21 +67,34 @@ class Distill:
                 f"expected a flow without a context, got one with context={teacher.context}; in Python: "
                 "cf.distill(flow, contexts)"
             )
-        run = console.new_run(self.out, "distill")
-        config = {"format": FORMAT, "command": "distill", "version": __version__, **dataclasses.asdict(self)}
-        write_json(run / "config.json", config)
-        made = self._train(teacher, run)
-        if any(record.best is None for record in made.records.values()):
-            console.note("training ended before its first epoch was over: no weights are kept")
-            return 1
+        run = training.begun(self, run, "distill")
+        with training.under_way(run) as stop:
+            made = self._train(teacher, run, stop)
+            interrupted = any(record.stopped == "interrupted" for record in made.records.values())
+            if any(record.best is None for record in made.records.values()):
+                if interrupted:
+                    raise KeyboardInterrupt
+                console.note("training ended before its first epoch was over: no weights are kept")
+                return 1
+            if Group.here().rank:  # the first process alone compares and draws
+                return 0
+            self._finish(teacher, folder, made, run)
+        if interrupted:
+            console.note(f"interrupted; go on with --resume {run}")
+            return stop.code
+        training.finish(run)
+        return 0
+
+    def _finish(self, teacher: Flow, folder: Path, made: Distilled, run: Path) -> None:
+        """The student's weights, and how far it is from its teacher; the summary last of all."""
         save(made.student, run / "model.safetensors")
         if (folder / DESCRIPTION).is_file():  # of a table: the student scores and samples such tables as well
             shutil.copyfile(folder / DESCRIPTION, run / DESCRIPTION)
         torch.manual_seed(self.distill.seed)
         with console.err.status(f"comparing {self.draws} draws of each"):
             found = agreement(teacher, made.student, draws=self.draws)
-        write_json(run / "summary.json", self._summary(made, found))
         self._draw(run / "plots", teacher, made)
+        write_json(run / "summary.json", self._summary(made, found))
         console.say(
             f"KL(student || teacher) {found.reverse:.3f} ± {found.reverse_error:.2g} nats, KL(teacher || student) "
             f"{found.forward_trimmed:.3f} without the largest hundredth of its terms; {self.draws:,} draws of the "
@@ -83,24 +102,25 @@ class Distill:
             f"{found.p_value:.3g}"
         )
         console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
-        return 130 if any(record.stopped == "interrupted" for record in made.records.values()) else 0
 
-    def _train(self, teacher: Flow, run: Path) -> Distilled:
+    def _train(self, teacher: Flow, run: Path, stop: training.Stop) -> Distilled:
         columns = (TextColumn("[bold]{task.description:<9}"), BarColumn(bar_width=None))
         text = TextColumn("step {task.completed}/{task.total}  {task.fields[reached]} nats")
         with (
             Progress(*columns, text, TimeRemainingColumn(compact=True), console=console.err) as bar,
-            (run / "metrics.jsonl").open("a") as metrics,
+            training.metrics(run) as write,
         ):
             steps = {"start": self.distill.start, "finish": self.distill.steps}
             tasks = {name: bar.add_task(name, total=total, reached="...", start=False) for name, total in steps.items()}
 
             def on_epoch(stage: str, row: Epoch) -> None:
-                print(json.dumps({"stage": stage, **dataclasses.asdict(row)}), file=metrics, flush=True)
+                write({"stage": stage, **dataclasses.asdict(row)})
                 bar.start_task(tasks[stage])
                 bar.update(tasks[stage], completed=row.epoch * EPOCH, reached=f"{-row.validation:.3f}")
 
-            return distilled(teacher, config=self.distill, on_epoch=on_epoch)
+            states = training.states(run, self.folder, write, lambda name: {"stage": name})
+            on_step = stop.after_step(lambda *_: None)
+            return distilled(teacher, config=self.distill, on_epoch=on_epoch, on_step=on_step, states=states)
 
     def _summary(self, made: Distilled, found: Agreement) -> dict[str, Any]:
         return {

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ import numpy as np
 from rich.status import Status
 
 from counterflow.commands import console
+from counterflow.commands.training import _of_the_first
 from counterflow.files import leftovers, read_json, whole, write_json
 from counterflow.group import Group
 
@@ -125,22 +125,18 @@ class Parts:
 
     def _begin(self, made_of: dict[str, Any]) -> bool:
         """Make the folder, or find it again; whether nothing is left to do. The first process decides for all."""
-        group, verdict = Group.here(), {"refused": "", "done": False}
-        if group.rank == 0:
-            try:
-                self._open(made_of)
-                verdict["done"] = self._is_done()
-            except (ValueError, OSError) as error:
-                verdict["refused"] = str(error)
-        verdict = json.loads(group.broadcast(json.dumps(verdict).encode()))
-        if verdict["refused"]:
-            raise ValueError(verdict["refused"])
+
+        def look() -> bool:
+            self._open(made_of)
+            return self._is_done()
+
+        done = bool(_of_the_first(look))
         with _heard():
             if not self._about.is_file():
                 raise ValueError(f"expected --out on a disk that all processes share, got {self.folder}, which is not")
-        if verdict["done"]:
+        if done:
             console.note(f"{self.folder}: all parts are there, nothing is left to do")
-        return bool(verdict["done"])
+        return done
 
     def _open(self, made_of: dict[str, Any]) -> None:
         wish = "expected --out as a new folder, or one that this command began"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -17,17 +16,17 @@ import tyro
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from counterflow import __version__, plots
+from counterflow import plots
 from counterflow import posterior as fitting
 from counterflow.blackbox import PosteriorConfig, Stage, Step
-from counterflow.commands import console
+from counterflow.commands import console, training
 from counterflow.commands.misfit import misfit, noise
 from counterflow.commands.modelling import DEFAULT, Tool, blaming, find_target
 from counterflow.diagnostics import import_arviz, resample
 from counterflow.files import write_json
+from counterflow.group import Group
 from counterflow.targets import Target
 
-FORMAT = 1  # of the run folder
 ROWS = 40  # of the table that is printed; summary.json has them all
 PANELS, PAIRS, SHOWN = 20, 6, 1_500  # marginals, pairs, and points in a scatter plot
 
@@ -56,39 +55,49 @@ class Posterior:
     """D, for a log density in torch that has no attribute dim"""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4000
     """draws to write to posterior.nc and draws.parquet"""
-    out: Path | None = None
-    """run folder, which must be new; runs/posterior-DATE-TIME when not given"""
+    folder: training.Place = training.RunFolder()
+    """where the run is written"""
     fit: Annotated[PosteriorConfig, tyro.conf.arg(name="")] = PosteriorConfig()
     """how to fit"""
 
     def run(self) -> int:
-        """Fit, judge, write, draw; 130 where Ctrl-C ended the fit, whose results are written all the same."""
+        """Fit, judge, write, draw; 130 after Ctrl-C, 143 after SIGTERM, with the results so far."""
+        command, run = training.opened(self, "posterior")
+        return command._run(run)
+
+    def _run(self, run: Path | None) -> int:
+        """A new run, or one to go on with."""
         if self.n < 1:
             raise ValueError(f"expected n of at least 1, got {self.n}")
-        console.check_new(self.out)
+        if run is None:
+            console.check_new(self.folder.out)
         _check_packages()
         with console.err.status("reading the model"):
             target = find_target(self.model, self.data, self.tool, self.dim)
             with blaming(self._file):  # a rehearsal: what is refused is refused before there is a run folder
                 target.initial(self.fit.starts, self.fit.seed)
-        run = console.new_run(self.out, "posterior")
+        run = training.begun(self, run, "posterior")
         console.note(f"{self.model}: {target.dim} dimensions ({_listed(target.parameters)}); run folder {run}")
-        with console.removed_on_error(run), blaming(self._file):
-            config = {"format": FORMAT, "command": "posterior", "version": __version__, **dataclasses.asdict(self)}
-            write_json(run / "config.json", config)
-            found = self._fit(target, run)
+        with training.under_way(run) as stop:
+            with blaming(self._file):
+                found = self._fit(target, run, stop)
+            if Group.here().rank:  # the first process alone writes and draws
+                return 0
+            self._write(found, target, run)
         interrupted = found.stages[-1].stopped == "interrupted"
-        self._write(found, target, run)
         _tell(found, run, interrupted)
-        return 130 if interrupted else 0
+        if interrupted:
+            return stop.code
+        training.finish(run)
+        return 0
 
     @property
     def _file(self) -> Path:
         return Path(self.model.rpartition(":")[0] or self.model)
 
-    def _fit(self, target: Target, run: Path) -> fitting.Posterior:
+    def _fit(self, target: Target, run: Path, stop: training.Stop) -> fitting.Posterior:
         """The fit, told as it goes."""
-        with _progress() as bar, (run / "metrics.jsonl").open("w") as metrics:
+        with _progress() as bar, training.metrics(run) as write:
             task = bar.add_task("where to start", total=None, elbo="...")
             stages: list[Stage] = []
 
@@ -98,10 +107,11 @@ class Posterior:
 
             def on_stage(stage: Stage) -> None:
                 stages.append(stage)
-                print(json.dumps(_plain({"stage": len(stages), **dataclasses.asdict(stage)})), file=metrics, flush=True)
+                write(_plain({"stage": len(stages), **dataclasses.asdict(stage)}))
                 console.note(f"stage {len(stages)}: {_in_brief(stage)}")
 
-            return fitting.fit_posterior(target, self.fit, on_stage=on_stage, on_step=on_step)
+            told, states = stop.after_step(on_step), training.states(run, self.folder)
+            return fitting.fit_posterior(target, self.fit, on_stage=on_stage, on_step=told, states=states)
 
     def _write(self, found: fitting.Posterior, target: Target, run: Path) -> None:
         """All results; the summary last, so that a folder that has one is whole."""
@@ -217,7 +227,7 @@ def _tell(found: fitting.Posterior, run: Path, interrupted: bool) -> None:
     if not found.trusted:
         console.note(f"counterflow: {found.sentence} The draws are those of the approximation as it is, not corrected.")
     if interrupted:
-        console.note("interrupted; this is the best stage so far")
+        console.note(f"interrupted; this is the best stage so far; go on with --resume {run}")
     console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
 
 

@@ -1,4 +1,4 @@
-"""Trainings that survive: their states in the run folder, a stop between two steps, and the way back in."""
+"""Trainings that survive: run folders to go on with, a stop between two steps, and several processes as one."""
 
 from __future__ import annotations
 
@@ -13,20 +13,195 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import tyro
 
 from counterflow import __version__
 from counterflow.commands import console
-from counterflow.files import write_json
+from counterflow.files import read_json, write_json
 from counterflow.group import Group
 from counterflow.states import State, States
 
 FORMAT = 1  # of the run folder
-STATES = "states"  # a folder of the run folder, while the run is not finished
+STATES = "states"  # a folder of the run folder, while there is something to go on from
+PART = ".part"  # ends the names of what is not whole
 Command = TypeVar("Command")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where a run is written."""
+
+    out: Path | None = None
+    """run folder, which must be new; runs/COMMAND-DATE-TIME when not given"""
+    resume: Path | None = None
+    """run folder of a run that was ended or killed, to go on with; without other options"""
+    save_every: float = 60.0
+    """seconds between two states from which --resume can go on"""
+
+    def __post_init__(self) -> None:
+        if not self.save_every >= 0:
+            raise ValueError(f"expected save-every of at least 0 seconds, got {self.save_every}")
+
+
+Place = Annotated[RunFolder, tyro.conf.arg(name="")]  # its options stand beside those of the command
+
+
+# -- the run folder ----------------------------------------------------------------------------------
+
+
+def opened(command: Command, name: str) -> tuple[Command, Path | None]:
+    """The command as it is to be run, and the folder of the run that it goes on with, if any.
+
+    That is the one of --resume, with the options that its config.json says; or, under torchrun, the one of --out,
+    where the same command was started before and did not end.
+
+    Raises:
+        ValueError: there is no such run; it is one of another command, a finished one, or one of other options.
+        SystemExit: torchrun has started a run again that is finished.
+    """
+    place = _place(command)
+    if place.resume is not None:
+        resumed, given = place.resume, _given(command)
+        if given:
+            raise ValueError(
+                f"expected --resume without other options, which the run knows, got {', '.join(given)} as well"
+            )
+        config = _of_the_first(lambda: _unfinished(resumed, name))
+        return _built(type(command), config), resumed
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return command, None
+    if place.out is None:
+        raise ValueError("expected --out under torchrun, where a run that is started again finds its states, got none")
+    out = place.out
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and _of_the_first(lambda: _is_finished(out)):
+        raise SystemExit(0)
+    config = _of_the_first(lambda: _unfinished(out, name) if _is_begun(out) else None)
+    if config is None:
+        return command, None
+    if _built(type(command), config) != command:
+        raise ValueError(
+            f"expected the options that {out} was begun with, got others; give another --out for a new run"
+        )
+    return command, out
+
+
+def begun(command: Command, run: Path | None, name: str) -> Path:
+    """The folder of the run, made and given its config.json unless it goes on with one."""
+
+    def make() -> str:
+        if run is not None:
+            _clear(run)
+            return str(run)
+        folder = console.new_run(_place(command).out, name)
+        values = dataclasses.asdict(typing.cast(Any, command))
+        write_json(folder / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values})
+        return str(folder)
+
+    return Path(_of_the_first(make))
+
+
+@contextmanager
+def under_way(run: Path) -> Iterator[Stop]:
+    """While the run is written: signals wait for the end of a step, and an error leaves what can be gone on with.
+
+    A folder that holds neither a state nor weights is removed.
+    """
+    with stoppable() as stop:
+        try:
+            yield stop
+        except BaseException as error:
+            if (run / STATES).is_dir():
+                error.add_note(f"go on with --resume {run}")
+            elif Group.here().rank == 0 and not any(run.glob("*.safetensors")):
+                shutil.rmtree(run, ignore_errors=True)
+            if isinstance(error, KeyboardInterrupt):
+                raise console.Interrupted(stop.code, error) from None
+            raise
+
+
+def finish(run: Path) -> None:
+    """Nothing is left to go on from."""
+    if (run / STATES).is_dir():
+        os.replace(run / STATES, run / f"{STATES}{PART}")  # at once, whatever happens next
+    _clear(run)
+
+
+def _clear(run: Path) -> None:
+    """Remove what a killed process left half-done."""
+    for part in run.rglob(f"*{PART}"):
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def _is_begun(run: Path) -> bool:
+    return (run / "config.json").is_file()
+
+
+def _is_finished(run: Path) -> bool:
+    return (run / "summary.json").is_file() and not (run / STATES).is_dir()
+
+
+def _unfinished(run: Path, name: str) -> dict[str, Any]:
+    """What the config.json of an unfinished run says."""
+    if not _is_begun(run):
+        raise ValueError(f"expected a run folder of counterflow {name} to resume, got {run}: no config.json there")
+    config = read_json(run / "config.json", "the configuration of a run")
+    if config.get("command") != name:
+        raise ValueError(f"expected a run of counterflow {name}, got {run}, one of counterflow {config.get('command')}")
+    if _is_finished(run):
+        raise ValueError(f"expected an unfinished run to resume, got {run}, which is finished; begin another one")
+    return config
+
+
+def _of_the_first(look: Callable[[], Any]) -> Any:
+    """What the first process finds, or the error that it meets, in all processes: they may see other disks."""
+    group, found = Group.here(), {}
+    if group.rank == 0:
+        try:
+            found = {"value": look()}
+        except (ValueError, OSError) as error:
+            found = {"error": str(error)}
+    found = json.loads(group.broadcast(json.dumps(found).encode()))
+    if "error" in found:
+        raise ValueError(found["error"])
+    return found["value"]
+
+
+# -- what is kept of a training ----------------------------------------------------------------------
+
+
+@contextmanager
+def metrics(run: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A function that writes a line of metrics.jsonl; a run that goes on writes them all again, from its states."""
+    path = run / "metrics.jsonl" if Group.here().rank == 0 else Path(os.devnull)
+    with path.open("w", encoding="utf-8") as file:
+        yield lambda row: print(json.dumps(row), file=file, flush=True)
+
+
+def states(
+    run: Path,
+    place: RunFolder,
+    write: Callable[[dict[str, Any]], None] | None = None,
+    about: Callable[[str], dict[str, Any]] = lambda name: {},
+) -> States:
+    """Those of the trainings of a run; where one goes on, that is told, and its epochs so far are written.
+
+    about: the name of a training -> what its lines have before all else.
+    """
+
+    def on_resume(folder: Path, state: State) -> None:
+        console.note(f"{folder.name}: going on from step {state.steps:,} ({folder})")
+        if write is not None:
+            for row in state.numbers["record"]["epochs"]:
+                write({**about(folder.name), **row})
+
+    return States(run / STATES, place.save_every, on_resume)
+
+
+# -- signals -----------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -44,6 +219,15 @@ class Stop:
     def code(self) -> int:
         """The exit code of a process that was ended by that signal: 130 or 143."""
         return 128 + (self.signal or signal.SIGINT)
+
+    def after_step(self, show: Callable[..., None]) -> Callable[..., None]:
+        """What `fit` calls after a step: shows it, and ends where an end was asked for."""
+
+        def after(*where: Any) -> None:
+            show(*where)
+            self.check()
+
+        return after
 
 
 @contextmanager
@@ -68,108 +252,34 @@ def stoppable() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
-def course(run: Path, name: str, every: float, about: dict[str, Any]) -> States:
-    """The states of one training of a run; where it goes on from one, metrics.jsonl then ends where that one does.
-
-    about is what the lines of this training have, and those of others do not.
-    """
-
-    def on_resume(folder: Path, state: State) -> None:
-        console.note(f"{name}: going on from step {state.steps:,} ({folder})")
-
-    states = States(run / STATES / name, every, on_resume)
-    state = states.load()
-    metrics = run / "metrics.jsonl"
-    if metrics.exists() and Group.here().rank == 0:
-        over = 0 if state is None else len(state.numbers["record"]["epochs"])
-        lines = metrics.read_text("utf-8").splitlines()
-        metrics.write_text("".join(f"{line}\n" for line in lines if not _is_later(line, about, over)), "utf-8")
-    return states
+# -- options -----------------------------------------------------------------------------------------
 
 
-def _is_later(line: str, about: dict[str, Any], epochs: int) -> bool:
-    """Whether a line of metrics.jsonl is of this training, and of an epoch after so many; half a line is."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return True
-    return about.items() <= row.items() and row["epoch"] > epochs
+def _place(command: Any) -> RunFolder:
+    place: RunFolder = command.folder  # every command that trains has it
+    return place
 
 
-def finish(run: Path) -> None:
-    """Nothing is left to go on from."""
-    shutil.rmtree(run / STATES, ignore_errors=True)
+def _given(command: Any) -> list[str]:
+    """The options beside --resume that are not at their defaults, as they are typed."""
+    named = _options(command, type(command)(folder=RunFolder(resume=_place(command).resume)))
+    return [name for name, (value, default) in named.items() if value != default]
 
 
-def opened(command: Command, name: str) -> tuple[Command, Path | None]:
-    """The command as it is to be run, and the folder of the run that it goes on with, if any.
-
-    That is the one of --resume, with the options that its config.json says; or, under torchrun, the one of --out,
-    where torchrun has started the same command again.
-
-    Raises:
-        FileNotFoundError: there is no such run.
-        ValueError: it is a run of another command, a finished one, or of other options.
-    """
-    run, group = getattr(command, "resume"), Group.here()  # noqa: B009  # every command that trains has it
-    if run is not None:
-        config = _config_of(run, name)
-        given = _given(command)
-        if given:
-            raise ValueError(
-                f"expected --resume without other options, which the run knows, got {', '.join(given)} as well"
-            )
-        return _built(type(command), config), run
-    out = getattr(command, "out")  # noqa: B009
-    if group.size > 1 and out is None:
-        raise ValueError("expected --out under torchrun, where a run that is started again finds its states, got none")
-    (again,) = group.any(group.size > 1 and (out / STATES).is_dir())
-    if not again:
-        return command, None
-    if _built(type(command), _config_of(out, name)) != command:
-        raise ValueError(
-            f"expected the options that {out} was begun with, got others; give another --out for a new run"
-        )
-    return command, out
-
-
-def begun(command: Command, run: Path | None, name: str) -> Path:
-    """The folder of the run, made and given its config.json unless it goes on with one."""
-    group = Group.here()
-    if run is None:
-        run = getattr(command, "out")  # noqa: B009
-        if group.rank == 0:
-            run = console.new_run(run, name)
-            values = dataclasses.asdict(typing.cast(Any, command))
-            write_json(run / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values})
-    group.wait()
-    return typing.cast(Path, run)
-
-
-def _config_of(run: Path, name: str) -> dict[str, Any]:
-    """What the config.json of an unfinished run says."""
-    path = run / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected a run folder of counterflow {name} to resume, got {run}: no config.json there"
-        )
-    config: dict[str, Any] = json.loads(path.read_text("utf-8"))
-    if config.get("command") != name:
-        raise ValueError(f"expected a run of counterflow {name}, got {run}, one of counterflow {config.get('command')}")
-    if not (run / STATES).is_dir():
-        ended = "which is finished" if (run / "summary.json").is_file() else "which ended before its first state"
-        raise ValueError(f"expected an unfinished run to resume, got {run}, {ended}; begin another one")
-    return config
-
-
-def _given(command: Command) -> list[str]:
-    """The options that are not at their defaults."""
-    fields = [f for f in dataclasses.fields(typing.cast(Any, command)) if f.name != "resume"]
-    return ["--" + f.name.replace("_", "-") for f in fields if getattr(command, f.name) != _default(f)]
-
-
-def _default(field: dataclasses.Field[Any]) -> Any:
-    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+def _options(values: Any, defaults: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """By the name that is typed: the value and its default."""
+    found: dict[str, tuple[Any, Any]] = {}
+    hints = typing.get_type_hints(type(values), include_extras=True)
+    for field in dataclasses.fields(values):
+        value, default = (getattr(each, field.name) for each in (values, defaults))
+        more = getattr(hints[field.name], "__metadata__", ())
+        name = next((m.name for m in more if getattr(m, "name", None) is not None), field.name.replace("_", "-"))
+        if dataclasses.is_dataclass(value):
+            found |= _options(value, default, f"{prefix}{name}." if name else prefix)
+        else:
+            metavar = next((m.metavar for m in more if getattr(m, "metavar", None)), None)
+            found[metavar if metavar and tyro.conf.Positional in more else f"--{prefix}{name}"] = (value, default)
+    return found
 
 
 def _built(cls: type[Command], values: dict[str, Any]) -> Command:
@@ -188,6 +298,9 @@ def _as(hint: Any, value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+# -- several processes -------------------------------------------------------------------------------
+
+
 @contextmanager
 def together() -> Iterator[None]:
     """Join the other processes that torchrun has started, if it has; all but the first one are silent."""
@@ -204,13 +317,3 @@ def together() -> Iterator[None]:
         yield
     finally:
         dist.destroy_process_group()
-
-
-def on_step(stop: Stop, show: Callable[[int, int], None]) -> Callable[[int, int], None]:
-    """What `fit` calls after a step: shows it, and ends where an end was asked for."""
-
-    def after(done: int, steps: int) -> None:
-        show(done, steps)
-        stop.check()
-
-    return after

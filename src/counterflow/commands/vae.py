@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +24,7 @@ from counterflow.files import write_json
 from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.group import Group
 from counterflow.objectives import Evaluation, elbo, evaluate, iw_elbo, path_elbo, warm_up
+from counterflow.states import States
 from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
 from counterflow.vae import VAE
 
@@ -82,12 +81,8 @@ class Vae:
     """draws of z for each datum in training"""
     test_samples: int = 500
     """draws of z for each test datum in the importance sampling of its log-likelihood"""
-    out: Path | None = None
-    """run folder, which must be new; runs/vae-DATE-TIME when not given"""
-    resume: Path | None = None
-    """run folder of a run that was ended, to go on with; without other options"""
-    save_every: float = 60.0
-    """seconds between two states from which --resume can go on"""
+    folder: training.Place = training.RunFolder()
+    """where the run is written"""
     fit: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(  # noqa: RUF009  # frozen
         epochs=150, batch_size=64, learning_rate=5e-3, ema=0.995
     )
@@ -126,13 +121,13 @@ class Vae:
         shape = " x ".join(map(str, parts.train.shape[1:]))
         sizes = f"{rows['train']} to train, {rows['validation']} to validate, {rows['test']} to test"
         console.note(f"{self.data}: {shape}, {sizes}; run folder {run}")
-        with training.stoppable() as stop:
+        with training.under_way(run) as stop:
             try:
                 code = self._compare(models, parts, run, {"data": self.data, "rows": rows, "results": []}, stop)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 kept = ", ".join(str(file) for file in sorted(run.glob("*.safetensors"))) or "none: no epoch was over"
-                console.note(f"interrupted; the best weights so far: {kept}. Go on with --resume {run}")
-                return stop.code
+                error.add_note(f"the best weights so far: {kept}")
+                raise
         if Group.here().rank == 0:
             training.finish(run)
         return code
@@ -143,24 +138,25 @@ class Vae:
         """Train and test one model after the other, then the table and the pictures."""
         torch.manual_seed(self.fit.seed)
         test = next(iter(models.values())).likelihood.observe(parts.test).to(self.fit.device)
-        records = {}
+        records: dict[str, Record] = {}
+        with training.metrics(run) as write:
+            states = training.states(run, self.folder, write, lambda name: {"posterior": name})
+            for name, model in models.items():
+                file = run / ("model.safetensors" if name == list(models)[-1] else f"model-{name}.safetensors")
+                records[name] = self._train(name, model, parts, file, states.of(name), write, stop)
+                if records[name].stopped == "interrupted":
+                    raise KeyboardInterrupt
+                if records[name].best is None:
+                    console.note(f"training of {name} ended before its first epoch was over: no weights are kept")
+                    return 1
+        if Group.here().rank:  # the first process alone tests and draws
+            return 0
         for name, model in models.items():
-            last = name == list(models)[-1]
-            record = records[name] = self._train(name, model, parts, run, last, stop)
-            if record.stopped == "interrupted":
-                raise KeyboardInterrupt
-            if record.best is None:
-                console.note(f"training of {name} ended before its first epoch was over: no weights are kept")
-                return 1
-            if Group.here().rank:  # the first process alone tests and draws
-                continue
             with console.err.status(f"testing {name} with {self.test_samples} samples a datum"):
                 reached = evaluate(model, test, self.test_samples)
-            summary["results"].append(self._result(name, model, record, reached))
-            write_json(run / "summary.json", summary)
-        if Group.here().rank:
-            return 0
+            summary["results"].append(self._result(name, model, records[name], reached))
         self._draw(run / "plots", models, records, test[:64])
+        write_json(run / "summary.json", summary)  # the last of all: a folder that has one is whole
         console.out.print(_table(summary["results"]))
         console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
         return 0
@@ -189,23 +185,29 @@ class Vae:
             return OBJECTIVES[self.objective](model, x, self.samples)
         return elbo(model, x, self.samples, beta=beta, free_bits=self.free_bits, groups=self.groups)
 
-    def _train(self, name: str, model: VAE, parts: Splits, run: Path, last: bool, stop: training.Stop) -> Record:
-        states = training.course(run, name, self.save_every, {"posterior": name})
-        file = run / ("model.safetensors" if last else f"model-{name}.safetensors")
+    def _train(
+        self,
+        name: str,
+        model: VAE,
+        parts: Splits,
+        file: Path,
+        states: States,
+        write: Callable[[dict[str, Any]], None],
+        stop: training.Stop,
+    ) -> Record:
         unit = "images" if parts.train.dim() == 4 else "rows"
 
         def validate(model: VAE, x: Tensor) -> Tensor:
             return elbo(model, model.likelihood.observe(x))
 
-        written = run / "metrics.jsonl" if Group.here().rank == 0 else Path(os.devnull)
-        with console.progress(unit) as bar, written.open("a") as metrics:
+        with console.progress(unit) as bar:
             task = bar.add_task(name, total=None, epoch="1", elbo="...", rate="...")
 
             def on_step(done: int, steps: int) -> None:
                 bar.update(task, completed=done, total=steps)
 
             def on_epoch(row: Epoch, evaluated: torch.nn.Module) -> None:
-                print(json.dumps({"posterior": name, **dataclasses.asdict(row)}), file=metrics, flush=True)
+                write({"posterior": name, **dataclasses.asdict(row)})
                 if row.best:
                     save(evaluated, file)
                 shown, rate = f"{row.epoch}/{self.fit.epochs}", f"{row.rows_per_second:,.0f}"
@@ -219,7 +221,7 @@ class Vae:
                 self.fit,
                 validate=validate,
                 anneal=lambda epoch: {"beta": warm_up(epoch, self.warm_up * self.fit.epochs)},
-                on_step=training.on_step(stop, on_step),
+                on_step=stop.after_step(on_step),
                 on_epoch=on_epoch,
                 states=states,
             )

@@ -14,17 +14,20 @@ import torch
 from torch import Tensor
 
 from counterflow.checkpoint import load, save
-from counterflow.columns import Columns, Context, check_cells, check_columns, detect
+from counterflow.columns import Columns, Context, check_cells, check_columns, check_sizes, detect
 from counterflow.columns.context import is_numeric
 from counterflow.columns.detection import Bounds, Kind
 from counterflow.density import DESCRIPTION, MODEL, DensityConfig, Named
+from counterflow.files import write_json
 from counterflow.fit import Epoch, FitConfig, Record, check_device, fit
 from counterflow.flow import Flow, KernelMixture, StandardNormal
+from counterflow.group import Group
 from counterflow.kernels import add_kernels
 from counterflow.made import MADE
 from counterflow.marginals import Marginals
 from counterflow.mixture import FlowMixture
 from counterflow.recipes import IAF, MAF, NSF, Coupling
+from counterflow.states import States
 from counterflow.transform import Compose, Inverse, Transform, Triangular
 from counterflow.univariate import RationalQuadraticSpline
 
@@ -166,12 +169,20 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         sample_weight: Any = None,
         *,
         on_epoch: Callable[[int, Epoch], None] | None = None,
+        on_step: Callable[[int, int, int], None] | None = None,
+        states: States | None = None,
     ) -> FlowDensity:
         """Fit the density of the rows of X (N, D), or of X given context (N, ...), a table whose text is categories.
 
         A row of weight w counts as w rows do. Ctrl-C keeps the best weights of the members so far. on_epoch is called
-        with the number of the training and the epoch. y is not used.
+        with the number of the training and the epoch, on_step with that number, the steps done and all its steps.
+        states is where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each training, with
+        a random_state that is a number. y is not used.
         """
+        if states is not None and not isinstance(self.random_state, int | np.integer):
+            raise ValueError(
+                f"expected random_state as a whole number, with which a training can go on, got {self.random_state!r}"
+            )
         table = self._prepare(X, context, sample_weight)
         columns = self.columns_.to(self.device)
         objective = _Objective(columns, self.context_ is not None, sample_weight is not None)
@@ -180,8 +191,16 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         def train(member: int, correlated: bool) -> Flow:
             """Train one more flow."""
             task, number = self._task(table, member, correlated), len(self.records_)
-            told = None if on_epoch is None else lambda epoch, _: on_epoch(number, epoch)
-            record = fit(task.learner, objective, task.train, task.validation, task.config, on_epoch=told)
+            record = fit(
+                task.learner,
+                objective,
+                task.train,
+                task.validation,
+                task.config,
+                on_epoch=None if on_epoch is None else lambda epoch, _: on_epoch(number, epoch),
+                on_step=None if on_step is None else lambda done, steps: on_step(number, done, steps),
+                states=None if states is None else states.of(f"flow-{number + 1}"),
+            )
             self.records_.append(record)
             tried = self.kernels and len(task.train) == 1 and len(task.train[0]) <= KNOWN
             return _with_kernels(task, self.columns_) if tried else task.learner
@@ -231,7 +250,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         x = self._numbers(X, reset=True)
         names = self.get_feature_names_out().tolist()
         rng = check_random_state(self.random_state)
-        self.seed_ = int(rng.randint(2**31 - 1))
+        self.seed_ = int(Group.here().first(rng.randint(2**31 - 1)))
         c = weights = self.context_ = None
         if context is not None:
             table = _table(context, len(x))
@@ -243,6 +262,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             x, c, weights = x[kept], None if c is None else c[kept], weights[kept] / weights[kept].mean()
         if len(x) < 2:
             raise ValueError(f"expected at least two rows of a weight above 0, got n_samples={len(x)}; bring more data")
+        check_sizes(x, names)
         self.columns_ = detect(x, names, self.columns, self.bounds, self.seed_)
         check_columns(x, names, self.columns_.quantised)
         parts = [torch.from_numpy(part).float() for part in (c, weights) if part is not None]
@@ -259,10 +279,11 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         weights = None if table.weights is None else table.weights[order[held_out:].numpy()]
         flow = self._recipe(table.context, seed)
         front = _front(self.columns_, train[0], weights, seed, correlated).float()
-        rows = N - held_out
+        rows, processes = N - held_out, Group.here().size
+        batch_size = min(self.batch_size, rows, max(32, rows // 20))
         config = FitConfig(
             epochs=self.epochs,
-            batch_size=min(self.batch_size, rows, max(32, rows // 20)),
+            batch_size=max(1, batch_size - batch_size % processes),
             optimizer="adam",
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
@@ -434,9 +455,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             "context": None if self.context_ is None else self.context_.columns,
             "seed": self.seed_,
         }
-        text = json.dumps(described, indent=2) + "\n"
         save(self.flow_, Path(folder) / MODEL)
-        (Path(folder) / DESCRIPTION).write_text(text)
+        write_json(Path(folder) / DESCRIPTION, described)
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "cpu") -> FlowDensity:
