@@ -34,7 +34,7 @@ import counterflow as cf
 
 D, FILES, GROUP = 8, 8, 1 << 16
 NAMES = [f"x{i}" for i in range(D)]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 COMMAND = [sys.executable, "-m", "counterflow"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts", "3"]
 TWO += ["--nproc-per-node", "2", "-m", "counterflow"]

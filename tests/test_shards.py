@@ -26,8 +26,6 @@ SIZES = (15_000, 20_000, 15_000, 15_000, 15_000, 15_000)  # of the files, each s
 TABLE = pd.DataFrame(RNG.normal(size=(sum(SIZES), 3)), columns=list("abc"))
 FEW = TABLE.head(100)
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-# Processes that torchrun has started again otherwise meet the addresses of those before, in a store that it kept.
-SEVERAL = {**ENVIRONMENT, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
 ABOUT = {"_about.json", "_summary.json"}
 
 
@@ -83,7 +81,7 @@ def finished(out):
 
 
 def started(folder, *command):
-    arguments = {"cwd": folder, "env": SEVERAL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    arguments = {"cwd": folder, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen([*map(str, command)], **arguments)
 
 
@@ -145,7 +143,7 @@ def test_one_process_completes_what_two_began(folder, expected, tmp_path):
 @pytest.mark.slow
 def test_two_processes_draw_what_one_does(folder, here, tmp_path):
     arguments = ["sample", folder / "given", "--context", folder / "table", "--seed", 3, "--out"]
-    ran = subprocess.run([*TORCHRUN, "-m", "counterflow", *map(str, arguments), tmp_path / "two"], env=SEVERAL)
+    ran = subprocess.run([*TORCHRUN, "-m", "counterflow", *map(str, arguments), tmp_path / "two"], env=ENVIRONMENT)
     assert ran.returncode == 0
     assert here(*arguments, "one")[:2] == (0, f"{len(TABLE):,} rows; 6 parts in one\n")
     one, two = (pd.read_parquet(tmp_path / name) for name in ("one", "two"))
@@ -158,7 +156,7 @@ def test_what_goes_wrong_in_another_process_is_told(folder, tmp_path):
     for k in range(3):
         FEW.assign(b=np.where(FEW.index == 7, np.nan if k == 1 else 0, FEW.b)).to_parquet(tmp_path / f"{k}.parquet")
     command = [*TORCHRUN, "-m", "counterflow", "score", folder / "run", tmp_path, "--out", tmp_path / "out"]
-    ran = subprocess.run([*map(str, command)], env=SEVERAL, capture_output=True, text=True)
+    ran = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.returncode != 0
     assert f"column 'b' of {tmp_path}/1.parquet, got a missing one in row 7" in ran.stderr.replace("\n", " ")
     assert not list((tmp_path / "out").rglob("*.part"))
@@ -353,7 +351,7 @@ class Second(Group):
     """The second of two processes, on a disk where the first one's files are not."""
 
     def broadcast(self, content):
-        return b'{"refused": "", "done": false}'
+        return b'{"value": false}'
 
 
 @over(

@@ -18,6 +18,8 @@ from typing import Annotated, Any, TypeVar
 import torch
 import torch.distributed as dist
 import tyro
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from counterflow import __version__
 from counterflow.commands import console
@@ -297,8 +299,11 @@ def together() -> Iterator[None]:
     on_gpus = torch.cuda.is_available()
     if on_gpus:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("nccl" if on_gpus else "gloo")
-    console.out.quiet = console.err.quiet = dist.get_rank() > 0
+    store, rank, size = next(rendezvous("env://"))
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":  # torchrun keeps its store, where new processes would meet dead ones
+        store = PrefixStore(f"restart-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=size)
+    console.out.quiet = console.err.quiet = rank > 0
     try:
         yield
     finally:
