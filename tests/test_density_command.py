@@ -297,7 +297,7 @@ BAD = {
     "score without context": ("score given numbers.csv --out new/a.csv", "got none called colour"),
     "score unseen": ("score given pink.csv --out new/a.csv", "that training saw .*, got 'pink' in row 1"),
     "score by a posterior": ("score posterior numbers.csv", "a run folder of counterflow vae or density, got posterio"),
-    "score by a broken run": ("score broken numbers.csv", "expected broken/config.json as a run of counterflow writes"),
+    "score by a broken run": ("score broken numbers.csv", "expected broken/config.json to be what a run of counter"),
     "score by a bare run": ("score bare numbers.csv", "expected bare/density.json, which FlowDensity.save writes"),
     "score by a missing run": ("score nowhere numbers.csv", "expected a run folder .* got nowhere, which does not exi"),
     "sample nothing": ("sample plain -n 0", "expected n of at least 1, got 0"),

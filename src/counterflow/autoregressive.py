@@ -211,11 +211,7 @@ def _check_degrees(degrees: Sequence[int] | None, features: int) -> tuple[int, .
     if degrees is None:
         return tuple(range(1, features + 1))
     given = tuple(degrees)
-    if (
-        any(d != int(d) for d in given)
-        or len(given) != features
-        or set(given) != set(range(1, max(given, default=0) + 1))
-    ):
+    if any(d != int(d) for d in given) or len(given) != features or min(given) < 1 or len(set(given)) != max(given):
         raise ValueError(
             f"expected {features} degrees that use every number of 1..G, got {given}; "
             "for example (1, 1, 2, 2) for a coupling layer of four features"

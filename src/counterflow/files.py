@@ -7,11 +7,16 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+TOLD = 1000  # characters of an error that is told in ours; one may quote as much as there is in a file
 
 
 @contextmanager
@@ -82,6 +87,71 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"expected {path} to be {what}, an object of JSON, got {type(value).__name__}")
     return value
+
+
+def as_hinted(value: Any, hint: Any, name: str) -> Any:
+    """A value of JSON as a type hint has it: lists become tuples, texts paths, and objects the dataclass hinted.
+
+    Raises:
+        ValueError: it is of another type, or an object lacks a field or has others.
+
+    Example:
+        >>> as_hinted([1, 2], tuple[int, ...], "sizes")
+        (1, 2)
+        >>> as_hinted("two", int | None, "layers")
+        Traceback (most recent call last):
+        ValueError: expected layers as int | None, got 'two'
+    """
+    inner = get_args(hint)
+    if hint is Any:
+        return value
+    if get_origin(hint) in (Union, UnionType):
+        for one in inner:
+            with suppress(ValueError):
+                return as_hinted(value, one, name)
+    elif get_origin(hint) is Literal and value in inner:
+        return value
+    elif hint is Path and isinstance(value, str):
+        return Path(value)
+    elif get_origin(hint) is tuple and isinstance(value, list):
+        kinds = inner[:1] * len(value) if inner[-1] is ... else inner
+        if len(kinds) == len(value):
+            return tuple(
+                as_hinted(v, kind, f"{name}[{k}]") for k, (v, kind) in enumerate(zip(value, kinds, strict=True))
+            )
+    elif get_origin(hint) is dict and isinstance(value, dict):
+        return {key: as_hinted(v, inner[1], f"{name}[{key!r}]") for key, v in value.items()}
+    elif is_dataclass(hint) and isinstance(value, dict):
+        hints = get_type_hints(hint)
+        with suppress(KeyError, TypeError):  # a field too many, or one that is missing
+            return cast(Any, hint)(**{key: as_hinted(v, hints[key], f"{name}.{key}") for key, v in value.items()})
+    elif isinstance(hint, type) and _is(value, hint):
+        return value
+    told = hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("typing.", "")
+    raise ValueError(f"expected {name} as {told}, got {value!r:.100}")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Whether it is of that type, where numbers are as JSON has them: 1 may stand for 1.0 or true, and 1.0 for 1."""
+    if kind not in (int, float, bool):
+        return isinstance(value, kind)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return value is True or value is False if kind is bool else False
+    whole = isinstance(value, int) or value.is_integer()
+    return value in (0, 1) if kind is bool else kind is float or whole
+
+
+def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a safetensors file, and the texts in its header.
+
+    Raises:
+        ValueError: it is none, or not all of one.
+    """
+    try:
+        with safe_open(path, "pt", device) as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"expected a safetensors file, got {path}, which does not read as one ({error})") from None
 
 
 def alone(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

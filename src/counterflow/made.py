@@ -12,6 +12,7 @@ Source: Germain et al. 2015, "MADE: Masked Autoencoder for Distribution Estimati
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -252,7 +253,7 @@ class MADE(nn.Module):
         # Units of degree 0 see the context alone: without one they would be constants.
         lowest = 0 if context or G == 1 else 1
         levels = [list(degrees), *wiring.degrees(sizes, G, lowest)]
-        self.ends = tuple(tuple(sum(d <= g for d in level) for g in range(G + 1)) for level in levels)
+        self.ends = tuple(tuple(bisect_right(level, g) for g in range(G + 1)) for level in levels)
         self.chain = Chain(
             tuple(wiring.skips) or (None,) * len(sizes), tuple(wiring.linear) or (False,) * len(sizes), wiring.direct
         )

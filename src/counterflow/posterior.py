@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from torch import Tensor
 from counterflow.blackbox import Fitted, Pool, PosteriorConfig, Stage, Step, draw_pool, fit_flow, suspects, uncovered
 from counterflow.checkpoint import load, save
 from counterflow.diagnostics import Verdict, effective_sample_size_of_means, import_arviz, psis, resample
-from counterflow.files import alone, write_json, write_whole
+from counterflow.files import TOLD, alone, as_hinted, read_json, read_tensors, write_json, write_whole
 from counterflow.flow import Flow
 from counterflow.gaussian import CLIMBS, climb, find, join, settle
 from counterflow.group import Group
@@ -29,6 +28,14 @@ from counterflow.targets import Target, as_target
 REFINERS: dict[str, Callable[..., Chains]] = {"metropolis": independence_metropolis, "neutra": neutra}
 MISSED = 0.02  # the share of the mass found that an approximation may leave out
 FILES = ("model.safetensors", "draws.safetensors", "posterior.json")
+FACTS: dict[str, Any] = {  # in the last of them
+    "config": PosteriorConfig,
+    "verdict": Verdict,
+    "stages": tuple[Stage, ...],
+    "variables": tuple[str, ...],
+    "missed": float,
+    "seconds": float,
+}
 
 
 def fit_posterior(
@@ -317,25 +324,30 @@ class Posterior:
 
         Raises:
             FileNotFoundError: the folder lacks a file.
-            ValueError: a target of another size than the flow.
+            ValueError: files that are not those of a posterior, or a target of another size than the flow.
         """
         folder = Path(folder)
         missing = [name for name in FILES if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"expected a folder written by Posterior.save, got {folder} without {missing[0]}")
-        facts = json.loads((folder / FILES[2]).read_text("utf-8"))
-        tensors = safetensors.torch.load_file(folder / FILES[1])
-        flow: Flow = load(folder / FILES[0])
-        fitted = Fitted(
-            flow,
-            Pool(*(tensors[name] for name in Pool._fields)),
-            Verdict(**facts["verdict"] | {"of_means": tuple(facts["verdict"]["of_means"])}),
-            tuple(Stage(**stage | {"course": tuple(stage["course"])}) for stage in facts["stages"]),
+        facts, (tensors, _) = (
+            read_json(folder / FILES[2], "what Posterior.save writes"),
+            read_tensors(folder / FILES[1]),
         )
-        values = {name: tensors[f"values/{name}"] for name in facts["variables"]}
-        config = PosteriorConfig(**facts["config"] | {"hidden": tuple(facts["config"]["hidden"])})
+        flow: Flow = load(folder / FILES[0])
+        try:
+            config, verdict, stages, variables, missed, seconds = (
+                as_hinted(facts[name], hint, name) for name, hint in FACTS.items()
+            )
+            pool = Pool(*(tensors[name] for name in Pool._fields))
+            values = {name: tensors[f"values/{name}"] for name in variables}
+            S, shapes = len(pool.theta), [tuple(t.shape) for t in pool]
+            if shapes != [(S, flow.features), (S,), (S,)] or any(v.shape[:1] != (S,) for v in values.values()):
+                raise ValueError(f"draws of shapes {shapes} for a flow of {flow.features} features")
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"expected {folder} as Posterior.save writes it, got: {error!r:.{TOLD}}") from None
         known = None if target is None else as_target(target, flow.features)
-        return cls(known, config, fitted, values, facts["missed"], facts["seconds"])
+        return cls(known, config, Fitted(flow, pool, verdict, stages), values, missed, seconds)
 
     def __repr__(self) -> str:
         how = "resampled by importance weights" if self.resampled else "of the approximation as it is, NOT corrected"

@@ -56,7 +56,10 @@ def cut(reach: tuple[int, ...], columns: int) -> tuple[Step, ...]:
         ()
     """
     rows, high = len(reach), max(columns // 32, 1)
-    borders = [row for row in range(rows) if row % LINE == 0 or reach[row] - reach[row - 1] >= high] + [rows]
+    # A border pays only near rows that see more than those before them: there are not more such rows than columns.
+    near = [row for row in range(0, rows, LINE) if reach[max(row - LINE, 0)] < reach[min(row + LINE, rows) - 1]]
+    sudden = [row for row in range(1, rows) if reach[row] - reach[row - 1] >= high]
+    borders = sorted({0, *near, *sudden, rows})
     best = [(0, 0)]  # for the rows before each border: the least cost, and at which border the last step begins
     for k, last in enumerate(borders[1:], 1):
         best.append(min((best[j][0] + (last - borders[j]) * reach[last - 1] + STEP, j) for j in range(k)))

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from counterflow.files import alone, write_whole
+from counterflow.files import alone, as_hinted, write_whole
 from counterflow.group import Group
 
 NUMBERS = "numbers"  # the tensor that holds the JSON
@@ -97,7 +97,7 @@ class States:
             try:
                 _numbers(safetensors.torch.load(content))
                 return content
-            except (SafetensorError, KeyError, ValueError, TypeError, RecursionError) as error:
+            except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # too deep is one as well
                 warnings.warn(
                     f"{path} does not read ({error}); taking the state before it", RuntimeWarning, stacklevel=3
                 )
@@ -111,5 +111,6 @@ class States:
 def _numbers(tensors: dict[str, Tensor]) -> dict[str, Any]:
     """The JSON among the tensors, which is taken out of them."""
     numbers: dict[str, Any] = json.loads(tensors.pop(NUMBERS).numpy().tobytes())
-    int(numbers["steps"])
+    if as_hinted(numbers["steps"], int, "steps") < 0:
+        raise ValueError(f"expected steps of at least 0, got {numbers['steps']}")
     return numbers

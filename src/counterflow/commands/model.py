@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from counterflow.checkpoint import load
 from counterflow.data import Dataset
 from counterflow.density import DESCRIPTION
+from counterflow.files import read_json
 from counterflow.likelihoods import DiscretizedLogistic
 from counterflow.vae import VAE
 
@@ -25,15 +25,14 @@ def kind_of_run(run: Path) -> str:
     config = (run if run.is_dir() else run.parent) / "config.json"
     if not config.is_file():
         return "vae"
-    try:
-        command = json.loads(config.read_text())["command"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected {config} as a run of counterflow writes it, got: {error!r}") from None
+    command = read_json(config, "what a run of counterflow writes").get("command")
+    if not isinstance(command, str):
+        raise ValueError(f"expected {config} to name the command of a run of counterflow, got {command!r:.100}")
     if command == "distill" and (config.parent / DESCRIPTION).is_file():
         return "density"  # a student of one is used as its teacher
     if command not in ("vae", "density"):
-        raise ValueError(f"expected a run folder of counterflow vae or density, got {run}, of {command}")
-    return str(command)
+        raise ValueError(f"expected a run folder of counterflow vae or density, got {run}, of {command:.100}")
+    return command
 
 
 def weights(run: Path) -> Path:

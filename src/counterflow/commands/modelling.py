@@ -81,7 +81,7 @@ def read_data(file: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"expected a JSON file after --data, got {file}, which {came}")
     try:
         values = json.loads(file.read_text("utf-8"))
-    except ValueError as error:  # text that is not UTF-8 is one as well
+    except (ValueError, RecursionError) as error:  # text that is not UTF-8 is one as well
         raise ValueError(f"expected JSON in {file}, which does not read as such: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(
@@ -92,13 +92,21 @@ def read_data(file: Path) -> dict[str, Any]:
 
 def _array(value: Any) -> Any:
     """A list of numbers, or of such lists, as an array; all else as it is."""
-    if not isinstance(value, list):
+    if not isinstance(value, list) or not _all_numbers(value):
         return value
     try:
         array = np.array(value)
     except ValueError:  # rows of unequal length
         return value
     return array if array.dtype.kind in "biuf" else value
+
+
+def _all_numbers(values: list[Any]) -> bool:
+    """Whether nothing else is in it, however deep: an array of texts has room for the longest in every cell."""
+    level = values
+    while any(isinstance(value, list) for value in level):
+        level = [inner for value in level for inner in (value if isinstance(value, list) else [value])]
+    return all(isinstance(value, int | float) for value in level)
 
 
 # -- Python files ------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from counterflow import __version__
 from counterflow.commands import console
-from counterflow.files import read_json, write_json
+from counterflow.files import as_hinted, read_json, write_json
 from counterflow.group import Group
 from counterflow.states import State, States
 
@@ -73,7 +73,7 @@ def opened(command: Command, name: str) -> tuple[Command, Path | None]:
                 f"expected --resume without other options, which the run knows, got {', '.join(given)} as well"
             )
         config = Group.here().told_by_first(lambda: _unfinished(resumed, name))
-        return _built(type(command), config), resumed
+        return _built(command, config, resumed), resumed
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return command, None
     if place.out is None:
@@ -84,7 +84,7 @@ def opened(command: Command, name: str) -> tuple[Command, Path | None]:
     config = Group.here().told_by_first(lambda: _unfinished(out, name) if _is_begun(out) else None)
     if config is None:
         return command, None
-    if _built(type(command), config) != command:
+    if _built(command, config, out) != command:
         raise ValueError(
             f"expected the options that {out} was begun with, got others; give another --out for a new run"
         )
@@ -270,20 +270,12 @@ def _options(values: Any, defaults: Any, prefix: str = "") -> dict[str, tuple[An
     return found
 
 
-def _built(cls: type[Command], values: dict[str, Any]) -> Command:
-    """A dataclass of what JSON has kept of it."""
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(typing.cast(Any, cls)) if f.name in values]
-    return cls(**{name: _as(hints[name], values[name]) for name in names})
-
-
-def _as(hint: Any, value: Any) -> Any:
-    if dataclasses.is_dataclass(hint):
-        return _built(typing.cast(Any, hint), value)
-    kinds = {hint, *typing.get_args(hint)}
-    if value is not None and Path in kinds:
-        return Path(value)
-    return tuple(value) if isinstance(value, list) else value
+def _built(like: Command, config: dict[str, Any], run: Path) -> Command:
+    """The command that a config.json has kept."""
+    names = {field.name for field in dataclasses.fields(typing.cast(Any, like))}
+    options = {name: value for name, value in config.items() if name in names}
+    built: Command = as_hinted(options, type(like), f"the options in {run / 'config.json'}")
+    return built
 
 
 # -- several processes -------------------------------------------------------------------------------

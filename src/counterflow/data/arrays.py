@@ -1,58 +1,101 @@
 """NumPy files, and the rules by which an array of any format becomes a tensor of rows or images."""
 
+import io
+import math
+import re
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from counterflow.data.formats import reading
+from counterflow.data.formats import check_taken, reading
+
+NPY, NPZ = "a NumPy .npy file", "a NumPy .npz file"
+HEADER = 10_000  # bytes, as NumPy has it
+# What NumPy writes there. Python's parser, which reads it, takes all memory for some thousands of signs or operators.
+PLAIN = re.compile(rb"(?:'[^']*+'|\d++L?|True|False|[{}()\[\],:\s])*+")
+LISTED = 20  # arrays of an .npz, in an error
+PACKINGS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}  # what NumPy writes
 
 Array = np.ndarray[Any, Any]
 
 
+class Header(NamedTuple):
+    """What an .npy says of itself."""
+
+    shape: tuple[int, ...]
+    fortran: bool  # the first index moves fastest
+    dtype: np.dtype[Any]
+    size: int  # bytes of the numbers
+    stored: int  # bytes of the file that it stands in
+
+
 def read_npy(path: Path) -> Array:
     """The array of a .npy file, of real numbers, mapped into memory."""
-    kind = "a NumPy .npy file"
-    with reading(path, kind), open(path, "rb") as stream:
-        _, _, dtype = npy_header(stream)
-    _check_numeric(dtype, str(path))
-    with reading(path, kind):
-        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)  # mmap looks at the length first
+    with reading(path, NPY), open(path, "rb") as stream:
+        header = npy_header(stream, path.stat().st_size, path)
+    _check_numeric(header.dtype, str(path))
+    with reading(path, NPY):
+        array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 
 def read_npz(path: Path, key: str | None) -> Array:
     """The array of an .npz file that key names, or its only one."""
-    member = npz_member(path, key)
-    with reading(path, "a NumPy .npz file"), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+    member, header = npz_member(path, key)
+    check_unpacked(path, header, header.size)
+    with reading(path, NPZ), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
         array: Array = np.lib.format.read_array(stream, allow_pickle=False)
     return array
 
 
-def npz_member(path: Path, key: str | None) -> str:
+def check_unpacked(path: Path, header: Header, held: int) -> None:
+    """Raise ValueError where the bytes held of an array at a time are beyond what its file accounts for."""
+    check_taken(path, f"an array of shape {header.shape}", held, header.stored, "save it as .npy, if they are there")
+
+
+def npz_member(path: Path, key: str | None) -> tuple[str, Header]:
     """The file within an .npz that holds the array that key names, or its only one, of real numbers."""
-    kind, headers = "a NumPy .npz file", {}
-    with reading(path, kind), zipfile.ZipFile(path) as archive:
-        for member in (name for name in archive.namelist() if name.endswith(".npy")):
-            with archive.open(member) as stream:
-                headers[member.removesuffix(".npy")] = npy_header(stream)
+    headers = {}
+    with reading(path, NPZ), zipfile.ZipFile(path) as archive:
+        for info in (info for info in archive.infolist() if info.filename.endswith(".npy")):
+            if info.compress_type not in PACKINGS:
+                raise ValueError(f"{info.filename!r} is neither {' nor '.join(PACKINGS.values())}")
+            with archive.open(info) as stream:
+                headers[info.filename.removesuffix(".npy")] = npy_header(stream, info.file_size, path)
     chosen = next(iter(headers)) if key is None and len(headers) == 1 else key
     if chosen is None or chosen not in headers:
-        held = ", ".join(f"{name} {shape} {dtype}" for name, (shape, _, dtype) in headers.items()) or "no arrays"
+        held = [f"{name} {header.shape} {header.dtype}" for name, header in headers.items()] or ["no arrays"]
         came = "no key" if key is None else repr(key)
-        raise ValueError(f"expected a key that names one array of {path}, got {came}; it holds {held}")
-    _check_numeric(headers[chosen][2], f"{chosen!r} of {path}")
-    return f"{chosen}.npy"
+        raise ValueError(
+            f"expected a key that names one array of {path}, got {came}; it holds {', '.join(held[:LISTED])}"
+            f"{', ..' if len(held) > LISTED else ''}"
+        )
+    _check_numeric(headers[chosen].dtype, f"{chosen!r} of {path}")
+    return f"{chosen}.npy", headers[chosen]
 
 
-def npy_header(stream: Any) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether it is in Fortran's order, and dtype of the .npy that a stream begins with."""
+def npy_header(stream: Any, length: int, path: Path) -> Header:
+    """What the .npy says of itself that a stream of so many bytes begins with.
+
+    Raises ValueError where that is no header, or more numbers than the stream has bytes.
+    """
     version = np.lib.format.read_magic(stream)
+    prefix = stream.read(2 if version == (1, 0) else 4)
+    size = int.from_bytes(prefix, "little")
+    if size > HEADER:
+        raise ValueError(f"it has a header of {size:,} bytes, where {HEADER:,} are many")
+    text = io.BytesIO(prefix + stream.read(size))
+    if not PLAIN.fullmatch(text.getvalue(), len(prefix)):
+        raise ValueError("its header is no dictionary of texts and numbers")
     read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(stream)
-    return shape, fortran, dtype
+    shape, fortran, dtype = read(text)
+    rest, numbers = length - len(np.lib.format.MAGIC_PREFIX) - 2 - text.tell(), math.prod(shape) * dtype.itemsize
+    if min(shape, default=0) < 0 or numbers > rest or (numbers == 0 and max(shape, default=0) > rest + HEADER):
+        raise ValueError(f"it declares an array {shape} of {numbers:,} bytes, and {rest:,} follow")
+    return Header(shape, fortran, dtype, numbers, path.stat().st_size)
 
 
 def _check_numeric(dtype: np.dtype[Any], what: str) -> None:

@@ -1,6 +1,7 @@
 """Images of 8 bits: IDX files as MNIST has them, folders of PNG and JPEG images, and the digits."""
 
 import gzip
+import io
 import math
 import re
 import struct
@@ -12,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from counterflow.data.formats import ACCEPTED, needs, reading
+from counterflow.data.formats import ACCEPTED, ALWAYS, RATIO, check_taken, needs, reading
 
 IDX_FILE = re.compile(r"(idx\d?-ubyte|\.idx)(\.gz)?$", re.IGNORECASE)  # by its name, whatever it holds
 _IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$", re.IGNORECASE)
 _IDX_TEST = re.compile(r"(?<![a-z])(t10k|test)(?![a-z])", re.IGNORECASE)
+PIXEL = 8  # bytes that an image takes for each while it is decoded: in four channels, and once more in those asked for
 _IDX_MAGIC = bytes([0, 0, 8, 3])  # unsigned bytes, 3 dimensions
 
 
@@ -73,13 +75,16 @@ def read_idx(path: Path) -> torch.Tensor:
             if whole:
                 shape = struct.unpack(">3I", header[4:])
             # by the megabyte, so that a header that lies about the size makes nobody allocate it
-            while whole and len(body) <= math.prod(shape) and (chunk := stream.read(1 << 20)):
+            most = min(math.prod(shape), max(ALWAYS, RATIO * path.stat().st_size))
+            while whole and len(body) <= most and (chunk := stream.read(1 << 20)):
                 body += chunk
     if not whole:
         raise ValueError(
             f"expected {path} to be {kind}, which begins with 00000803 and three sizes, got "
             f"{header.hex() or 'nothing'}; labels (00000801) and other types are no images"
         )
+    if len(body) > most:
+        check_taken(path, "the pixels in it", math.prod(shape), path.stat().st_size, "unzip it, if they are images")
     if not 0 < math.prod(shape) == len(body):
         came = f"{'more' if len(body) > math.prod(shape) else len(body)}"
         raise ValueError(
@@ -103,6 +108,9 @@ def _pictures(paths: Sequence[Path]) -> torch.Tensor:
                 f"{paths[other]} (height, width); resize or crop them first"
             )
         channels = 1 if all(grey for _, grey in headers) else 3
+        stored = sum(path.stat().st_size for path in paths)
+        taken = len(paths) * channels * math.prod(sizes[0])
+        check_taken(paths[0].parent, f"{len(paths)} images of {sizes[0]}", taken, stored, "resize them, or take fewer")
         values = torch.empty(len(paths), channels, *sizes[0], dtype=torch.uint8)
         for row, path in zip(values, paths, strict=True):
             row.copy_(_picture(image, path, channels))
@@ -115,13 +123,17 @@ def _picture_header(image: Any, path: Path) -> tuple[tuple[int, int], bool]:
         # Pillow makes 8 bits of 16-bit colour without a word: only the tile still says "RGB;16B"
         modes = [opened.mode, *(str(tile[3]) for tile in opened.tile)]
         size, grey = (opened.height, opened.width), opened.mode in ("1", "L", "LA")
+    taken = PIXEL * math.prod(size)
+    check_taken(path, f"an image of {size}", taken, path.stat().st_size, "resize it, if it is one")
     if any("16" in mode or mode == "I" for mode in modes):
         raise ValueError(f"expected 8 bits per channel in {path}, got 16-bit {modes}; convert it to 8 bits")
     return size, grey
 
 
 def _picture(image: Any, path: Path, channels: int) -> torch.Tensor:
-    with reading(path, "a PNG or JPEG image"), image.open(path, formats=("PNG", "JPEG")) as opened:
+    # from memory, since Pillow asks a file for as many bytes as a chunk says that it has
+    content = io.BytesIO(path.read_bytes())
+    with reading(path, "a PNG or JPEG image"), image.open(content, formats=("PNG", "JPEG")) as opened:
         # a palette goes by way of RGBA, or Pillow warns
         plain = opened.convert("RGBA") if opened.mode in ("P", "PA") else opened
         pixels = np.array(plain.convert("L" if channels == 1 else "RGB"))

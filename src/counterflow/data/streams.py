@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -13,13 +14,15 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.data.arrays import Array, npy_header, npz_member, read_npy
-from counterflow.data.formats import needs, reading
+from counterflow.data.arrays import NPZ, Array, check_unpacked, npy_header, npz_member, read_npy
+from counterflow.data.formats import check_taken, needs, reading
+from counterflow.data.parquet import check_parquet
 from counterflow.data.source import Part, Source, in_turn, located
 from counterflow.data.tables import CSV, csv_header, is_number
 from counterflow.files import whole
 
 SUFFIXES = (".csv", ".parquet", ".npy", ".npz")
+COLUMN = 1 << 10  # bytes that a name, and what Arrow knows of a column, take
 BLOCK = 1 << 22  # bytes of a CSV or an .npz at a time
 PARQUET = "a Parquet file"
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # texts that stand for no number
@@ -42,9 +45,11 @@ def open_table(path: Path, key: str | None = None) -> Source:
     if not path.exists():
         raise FileNotFoundError(f"expected a table, {', '.join(SUFFIXES)}; got {str(path)!r}, where nothing is")
     source = {".csv": _csv, ".parquet": _parquet, ".npy": _npy}.get(suffix, lambda path: _npz(path, key))(path)
-    twice = sorted({name for name in source.names if source.names.count(name) > 1})
+    twice = sorted(name for name, count in Counter(source.names).items() if count > 1)
     if twice:
-        raise ValueError(f"expected a name of its own for every column of {path}, got {twice} more than once")
+        raise ValueError(
+            f"expected a name of its own for every column of {path}, got {str(twice)[:200]} more than once"
+        )
     return source
 
 
@@ -74,6 +79,7 @@ def _parquet(path: Path) -> Source:
     names: list[str] = []
     groups: list[list[int]] = []  # rows of each row group of each file
     for k, file in enumerate(files):
+        check_parquet(file)
         with reading(file, PARQUET), _parquet_file(file) as found:
             came = list(found.schema_arrow.names)
             groups.append([found.metadata.row_group(g).num_rows for g in range(found.num_row_groups)])
@@ -137,7 +143,7 @@ def _row_groups(path: Path, groups: range, size: int) -> Iterator[Any]:
 
 def _npy(path: Path) -> Source:
     array = read_npy(path)
-    names = _array_names(array.shape, str(path))
+    names = _array_names(array.shape, str(path), path)
 
     def batches(start: int, stop: int, size: int) -> Iterator[Any]:
         for first in range(start, stop, size):
@@ -152,14 +158,14 @@ def _npy(path: Path) -> Source:
 
 
 def _npz(path: Path, key: str | None) -> Source:
-    member, kind = npz_member(path, key), "a NumPy .npz file"
-    with reading(path, kind), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
-        shape, fortran, dtype = npy_header(stream)
-    names = _array_names(shape, f"{member.removesuffix('.npy')!r} of {path}")
+    member, header = npz_member(path, key)
+    shape, fortran, dtype = header.shape, header.fortran, header.dtype
+    names = _array_names(shape, f"{member.removesuffix('.npy')!r} of {path}", path)
 
     def read() -> Iterator[Any]:
-        width = dtype.itemsize * shape[1]
+        kind, width = NPZ, dtype.itemsize * shape[1]
         size = max(1, BLOCK // width)
+        check_unpacked(path, header, header.size if fortran else min(size, shape[0]) * width)
         with ExitStack() as stack:
             with reading(path, kind):
                 archive = stack.enter_context(zipfile.ZipFile(path))
@@ -167,7 +173,7 @@ def _npz(path: Path, key: str | None) -> Source:
                 if fortran:  # whose rows are spread over the whole file
                     whole = np.lib.format.read_array(stream, allow_pickle=False)
                 else:
-                    npy_header(stream)
+                    npy_header(stream, archive.getinfo(member).file_size, path)
             for first in range(0, shape[0], size):
                 rows = min(size, shape[0] - first)
                 if fortran:
@@ -180,15 +186,18 @@ def _npz(path: Path, key: str | None) -> Source:
     return Source(path, names, False, shape[0], in_turn(path, shape[0], read))
 
 
-def _array_names(shape: tuple[int, ...], what: str) -> list[str]:
+def _array_names(shape: tuple[int, ...], what: str, path: Path) -> list[str]:
     if len(shape) != 2 or shape[1] == 0:
         raise ValueError(f"expected rows (N, D) in {what}, got shape {shape}; reshape it")
+    check_taken(path, f"{shape[1]:,} columns", COLUMN * shape[1], path.stat().st_size, "take fewer, if they are there")
     return [f"f{column}" for column in range(shape[1])]
 
 
 def _as_batch(array: Array, names: Sequence[str]) -> Any:
     arrow = needs("pyarrow", "pyarrow", "a table")
-    columns = [arrow.array(np.ascontiguousarray(column)) for column in array.T]
+    # Arrow knows the machine's own order of bytes alone, and no longer numbers
+    dtype = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
+    columns = [arrow.array(np.ascontiguousarray(column, dtype)) for column in array.T]
     return arrow.record_batch(columns, names=list(names))
 
 
@@ -206,7 +215,7 @@ def numbers(batch: Any, names: Sequence[str], path: Path, first: int = 0) -> Arr
     if not np.isfinite(found).all():
         row, k = np.argwhere(~np.isfinite(found))[0]
         raise ValueError(
-            f"expected finite numbers in column {names[k]!r} of {path}, got {found[row, k]} in row {first + row} "
+            f"expected finite numbers in column {names[k]!r:.100} of {path}, got {found[row, k]} in row {first + row} "
             "(counted from 0); drop or impute such rows"
         )
     return found
@@ -227,15 +236,15 @@ def _column_numbers(column: Any, name: str, path: Path, first: int) -> Array:
         text = isinstance(cell, str)
         if cell is None or (text and cell.strip() in MISSING):
             raise ValueError(
-                f"expected a number in every cell of column {name!r} of {path}, got a missing one in row {first + row} "
-                "(counted from 0); drop or impute such rows"
+                f"expected a number in every cell of column {name!r:.100} of {path}, got a missing one in row "
+                f"{first + row} (counted from 0); drop or impute such rows"
             )
         if not (is_number(cell.strip()) if text else isinstance(cell, int | float)):
             raise ValueError(
-                f"expected numbers in column {name!r} of {path}, got {cell!r} in row {first + row} (counted from 0); "
-                "drop the column, encode it as numbers, or name it as context"
+                f"expected numbers in column {name!r:.100} of {path}, got {cell!r:.100} in row {first + row} "
+                "(counted from 0); drop the column, encode it as numbers, or name it as context"
             )
-    return np.array([float(cell) for cell in cells])
+    return np.array([float(cell.strip() if isinstance(cell, str) else cell) for cell in cells])
 
 
 def column(batch: Any, name: str, path: Path, first: int = 0) -> Array:

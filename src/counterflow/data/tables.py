@@ -1,5 +1,6 @@
 """Tables of numbers, CSV and Parquet: every cell must be there and be a number."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,25 +8,39 @@ from typing import Any
 import numpy as np
 
 from counterflow.data.arrays import Array, narrow
-from counterflow.data.formats import needs, reading
+from counterflow.data.formats import check_taken, needs, reading
+from counterflow.data.parquet import PARQUET, check_parquet
 
 CSV = "a CSV table in UTF-8 with as many cells on every line (blank lines do not count as a Row)"
+
+COLUMN = 1 << 14  # bytes that the reader of CSV takes for each column, whatever is in it
 
 
 def csv_header(path: Path) -> tuple[list[str], bool]:
     """The names of the columns of a .csv file, f0, f1, .. where it has none, and whether it has them."""
     csv = needs("pyarrow.csv", "pyarrow", "a CSV file")
+    columns = _most_columns(path)  # counted here, as Arrow ends the process where they take all memory
+    todo = "save it as .npy, if they are columns"
+    check_taken(path, f"up to {columns:,} columns", COLUMN * columns, path.stat().st_size, todo)
     with reading(path, CSV), csv.open_csv(path, read_options=csv.ReadOptions(use_threads=False)) as stream:
         names = stream.schema.names
     if "" in names:
         raise ValueError(
-            f"expected a name for every column of {path}, or no names at all, got {','.join(names)!r} in the "
+            f"expected a name for every column of {path}, or no names at all, got {','.join(names)!r:.200} in the "
             "first line; name or remove the column without (pandas: to_csv(index=False))"
         )
     # numbers in the first line are data, save for 0, 1, 2, .., the names that pandas gives to columns without
     if all(map(is_number, names)) and names != [str(column) for column in range(len(names))]:
         return [f"f{column}" for column in range(len(names))], False
     return names, True
+
+
+def _most_columns(path: Path) -> int:
+    """How many columns the first line of a .csv file has at most: a comma within quotes counts as well."""
+    with path.open("rb") as file:
+        block = file.read(1 << 20).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n")  # as much as Arrow looks at
+    line = re.split(rb"[\r\n]", block, maxsplit=1)[0]
+    return (block if line.count(b'"') % 2 else line).count(b",") + 1  # quotes may reach over the end of a line
 
 
 def read_csv(path: Path) -> Array:
@@ -51,7 +66,8 @@ def read_parquet(path: Path) -> Array:
     """(N, D) of a .parquet file."""
     parquet = needs("pyarrow.parquet", "pyarrow", "a Parquet file")
     # not read_table, which makes a column of a folder called "year=2020"
-    with reading(path, "a Parquet file"), parquet.ParquetFile(path) as file:
+    check_taken(path, "its rows", check_parquet(path), path.stat().st_size, "save it as .npy, if they are there")
+    with reading(path, PARQUET), parquet.ParquetFile(path) as file:
         table = file.read()
     return _stack(path, table)
 
@@ -64,12 +80,12 @@ def _stack(path: Path, table: Any) -> Array:
     if text is not None:
         name, row, cell = text
         raise ValueError(
-            f"expected numbers in column {name!r} of {path}, got {cell!r} in row {row} (counted from 0); "
+            f"expected numbers in column {name!r:.100} of {path}, got {cell!r:.100} in row {row} (counted from 0); "
             "drop the column or encode it as numbers"
         )
     missing = np.stack([column.is_null().to_numpy() for column in table.columns], axis=1)  # (N, D)
     if missing.any():
-        places = [f"row {row} of {table.column_names[column]!r}" for row, column in np.argwhere(missing)[:3]]
+        places = [f"row {row} of {table.column_names[column]!r:.100}" for row, column in np.argwhere(missing)[:3]]
         more = ", .." if missing.sum() > len(places) else ""
         raise ValueError(
             f"expected a number in every cell of {path}, got {missing.sum()} missing: {', '.join(places)}"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from counterflow.columns import Columns, Context, check_cells, check_columns, ch
 from counterflow.columns.context import is_numeric
 from counterflow.columns.detection import Bounds, Kind
 from counterflow.density import DESCRIPTION, MODEL, DensityConfig, Named
-from counterflow.files import write_json
+from counterflow.files import TOLD, as_hinted, read_json, write_json
 from counterflow.fit import Epoch, FitConfig, Record, check_device, fit
 from counterflow.flow import Flow, KernelMixture, StandardNormal
 from counterflow.group import Group
@@ -45,6 +44,11 @@ Array = np.ndarray[Any, Any]
 Recipe = Callable[[int, int], Flow]
 
 FORMAT = 1  # of density.json
+HINTS = get_type_hints(DensityConfig) | {  # of the settings in it
+    "flow": str,  # "a recipe", too
+    "columns": str | dict[str, str],
+    "bounds": dict[str, tuple[float | None, float | None]] | None,
+}
 WHITENED = 256  # columns up to which the linear layer has a matrix: its D^2 numbers stand in the file's header
 CURVED = 0.7  # nats a row that a curve through its quantiles gains a column; below, it is jagged for nothing
 KERNELLED = 0.1  # nats a row of the validation part that kernels must gain
@@ -469,22 +473,28 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         path = Path(folder) / DESCRIPTION
         if not path.is_file():
             raise FileNotFoundError(f"expected {path}, which FlowDensity.save writes, got no such file")
-        flow = load(Path(folder) / MODEL)
+        flow, described = load(Path(folder) / MODEL), read_json(path, "what FlowDensity.save writes")
         try:
-            described = json.loads(path.read_text())
-            settings = described["settings"] | {"hidden": tuple(described["settings"]["hidden"]), "device": device}
-            density = cls(**settings)
-            density.n_features_in_ = int(described["features"])
-            density.seed_ = int(described["seed"])
-            if described["names"]:
-                density.feature_names_in_ = np.array(described["names"], dtype=object)
+            settings = {name: as_hinted(value, HINTS[name], name) for name, value in described["settings"].items()}
+            density = cls(**settings | {"device": device})
+            density.n_features_in_ = as_hinted(described["features"], int, "features")
+            density.seed_ = as_hinted(described["seed"], int, "seed")
+            names = as_hinted(described["names"], tuple[str, ...] | None, "names")
+            if names:
+                density.feature_names_in_ = np.array(names, dtype=object)
             density.context_ = None if described["context"] is None else Context.read(described["context"])
             density.flow_ = flow
             density.columns_ = list(_members(flow)[0].transform)[-1].transform  # type: ignore[call-overload]
             if not isinstance(density.columns_, Columns):
                 raise TypeError(f"its last layer is {density.columns_!r}")
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"expected {folder} to hold a FlowDensity as save writes it, got: {error!r}") from None
+            context = 0 if density.context_ is None else density.context_.size
+            came = (density.n_features_in_, len(names or range(flow.features)), context)
+            if came != (flow.features, flow.features, flow.context):
+                raise ValueError(f"features, names and context of {came} for a flow of {flow.features, flow.context}")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise ValueError(
+                f"expected {folder} to hold a FlowDensity as save writes it, got: {error!r:.{TOLD}}"
+            ) from None
         return density
 
 
