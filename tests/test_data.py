@@ -295,7 +295,7 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "no npy": ("x.npy", b"hello", r"x\.npy to be a NumPy \.npy file, but it does not read: .+; check"),
     "empty npy": ("x.npy", b"", r"x\.npy to be a NumPy \.npy file, but it does not read: .+; check"),
     "cut npy": ("x.npy", NPY[:-8], r"x\.npy to be a NumPy \.npy file, but .*: it declares an array \(11, 3\) of 264"),
-    "npy of 2 TB": ("x.npy", lie(NPY, b"(11, 3), }" + b" " * 9, b"(99999999999, 3), }"), r"declares an .* of 2,399,999,999,976 b"),
+    "npy of 2 TB": ("x.npy", lie(NPY, b"(11, 3), }" + b" " * 9, b"(99999999999, 3), }"), r"of 2,399,999,999,976 b"),
     "objects": ("x.npy", npy(np.array([[1, "a"]], object)), r"dtype object; objects are pickled.*: save it"),
     "complex": ("x.npy", npy(ROWS * 1j), r"real numbers in .*x\.npy, got dtype complex128; save it as numb"),
     "0-d": ("x.npy", npy(np.array(1.0)), r"rows \(N, D\), .* got shape \(\); reshape it to one of these"),
