@@ -391,6 +391,8 @@ def test_texts_of_data_take_no_memory(tmp_path):
     path.write_text("[" * 10**5)
     with pytest.raises(ValueError, match=r"expected JSON in .*data\.json, which does not read as such"):
         read_data(path)
+    with pytest.raises(ValueError, match=r"data\.json to be the data of a Stan program, but it does not read as JSON"):
+        cf.targets.from_stan("parameters { real x; } model { x ~ normal(0, 1); }", path)
 
 
 @pytest.mark.parametrize(

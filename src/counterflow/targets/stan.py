@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from counterflow.files import read_json
 from counterflow.targets.stan_library import open_program
 from counterflow.targets.target import Array, Target, bracketed, compiled
 
@@ -95,7 +96,7 @@ def _values(data: Mapping[str, Any] | str | Path) -> dict[str, Any]:
     path = Path(data).expanduser()
     if not path.is_file():
         raise FileNotFoundError(f"expected data as a mapping or a JSON file, got {path}, where no file is")
-    return json.loads(path.read_text("utf-8"))
+    return read_json(path, "the data of a Stan program")
 
 
 def _plain(name: str, value: Any) -> Any:
