@@ -216,7 +216,8 @@ def main() -> None:
     if options.ranks:
         write_section("Killed ranks", [made, "", *ranks(options.times or 10)])
     else:
-        write_section(f"Killed runs: {', '.join(options.commands)}", [made, "", *kills(options.commands, options.times or 50)])
+        title = f"Killed runs: {', '.join(options.commands)}"
+        write_section(title, [made, "", *kills(options.commands, options.times or 50)])
 
 
 if __name__ == "__main__":

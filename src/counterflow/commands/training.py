@@ -79,9 +79,11 @@ def opened(command: Command, name: str) -> tuple[Command, Path | None]:
     if place.out is None:
         raise ValueError("expected --out under torchrun, where a run that is started again finds its states, got none")
     out = place.out
-    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) and Group.here().told_by_first(lambda: _is_finished(out)):
+    group = Group.here()
+    (again,) = group.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)  # machines count their own
+    if group.told_by_first(lambda: again and _is_finished(out)):
         raise SystemExit(0)
-    config = Group.here().told_by_first(lambda: _unfinished(out, name) if _is_begun(out) else None)
+    config = group.told_by_first(lambda: _unfinished(out, name) if _is_begun(out) else None)
     if config is None:
         return command, None
     if _built(command, config, out) != command:
