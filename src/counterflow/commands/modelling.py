@@ -270,6 +270,8 @@ def blaming(file: Path) -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         where = _where(error, file)
+        if isinstance(error, OSError) and not where:
+            raise  # such as a full disk, to which the run is written
         if not traceback.extract_tb(error.__traceback__)[-1].filename.startswith(PACKAGE):
             raise ValueError(_line(error, file, where)) from error
         if isinstance(error, TypeError) or where:  # it says itself what was expected
