@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -533,3 +534,16 @@ def test_help(here):
     assert (code, err) == (0, "") and [word for word in words.split() if word not in out] == []
     assert set(Tool.__args__) <= set(re.findall(r"\w+", out))
     assert torch.get_default_dtype() == torch.float32
+
+
+def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):
+    def full(path):
+        return SimpleNamespace(free=1000)
+
+    monkeypatch.setattr("shutil.disk_usage", full)
+    code, _, err = here("--steps", "20", "--stages", "1", "--verdict-draws", "1000", "--out", "run")
+    assert code == 2 and "expected room on the disk to write to, got none left" in " ".join(err.split()), err
+    assert "go on with --resume run" in " ".join(err.split()) and not (tmp_path / "run" / "posterior.nc").exists()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert here("--resume", "run")[0] == 0 and (tmp_path / "run" / "posterior.nc").is_file()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import json
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
@@ -40,6 +42,12 @@ def whole(path: Path) -> Iterator[Path]:
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
         _to_disk(path.parent, os.O_RDONLY)  # the new name, too
+
+
+def check_room(folder: Path, size: int) -> None:
+    """Raise OSError unless a disk has room for so many bytes: not every library survives it when it has not."""
+    if shutil.disk_usage(folder).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def leftovers(path: Path) -> list[Path]:

@@ -22,7 +22,7 @@ from counterflow.commands import console, training
 from counterflow.commands.misfit import misfit, noise
 from counterflow.commands.modelling import DEFAULT, Tool, blaming, find_target
 from counterflow.diagnostics import import_arviz, resample
-from counterflow.files import whole, write_json
+from counterflow.files import check_room, whole, write_json
 from counterflow.group import Group
 from counterflow.targets import Target
 
@@ -117,6 +117,7 @@ class Posterior:
         torch.manual_seed(self.fit.seed)
         found.save(run)
         data = found.to_arviz(self.n)
+        check_room(run, 2 * data.nbytes + (1 << 20))  # HDF5 ends the process where it cannot close a file
         with whole(run / "posterior.nc") as path:
             data.to_netcdf(str(path))
         with whole(run / "draws.parquet") as path:
