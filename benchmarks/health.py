@@ -28,6 +28,7 @@ import inspect
 import json
 import math
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -426,6 +427,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--calls", type=int, default=CALLS)
     parser.add_argument("--trainings", type=int, default=TRAININGS)
+    parser.add_argument("--only", nargs="+", default=[""], help="lines whose names begin so")
     parser.add_argument("--line", nargs=2, metavar=("HEADING", "NAME"), help="only this one, its points as JSON")
     arguments = parser.parse_args()
     lines = subjects(arguments.steps, arguments.calls, arguments.trainings)
@@ -437,21 +439,24 @@ def main() -> None:
         print(json.dumps(watch.points))
         return
     text = [
-        f"Made by `python benchmarks/health.py` ({machine()}). Each line is a process of its own, looked at {POINTS} "
+        f"Made by `{shlex.join(['python', *sys.argv])}` ({machine()}). Each line is a process of its own, looked at {POINTS} "
         "times after a garbage collection and `malloc_trim`. All counts are of what was there after a fifth, and + "
         f"what came by the end; MB is resident memory, its slope by least squares ± standard error. Flat: growth below "
         f"{GROWTH:g} MB, a slope below {SLOPE:g} MB per 1,000 or within two standard errors of 0, and no thread, "
         "descriptor or tensor more. Trainings keep a state every second where they take `states`. What grows is the "
         "course of a training: 0.3 KB for each epoch, and 2 KB where states are written, which hold it.",
     ]
-    for heading, each in lines.items():
+    for heading, every in lines.items():
+        each = [name for name in every if name.startswith(tuple(arguments.only))]
+        if not each:
+            continue
         text += ["", f"### {heading[0].upper() + heading[1:]}", ""]
         text += ["| " + " | ".join(HEADS) + " |", "|---|" + "---|" * (len(HEADS) - 1)]
         for name in each:
             points, seconds = in_child(arguments, heading, name)
             text.append(line_of(name, points))
             print(f"{text[-1]} {seconds:.0f} s", flush=True)
-    write_section(TITLE, text)
+            write_section(TITLE, text)  # after each line: it takes long, and may be ended
 
 
 if __name__ == "__main__":
