@@ -117,7 +117,7 @@ class Posterior:
         torch.manual_seed(self.fit.seed)
         found.save(run)
         data = found.to_arviz(self.n)
-        check_room(run, 2 * data.nbytes + (1 << 20))  # HDF5 ends the process where it cannot close a file
+        check_room(run, 2 * _size(data) + (1 << 20))  # HDF5 ends the process where it cannot close a file
         with whole(run / "posterior.nc") as path:
             data.to_netcdf(str(path))
         with whole(run / "draws.parquet") as path:
@@ -168,6 +168,11 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _plain(part) for key, part in value.items()}
     return [_plain(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _size(data: Any) -> int:
+    """The bytes of all groups, as either generation of ArviZ has them."""
+    return int(data.nbytes if hasattr(data, "nbytes") else sum(data[group].nbytes for group in data.groups()))
 
 
 def _write_parquet(path: Path, data: Any, names: Iterable[str]) -> None:
