@@ -443,8 +443,8 @@ def main() -> None:
         f"{POINTS} times after a garbage collection and `malloc_trim`. All counts are of what was there after a fifth, "
         f"and + what came by the end; MB is resident memory, its slope by least squares ± standard error. Flat: "
         f"growth below {GROWTH:g} MB, a slope below {SLOPE:g} MB per 1,000 or within two standard errors of 0, and no "
-        "thread, descriptor or tensor more. Trainings keep a state every second where they take `states`. What grows is the "
-        "course of a training: 0.3 KB for each epoch, and 2 KB where states are written, which hold it.",
+        "thread, descriptor or tensor more. Trainings keep a state every second where they take `states`. What grows "
+        "is the course of a training: 0.3 KB for each epoch, and 2 KB where states are written, which hold it.",
     ]
     for heading, every in lines.items():
         each = [name for name in every if name.startswith(tuple(arguments.only))]
