@@ -104,7 +104,7 @@ def test_what_cannot_be_resumed(here, tmp_path):
             (),
             "expected a run of counterflow density, got run, one of counterflow posterior",
         ),
-        ('{"command": "density"}', ("--layers", "3"), "got --layers as well"),
+        ('{"command": "density"}', ("--layers", "7"), "got --layers as well"),
         ('{"command": "density"}', ("other.csv", "--no-kernels"), "got DATA, --kernels as well"),
     ]:
         (run / "config.json").write_text(config)
