@@ -69,7 +69,7 @@ def leaves_nothing(act, times: int) -> None:
     first = count()
     for _ in range(times):
         act()
-    assert settled(first) == first
+    assert all(now <= before for now, before in zip(settled(first), first, strict=True))  # a pool may have shrunk
 
 
 # -- substitutions -----------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_threads_that_call_at_once_do_not_pile_up(solver):
     first = count()
     for _ in range(5):
         act()
-    assert settled(first) == first
+    assert all(now <= before for now, before in zip(settled(first), first, strict=True))  # a pool may have shrunk
 
 
 def test_other_numbers_of_threads_do_not_pile_up():
