@@ -11,6 +11,9 @@ import torch
 
 from counterflow.targets import from_numpyro, from_pymc, from_pyro, from_stan
 
+# Numba says so of the code that PyTensor makes, whenever that is not in its cache.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is faster on contiguous arrays")
+
 slow = pytest.mark.slow
 
 

@@ -9,6 +9,9 @@ from torch.distributions import Bernoulli, Dirichlet, HalfCauchy, LKJCholesky, N
 
 from counterflow.targets import from_numpyro, from_pymc, from_pyro, from_stan, from_torch
 
+# Numba says so of the code that PyTensor makes, whenever that is not in its cache.
+pytestmark = pytest.mark.filterwarnings("ignore:.*is faster on contiguous arrays")
+
 Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 SIGMA = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 X = np.random.default_rng(0).normal(size=(21, 3))
