@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import math
+import subprocess
 import sys
 
 import numpy as np
@@ -384,6 +385,17 @@ def test_stan_needs_a_compiler(monkeypatch, tmp_path):
     with pytest.raises(ImportError, match=r"expected a C\+\+ compiler, .* none called no-such-compiler; install g\+\+"):
         from_stan(COUNTING)
     assert not list(tmp_path.rglob("*.so"))
+
+
+@slow
+def test_a_compiled_stan_program_outlives_the_environment_that_compiled_it():
+    from counterflow.targets import stan_library
+
+    pytest.importorskip("httpstan")
+    library = str(stan_library.compile_program(COUNTING))
+    needs = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "libtbb.so.2" in needs
+    assert sys.prefix not in needs
 
 
 @slow

@@ -80,6 +80,7 @@ class HttpStan:
     """A library that is built here, of the program and the interface in stan.cpp."""
 
     def __init__(self, code: str, data: str) -> None:
+        ctypes.CDLL(str(_stan("lib/libtbb.so.2")))  # of this environment: the library may be older than it
         library = ctypes.CDLL(str(compile_program(code)))
         self._functions = {name: library[f"counterflow_{name}"] for name in SIGNATURES}
         for name, function in self._functions.items():
@@ -179,13 +180,11 @@ def compile_program(code: str) -> Path:
 
 
 def _build(code: str, digest: str, folder: Path) -> Path:
-    home = Path(importlib.util.find_spec("httpstan").submodule_search_locations[0])  # type: ignore[union-attr, index]
     (folder / "program.stan").write_text(code, "utf-8")
-    stanc = [str(home / "stanc"), "--name", f"model_{digest}", "--print-cpp", "program.stan"]
+    stanc = [str(_stan("stanc")), "--name", f"model_{digest}", "--print-cpp", "program.stan"]
     cpp = _run(stanc, folder, "a Stan program")
     (folder / "program.cpp").write_text(cpp + INTERFACE.read_text("utf-8"), "utf-8")
-    lib = home / "lib"
-    paths = [f"-I{home / 'include'}", f"-L{lib}", f"-Wl,-rpath,{lib}"]
+    paths = [f"-I{_stan('include')}", f"-L{_stan('lib')}"]
     compiler = [_compiler(), *FLAGS, *DEFINES, "program.cpp", "-o", "program.so", *paths, *LIBRARIES]
     _run(compiler, folder, "C++ that compiles")
     return folder / "program.so"
@@ -196,6 +195,11 @@ def _run(command: list[str], folder: Path, wanted: str) -> str:
     if ran.returncode:
         raise ValueError(f"expected {wanted}, got\n{ran.stderr.strip()[-2000:]}")
     return ran.stdout
+
+
+def _stan(part: str) -> Path:
+    """A part of the Stan that httpstan brings."""
+    return Path(importlib.util.find_spec("httpstan").submodule_search_locations[0], part)  # type: ignore[union-attr, index]
 
 
 def _compiler() -> str:
@@ -218,7 +222,7 @@ def _said(message: bytes) -> str:
 
 
 def _digest(code: str) -> str:
-    parts = [code, INTERFACE.read_text("utf-8"), sys.platform, platform.machine(), *FLAGS]
+    parts = [code, INTERFACE.read_text("utf-8"), sys.platform, platform.machine(), *FLAGS, *DEFINES, *LIBRARIES]
     if importlib.util.find_spec("httpstan"):
         parts.append(importlib.metadata.version("httpstan"))
     return hashlib.blake2b("\n".join(parts).encode(), digest_size=10).hexdigest()
