@@ -64,12 +64,7 @@ def _csv(path: Path) -> Source:
         with reading(path, CSV):
             stream = reader.open_csv(path, read_options=options, convert_options=convert)
         with stream:
-            while True:
-                with reading(path, CSV):
-                    batch = next(stream, None)
-                if batch is None:
-                    return
-                yield batch
+            yield from _batches(stream, path, CSV)
 
     return Source(path, names, named, None, in_turn(path, None, read))
 
@@ -133,12 +128,17 @@ def _row_groups(path: Path, groups: range, size: int) -> Iterator[Any]:
         opened = _parquet_file(path)
     with opened:
         stream = opened.iter_batches(batch_size=size, row_groups=list(groups), use_threads=False)
-        while True:
-            with reading(path, PARQUET):
-                batch = next(stream, None)
-            if batch is None:
-                return
-            yield batch
+        yield from _batches(stream, path, PARQUET)
+
+
+def _batches(stream: Iterator[Any], path: Path, kind: str) -> Iterator[Any]:
+    """What a reader of Arrow's gives, its errors told as those of a file of that kind."""
+    while True:
+        with reading(path, kind):
+            batch = next(stream, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def _npy(path: Path) -> Source:
