@@ -58,7 +58,7 @@ def trained(states=None, stop_after=None):
     flow = cf.MAF(3, layers=2, hidden=(9,), seed=dist.get_rank() if dist.is_initialized() else 0)
 
     def on_step(done, steps):
-        if done == stop_after and dist.get_rank() == 1:  # what one is asked, all do
+        if done == stop_after and dist.get_rank() == 1:  # what one is asked, all do after the next step
             raise KeyboardInterrupt
 
     record = cf.fit(flow, cf.log_likelihood, rows[:100], rows[100:], CONFIG, on_step=on_step, states=states)
@@ -73,7 +73,7 @@ def train(rank, folder):
     states = cf.States(f"{folder}/states" if rank == 0 else f"{folder}/elsewhere")
     _, interrupted = trained(states, stop_after=7)
     assert interrupted.stopped == "interrupted"
-    assert states.load().steps == 7
+    assert states.load().steps == 8
     for name, again in (("resumed", states), ("whole", None)):
         weights, record = trained(again)
         torch.save((weights, [(e.train, e.validation) for e in record.epochs]), f"{folder}/{name}{rank}.pt")

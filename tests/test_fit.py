@@ -426,6 +426,11 @@ def test_data_that_are_refused(data, message):
     assert torch.equal(model.w, Center().w)
 
 
+def test_terms_without_a_gradient_are_refused():
+    with pytest.raises(ValueError, match="expected terms that depend on the model's weights, got an objective without"):
+        fit(Center(), lambda model, x: -x.square().sum(-1))
+
+
 def test_non_finite_images_are_named_by_their_index():
     images = torch.zeros(20, 1, 4, 5)
     images[6, 0, 2, 3] = math.nan

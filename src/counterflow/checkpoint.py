@@ -60,8 +60,16 @@ TYPES: dict[str, type] = {
 }
 KEY = "counterflow"  # in the header of the file
 # The arguments among them that are sizes, or lists of sizes. Other whole numbers are indices and values.
-SIZES = {"features", "context", "hidden", "data_shape", "latent", "channels", "points", "posterior_layers"} | {
-    "posterior_hidden"
+SIZES = {
+    "channels",
+    "context",
+    "data_shape",
+    "features",
+    "hidden",
+    "latent",
+    "points",
+    "posterior_hidden",
+    "posterior_layers",
 }
 
 

@@ -139,13 +139,15 @@ def fit(
             in every epoch.
         anneal: epoch (a float) -> keywords for the objective, such as beta for a warm-up of the KL.
         on_step: called with (steps done, steps in all), between two steps: a KeyboardInterrupt raised here loses none.
+            Of several processes each hears of it with the next step, and they end after that one.
         on_epoch: called with the epoch and the model as evaluated (averaged weights).
         states: where to keep what it takes to go on from between two steps, and to look for it: a training that was
             ended goes on bit by bit when model, data and config are the same. One is written every so many seconds,
             after an interruption by on_step, and at the end.
 
     Raises:
-        ValueError: fewer rows than a batch, data that hold a NaN or an infinity, or a state of another training.
+        ValueError: fewer rows than a batch, data that hold a NaN or an infinity, terms without a gradient, or a state
+            of another training.
 
     Example:
         >>> import torch, counterflow as cf
@@ -177,6 +179,7 @@ def fit(
                 states.save(training.state())
             saved = time.perf_counter()
 
+        due = ended = False  # whether this process wants a state to be kept, and an end
         try:
             while training.goes_on:
                 model.train()
@@ -184,14 +187,15 @@ def fit(
                 for batch in training.batches(train):
                     annealed = {} if anneal is None else anneal(training.progress)
                     with autocast:
-                        loss = training.loss(_to(batch, device), annealed)
-                    training.step(loss)
+                        loss = training.loss(_to(batch, device), annealed, (due, ended))
+                    heard = training.step(loss)
                     ended = _interrupted(on_step, training.steps, steps_per_epoch * config.epochs)
                     due = states is not None and time.perf_counter() - saved > states.every
-                    due, ended = group.any(due or ended, ended)
-                    if due:
+                    keeps, ends = heard if group.size > 1 else (due, ended)
+                    if keeps or ends:
                         keep()
-                    if ended:
+                        due = False
+                    if ends:
                         raise KeyboardInterrupt
                 seconds = time.perf_counter() - begun
                 reached = _validate(training.evaluated, validate or objective, validation, config, autocast, group)
@@ -246,7 +250,8 @@ class _Training:
     ) -> None:
         self.model, self.config, self.steps_per_epoch, self.fingerprint = model, config, steps_per_epoch, fingerprint
         self.group, loss = group, _Loss(model, objective)
-        self.loss: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss, **_CONSTANT_BUFFERS)
+        self.told = loss.told
+        self.loss: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss, **_PARALLEL)
         self.shuffle = torch.Generator().manual_seed(config.seed)  # of the order of rows, the same in all processes
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[config.optimizer](
@@ -288,24 +293,31 @@ class _Training:
             picked = tuple(part[index] for part in _parts(data))
             yield picked if isinstance(data, tuple) else picked[0]
 
-    def step(self, loss: Tensor) -> None:
-        """One step down the loss, unless it or its gradient is not finite; too many such in a row are _NotFinite."""
+    def step(self, loss: Tensor) -> tuple[bool, bool]:
+        """One step down the loss, unless it or its gradient is not finite; too many such in a row are _NotFinite.
+
+        What any process had to tell all others in this step.
+        """
         self.optimizer.zero_grad(set_to_none=True)
+        self.told.grad = None
         for group in self.optimizer.param_groups:
             group["lr"] = _learning_rate(self.config, self.steps, self.steps_per_epoch * self.config.epochs)
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.steps += 1
-        reached = self.group.mean(loss.item())
+        assert self.told.grad is not None
+        reached, due, ended = self.told.grad.tolist()
+        heard = due > 0, ended > 0
         if math.isfinite(reached) and math.isfinite(norm.item()):
             self.optimizer.step()
             self.total, self.counted, self.in_a_row = self.total - reached, self.counted + 1, 0
             if self.averaged is not None:
                 self.averaged.update_parameters(self.model)
-            return
+            return heard
         self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
         if self.in_a_row >= self.config.max_skipped:
             raise _NotFinite
+        return heard
 
     def end_epoch(self, reached: float, seconds: float) -> Epoch:
         """Note what the epoch came to, and keep the weights if they are the best so far."""
@@ -397,14 +409,23 @@ class _Training:
 
 
 class _Loss(nn.Module):
-    """What DistributedDataParallel wraps: minus the mean of an objective's terms."""
+    """What DistributedDataParallel wraps: minus the mean of an objective's terms.
+
+    Processes talk once a step, for each time costs a wait for the slowest: what else they have to tell comes with the
+    gradients, as that of `told`, which is 0. It is the mean over all of the loss, and of two flags.
+    """
 
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
+        self.told = nn.Parameter(next(model.parameters()).new_zeros(3))
 
-    def forward(self, batch: Batch, annealed: dict[str, float]) -> Tensor:
-        return -_mean(self.objective(self.model, batch, **annealed))
+    def forward(self, batch: Batch, annealed: dict[str, float], flags: tuple[bool, bool]) -> Tensor:
+        loss = -_mean(self.objective(self.model, batch, **annealed))
+        if not loss.requires_grad and torch.is_grad_enabled():
+            raise ValueError("expected terms that depend on the model's weights, got an objective without a gradient")
+        tells = torch.cat([loss.detach().reshape(1), loss.new_tensor(flags)]).to(self.told)
+        return loss + (self.told * tells).sum()
 
 
 def _interrupted(on_step: Callable[[int, int], None] | None, done: int, steps: int) -> bool:
@@ -417,9 +438,13 @@ def _interrupted(on_step: Callable[[int, int], None] | None, done: int, steps: i
     return False
 
 
-# Masks, orders and the like: nothing that a forward pass changes. The older name warns where there is the newer one.
+# Buffers are masks, orders and the like: nothing that a forward pass changes. The older name of that option warns where
+# there is the newer one. Gradients are kept where they are sent from.
 _NEWER = "forward_sync_buffers" in signature(DistributedDataParallel).parameters
-_CONSTANT_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _NEWER else "broadcast_buffers": False}
+_PARALLEL: dict[str, Any] = {
+    "forward_sync_buffers" if _NEWER else "broadcast_buffers": False,
+    "gradient_as_bucket_view": True,
+}
 
 
 _POSITION = ("steps", "total", "counted", "skipped", "in_a_row", "since_best", "best")

@@ -36,10 +36,6 @@ class Group:
         """A seed of its own for each process; that of the first one is the seed itself."""
         return seed + 1_000_003 * self.rank
 
-    def mean(self, value: float) -> float:
-        """The mean over all processes."""
-        return self.sum(value)[0] / self.size
-
     def sum(self, *values: float) -> list[float]:
         """Sums over all processes."""
         if self.size == 1:
