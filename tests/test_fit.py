@@ -426,9 +426,11 @@ def test_data_that_are_refused(data, message):
     assert torch.equal(model.w, Center().w)
 
 
-def test_terms_without_a_gradient_are_refused():
+def test_what_cannot_be_trained_is_refused():
     with pytest.raises(ValueError, match="expected terms that depend on the model's weights, got an objective without"):
         fit(Center(), lambda model, x: -x.square().sum(-1))
+    with pytest.raises(ValueError, match="expected a model with weights to train, got Center without any"):
+        fit(Center().requires_grad_(False))
 
 
 def test_non_finite_images_are_named_by_their_index():

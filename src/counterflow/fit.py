@@ -146,8 +146,8 @@ def fit(
             after an interruption by on_step, and at the end.
 
     Raises:
-        ValueError: fewer rows than a batch, data that hold a NaN or an infinity, terms without a gradient, or a state
-            of another training.
+        ValueError: fewer rows than a batch, data that hold a NaN or an infinity, a model without weights or terms
+            without a gradient, or a state of another training.
 
     Example:
         >>> import torch, counterflow as cf
@@ -249,11 +249,13 @@ class _Training:
         group: Group,
     ) -> None:
         self.model, self.config, self.steps_per_epoch, self.fingerprint = model, config, steps_per_epoch, fingerprint
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        if not self.parameters:
+            raise ValueError(f"expected a model with weights to train, got {type(model).__name__} without any")
         self.group, loss = group, _Loss(model, objective)
         self.told = loss.told
         self.loss: nn.Module = loss if group.size == 1 else DistributedDataParallel(loss, **_PARALLEL)
         self.shuffle = torch.Generator().manual_seed(config.seed)  # of the order of rows, the same in all processes
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = OPTIMIZERS[config.optimizer](
             self.parameters, lr=config.learning_rate, weight_decay=config.weight_decay
         )
