@@ -420,7 +420,8 @@ class _Loss(nn.Module):
     def __init__(self, model: nn.Module, objective: Objective) -> None:
         super().__init__()
         self.model, self.objective = model, objective
-        self.told = nn.Parameter(next(model.parameters()).new_zeros(3))
+        weight = next(model.parameters())
+        self.told = nn.Parameter(weight.new_zeros(3, dtype=_at_least_float32(weight.dtype)))
 
     def forward(self, batch: Batch, annealed: dict[str, float], flags: tuple[bool, bool]) -> Tensor:
         loss = -_mean(self.objective(self.model, batch, **annealed))
@@ -525,8 +526,11 @@ def _to(batch: Batch, device: torch.device) -> Batch:
 
 
 def _mean(terms: Tensor) -> Tensor:
-    """The mean in at least float32."""
-    return terms.mean(dtype=torch.promote_types(terms.dtype, torch.float32))
+    return terms.mean(dtype=_at_least_float32(terms.dtype))
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _learning_rate(config: FitConfig, step: int, steps: int) -> float:
