@@ -248,6 +248,12 @@ def test_a_folder_of_parquet_files_is_one_table(folder, expected, here, tmp_path
     }
 
 
+def test_no_two_parts_have_the_same_seed():
+    """Of the 32 bits that the generator takes: at random, two of 100,000 would be alike with a chance of 2 in 3."""
+    seeds = {parts.seed_of(seed, number) for seed in (0, 1) for number in range(100_000)}
+    assert len(seeds) == 200_000 and min(seeds) >= 0 and max(seeds) < 2**32
+
+
 @over(["run", "given"], "run")
 def test_a_part_is_drawn_by_its_number_alone(run, folder, here, tmp_path, monkeypatch):
     monkeypatch.setattr(parts, "ROWS", 40)

@@ -55,14 +55,12 @@ def sizes(rows: int, most: int) -> Iterator[int]:
     return (min(most, rows - first) for first in range(0, rows, most))
 
 
-def entropy(seed: int, number: int) -> np.random.SeedSequence:
-    """What the draws of a part are seeded by, whichever process makes it."""
-    return np.random.SeedSequence((seed, number))
+def seed_of(seed: int, number: int) -> int:
+    """What torch is seeded by for the draws of a part, whichever process makes it.
 
-
-def torch_seed(seed: int, number: int) -> int:
-    """The same for torch."""
-    return int(entropy(seed, number).generate_state(1, np.uint64)[0])
+    Parts have different ones, of the 32 bits that its generator takes; those of another seed lie elsewhere.
+    """
+    return (int(np.random.SeedSequence(seed).generate_state(1)[0]) + number) % 2**32
 
 
 def about(command: str, model: list[Path], data: Path | None, **options: Any) -> dict[str, Any]:

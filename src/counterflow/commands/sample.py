@@ -83,7 +83,7 @@ class Sample:
     def _parts_from_vae(self, model: VAE, n: int, into: Path) -> int:
         def do(number: int, rows: int, path: Path, show: parts.Show) -> parts.Sums:
             show(f"drawing {rows:,}")
-            torch.manual_seed(parts.torch_seed(self.seed, number))
+            torch.manual_seed(parts.seed_of(self.seed, number))
             _save(path, self._draw(model, rows))
             return {"rows": rows}
 

@@ -72,7 +72,7 @@ class Score:
         def do(number: int, piece: tuple[int, Tensor], path: Path, show: parts.Show) -> parts.Sums:
             first, rows = piece
             show(f"scoring {len(rows)} data with {self.samples} samples each")
-            torch.manual_seed(parts.torch_seed(self.seed, number))
+            torch.manual_seed(parts.seed_of(self.seed, number))
             return self._write(path, first, self._evaluate(model, rows))
 
         def tell(sums: parts.Sums) -> str:

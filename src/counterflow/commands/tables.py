@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow
+import torch
 
 from counterflow.columns import Context
 from counterflow.commands import console, parts
@@ -105,9 +106,9 @@ def sample(run: Path, n: int, context: Path | None, seed: int, device: str, out:
     if into is not None:
 
         def do(number: int, piece: Any, path: Path, show: parts.Show) -> parts.Sums:
-            rng = np.random.RandomState(np.random.MT19937(parts.entropy(seed, number)))
+            torch.manual_seed(parts.seed_of(seed, number))
             with appending(path, ".parquet") as write:
-                return {"rows": _sample(density, asked([piece]), rng, write, show)}
+                return {"rows": _sample(density, asked([piece]), write, show)}
 
         made_of = parts.about("sample", _files(folder), context, n=n, seed=seed, rows=parts.ROWS)
         pieces: Iterable[Any] = source.parts(max(1, parts.ROWS // n)) if source else parts.sizes(n, parts.ROWS)
@@ -119,21 +120,19 @@ def sample(run: Path, n: int, context: Path | None, seed: int, device: str, out:
         rows = n * sum(batch.num_rows for batch in source.batches(ROWS))  # an array begins with its shape
     with writing(path, rows) as write, console.err.status("drawing") as status:
         every = source.parts(None) if source else [n]
-        rng = np.random.RandomState(seed)
-        drawn = _sample(density, asked(every), rng, write, lambda how: status.update(f"drawing: {how}"))
+        torch.manual_seed(seed)
+        drawn = _sample(density, asked(every), write, lambda how: status.update(f"drawing: {how}"))
         if not drawn:
             raise ValueError(f"expected at least one row in {context}, got none; add some")
     console.say(f"{drawn:,} rows; wrote {path}")
     return 0
 
 
-def _sample(
-    density: FlowDensity, asked: Iterable[Any], rng: Any, write: Callable[[Any], None], show: parts.Show
-) -> int:
+def _sample(density: FlowDensity, asked: Iterable[Any], write: Callable[[Any], None], show: parts.Show) -> int:
     """Draw what is asked for, batch by batch; how many rows that were."""
     drawn = 0
     for size, given, carried in asked:
-        rows = density.sample(size, given, rng)
+        rows = density.draw(size, given)
         write(pyarrow.record_batch({**carried, **_named(density, rows)}))
         drawn += size
         show(f"{drawn:,} rows")

@@ -387,29 +387,33 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         """The mean of `score_samples`, nats a row, as that of GaussianMixture. y is not used."""
         return float(self.score_samples(X, context).mean())
 
-    @torch.no_grad()
     def sample(self, n: int = 1, context: Any = None, random_state: Any = None) -> Array:
         """Draw n rows, (n, D); given context, of one row or of n, one for each of its rows."""
+        seed = int(check_random_state(random_state).randint(2**31 - 1))
+        cuda = list(range(torch.cuda.device_count())) if self.device.startswith("cuda") else []
+        with torch.random.fork_rng(cuda):
+            torch.manual_seed(seed)
+            return self.draw(n, context)
+
+    @torch.no_grad()
+    def draw(self, n: int, context: Any = None) -> Array:
+        """`sample` with the noise of torch's global generator, so that no two calls have the same."""
         check_is_fitted(self)
         if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
             raise ValueError(f"expected n as a whole number of at least 1, got {n!r}")
         c = self._encode(context, None)
         if c is not None and len(c) not in (1, n):
             raise ValueError(f"expected a context of one row or of n={n} rows, got {len(c)}")
-        seed = int(check_random_state(random_state).randint(2**31 - 1))
         flow, step = self.flow_.to(self.device), max(1, CHUNK // self.n_features_in_)
         drawn = []
-        cuda = list(range(torch.cuda.device_count())) if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(cuda):
-            torch.manual_seed(seed)
-            for first in range(0, n, step):
-                rows = min(step, n - first)
-                if c is None:
-                    x = flow().sample((rows,))
-                else:
-                    given = c.expand(n, -1)[first : first + rows]
-                    x = flow(given).sample()
-                drawn.append(self.columns_.snap(x).double().cpu())
+        for first in range(0, n, step):
+            rows = min(step, n - first)
+            if c is None:
+                x = flow().sample((rows,))
+            else:
+                given = c.expand(n, -1)[first : first + rows]
+                x = flow(given).sample()
+            drawn.append(self.columns_.snap(x).double().cpu())
         flow.cpu()
         return torch.cat(drawn).numpy()
 
