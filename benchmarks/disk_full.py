@@ -149,7 +149,7 @@ def main() -> None:
         for name in options.commands:
             lines.append((training if name in TRAININGS else other)(name, folder, options.sizes))
             print(lines[-1], flush=True)
-    write_section("Full disks", [f"Made by `python {' '.join(sys.argv)}` ({machine()}).", "", *lines])
+            write_section("Full disks", [f"Made by `python {' '.join(sys.argv)}` ({machine()}).", "", *lines])
 
 
 if __name__ == "__main__":

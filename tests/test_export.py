@@ -16,6 +16,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 CURVES = cf.Inverse(cf.Marginals.of(torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).square()))
+CORRELATED = cf.Triangular([1.0, 2.0], [[2.0, 0.0], [1.0, 0.5]])
 SMALL = {"hidden": (8,), "context": 6, "posterior_layers": 2, "posterior_hidden": (9,)}
 VAES = {
     "conv": lambda: cf.VAE((1, 9, 8), 3, network="conv", channels=2, **SMALL),
@@ -31,6 +32,9 @@ IN_ONNX = {
     "NSF": lambda: stir(cf.NSF(3, layers=1, hidden=(9,), bins=3)).float(),
     "IAF of a table": lambda: cf.Flow(
         cf.StandardNormal(2), cf.Compose([stir(cf.IAF(2, layers=1)).transform, CURVES])
+    ).float(),
+    "MAF of correlated columns": lambda: cf.Flow(
+        cf.StandardNormal(2), cf.Compose([stir(cf.MAF(2, layers=1)).transform, CORRELATED])
     ).float(),
 }
 

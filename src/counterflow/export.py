@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from counterflow.flow import Base, DiagonalNormal, Flow, StandardNormal, StudentT
 from counterflow.made import MaskedLinear
 from counterflow.mixture import FlowMixture
+from counterflow.transform import Triangular
 from counterflow.vae import VAE
 
 Direction = Literal["sample", "log_prob", "decode", "encode"]
@@ -284,17 +285,34 @@ def _check_one_pass(module: Flow | VAE, direction: Direction) -> None:
 
 
 def _fold(module: nn.Module) -> None:
-    """Make every masked layer a plain one."""
+    """Make every masked layer a plain one, and every triangular system a product."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
             if isinstance(child, MaskedLinear):
                 parent.add_module(name, _plain(child))
+            elif isinstance(child, Triangular):
+                parent.add_module(name, _Inverted(child))
 
 
 def _plain(layer: MaskedLinear) -> nn.Linear:
     plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
     plain.weight, plain.bias = nn.Parameter(layer.masked_weight().detach()), layer.bias
     return plain
+
+
+class _Inverted(Triangular):
+    """A `Triangular` with L^-1 at hand, for ONNX solves no systems."""
+
+    inverted: Tensor
+
+    def __init__(self, t: Triangular) -> None:
+        super().__init__(t.mean, t.factor)
+        one = torch.eye(t.features, dtype=torch.float64, device=t.factor.device)
+        inverted = torch.linalg.solve_triangular(t.factor.double(), one, upper=False)
+        self.register_buffer("inverted", inverted.to(t.factor))
+
+    def _divide(self, v: Tensor, by: Tensor) -> Tensor:
+        return v @ (self.inverted if by is self.factor else self.inverted.T)
 
 
 # -- files -------------------------------------------------------------------------------------------
