@@ -15,7 +15,7 @@ its standard error. A line is flat where
     growth < 2 MB,    slope < 0.1 MB per 1,000 steps or calls, or within 2 standard errors of 0,
     and no thread, descriptor or tensor more than at a fifth
 
-It takes about a quarter of an hour on a machine that does nothing else. Written to results/reliability.md.
+It takes about half an hour on a machine that does nothing else. Written to results/reliability.md.
 """
 
 from __future__ import annotations
