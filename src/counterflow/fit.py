@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from inspect import signature
 from itertools import islice, repeat
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -307,8 +307,7 @@ class _Training:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm)
         self.steps += 1
-        assert self.told.grad is not None
-        reached, due, ended = self.told.grad.tolist()
+        reached, due, ended = cast(Tensor, self.told.grad).tolist()
         heard = due > 0, ended > 0
         if math.isfinite(reached) and math.isfinite(norm.item()):
             self.optimizer.step()
