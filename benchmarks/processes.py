@@ -2,8 +2,8 @@
 
     pip install -c constraints.txt -e . && python benchmarks/processes.py [--rounds 5]
 
-Each process has one thread. Losses are those of 100 steps of a MAF, each on
-a random batch, whose objective draws no noise; with noise (VAE, posterior) two processes draw other numbers than one,
+Each process has one thread. Losses are those of 100 steps of a MAF, each on a random batch, whose objective draws no
+noise; with noise (VAE, posterior) two processes draw other numbers than one,
 and their losses agree in distribution alone. As two processes add in another order than one, there is a control: one
 process that has the rows of each batch in reverse. One process, two, and two that train by themselves with half of
 each batch, which is as fast as two could be, take turns, so that what else the machine does meets all. Rows a second

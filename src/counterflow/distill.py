@@ -367,6 +367,7 @@ def _by_layer(
     def objective(student: Flow, _: None) -> Tensor:
         traces, c = _traces(teacher, parts, draw, n)
         total = traces[0].v.new_zeros(len(traces[0].v))
+        # the student's transform is a chain of as many parts
         for part, ours, trace in zip(parts, student.transform, traces, strict=True):  # type: ignore[call-overload]
             if (layer := _solved(part)) is not None:
                 total = total - _layer_loss(layer, ours, trace, c)

@@ -157,6 +157,7 @@ def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], di
     """
     try:
         with safe_open(path, "pt", device) as file:
+            # a file of safetensors can only be gone through by its keys
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"expected a safetensors file, got {path}, which does not read as one ({error})") from None

@@ -314,10 +314,10 @@ class _Training:
             self.total, self.counted, self.in_a_row = self.total - reached, self.counted + 1, 0
             if self.averaged is not None:
                 self.averaged.update_parameters(self.model)
-            return heard
-        self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
-        if self.in_a_row >= self.config.max_skipped:
-            raise _NotFinite
+        else:
+            self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
+            if self.in_a_row >= self.config.max_skipped:
+                raise _NotFinite
         return heard
 
     def end_epoch(self, reached: float, seconds: float) -> Epoch:

@@ -202,6 +202,7 @@ class Columns(Transform):
             x[..., self._above] = self.top - (-v[..., self._above]).exp()
             for i in sorted({*self._below} & {*self._above}):
                 column = self.columns[i]
+                # such columns have both bounds, which mypy does not know
                 x[..., i] = column.low + (column.top - column.low) * torch.sigmoid(v[..., i])  # type: ignore[operator]
             from_low = (x[..., self._below] - self.low).clamp_min(self.near_low)
             to_high = (self.top - x[..., self._above]).clamp_min(self.near_high)
@@ -236,6 +237,7 @@ class Columns(Transform):
     def _log_slope(self, from_low: Tensor, to_high: Tensor) -> Tensor:
         """sum log dv/dx of the log and logit columns: 1 / a for one bound, 1 / a + 1 / b for two."""
         both = sorted({*self._below} & {*self._above})
+        # as their name says, they have both bounds
         width = sum(math.log(self.columns[i].top - self.columns[i].low) for i in both)  # type: ignore[operator,misc]
         return width - from_low.log().sum(-1) - to_high.log().sum(-1)
 

@@ -488,6 +488,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
                 density.feature_names_in_ = np.array(names, dtype=object)
             density.context_ = None if described["context"] is None else Context.read(described["context"])
             density.flow_ = flow
+            # a chain can be gone through; where it is none, that is the TypeError below
             density.columns_ = list(_members(flow)[0].transform)[-1].transform  # type: ignore[call-overload]
             if not isinstance(density.columns_, Columns):
                 raise TypeError(f"its last layer is {density.columns_!r}")
