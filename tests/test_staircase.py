@@ -28,6 +28,9 @@ SHAPES = {
     "nothing": ([0, 0], 4),
 }
 
+# What torch does itself where a process first uses it.
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+
 
 def mask_of(reach, columns):
     return torch.arange(columns) < torch.tensor(list(reach))[:, None]
@@ -127,7 +130,7 @@ def test_strides_do_not_matter(layer):
             close(came[1], expected[1], 1e-13)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # what torch's forward mode does
+@FORWARD_MODE
 def test_derivatives_of_both_orders_and_directions(layer):
     """Also with cotangents and tangents that come in batches."""
     leaves = [rows(layer, 2), layer.weight.detach().clamp(-2, 2), layer.bias.detach()]
@@ -161,6 +164,7 @@ TRANSFORMED = {
 
 
 @over(TRANSFORMED, "way")
+@FORWARD_MODE
 def test_functions_are_transformed_as_the_dense_product_is(layer, way):
     def loss(parameters, x):
         return functional_call(layer, parameters, (x,)).sin().sum()
