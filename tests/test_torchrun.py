@@ -58,18 +58,32 @@ def test_every_command_that_trains_runs_in_two_processes(tmp_path):
         assert not (tmp_path / run / "states").exists() and (tmp_path / run / "plots").is_dir()
 
 
-def test_the_group_goes_on_where_a_process_is_killed(tmp_path):
-    ended(torchrun(tmp_path, *VAE, "--epochs", "12", "--out", "alone"))
-    process = torchrun(tmp_path, *VAE, "--epochs", "12", "--out", "run", restarts=2)
-    while not any((tmp_path / "run" / "states").rglob("*.safetensors")):
-        assert process.poll() is None
-        time.sleep(0.02)
+def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
+    vae = [*VAE, "--epochs", "12", "--out"]
+    ended(torchrun(tmp_path, *vae, "alone"))
+
+    def under_way(run, **options):
+        process = torchrun(tmp_path, *vae, run, **options)
+        while not any((tmp_path / run / "states").rglob("*.safetensors")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        return process
+
+    process = under_way("one", restarts=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    told = ended(process)
-    assert "iaf: going on from step" in told
-    alone, run = ([(row["epoch"], row["validation"]) for row in lines(tmp_path / r)] for r in ("alone", "run"))
-    np.testing.assert_allclose(run, alone, rtol=1e-5)
+    told = {"one": ended(process)}
+    process = under_way("all")
+    process.kill()
+    left, _ = process.communicate(timeout=300)  # the pipe ends with the processes that torchrun has left behind
+    assert left.count("torchrun was killed: ending this process as well\n") == 1, left
+    assert "\ninterrupted; " in left and left.endswith("; go on with --resume all\n")
+    told["all"] = ended(torchrun(tmp_path, *vae, "all"))
+    alone = [(row["epoch"], row["validation"]) for row in lines(tmp_path / "alone")]
+    for run, said in told.items():
+        assert "iaf: going on from step" in said
+        rows = [(row["epoch"], row["validation"]) for row in lines(tmp_path / run)]
+        np.testing.assert_allclose(rows, alone, rtol=1e-5)
 
 
 def test_what_torchrun_is_told(tmp_path):

@@ -30,6 +30,7 @@ from counterflow.states import State, States
 FORMAT = 1  # of the run folder
 STATES = "states"  # a folder of the run folder, while there is something to go on from
 PART = ".part"  # ends the names of what is not whole
+PATIENCE = 0.2  # seconds between two looks for the launcher
 Command = TypeVar("Command")
 
 
@@ -299,6 +300,34 @@ def together() -> Iterator[None]:
     dist.init_process_group("nccl" if on_gpus else "gloo", store=store, rank=rank, world_size=size)
     console.out.quiet = console.err.quiet = rank > 0
     try:
-        yield
+        with _ended_with_torchrun():
+            yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _ended_with_torchrun() -> Iterator[None]:
+    """SIGTERM comes where torchrun has been killed, which can no longer send it.
+
+    Processes that are left alone would wait for each other for ever, or write beside those that are started next.
+    """
+    if not dist.is_torchelastic_launched():  # a parent that is no launcher may end when it likes
+        yield
+        return
+    torchrun, ended = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(PATIENCE):
+            if os.getppid() != torchrun:
+                console.note("torchrun was killed: ending this process as well")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
