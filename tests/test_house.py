@@ -16,6 +16,7 @@ SRC = ROOT / "src" / "counterflow"
 # its own; the files of one folder may import each other.
 ROOMS = (
     # mathematics: no training, no files
+    "noise",
     "transform",
     "context",
     "linear",

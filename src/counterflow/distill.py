@@ -24,6 +24,7 @@ from counterflow.diagnostics import effective_sample_size, energy_test
 from counterflow.fit import Epoch, FitConfig, Record, check_finite, fit
 from counterflow.flow import Flow
 from counterflow.group import Group
+from counterflow.noise import seeded
 from counterflow.states import States
 from counterflow.transform import Compose, Inverse, Permute, Transform, Triangular
 from counterflow.univariate import Affine, RationalQuadraticSpline, SinhArcsinh, Univariate
@@ -155,8 +156,7 @@ def distilled(
     teacher = copy.deepcopy(teacher).to(config.device).eval().requires_grad_(False)
     parts = _parts(teacher.transform)
     share = Group.here().share(config.draws, "draws")  # of each process, with noise of its own
-    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
-        torch.manual_seed(config.seed)
+    with seeded(config.seed, cuda=True):
         made = _student(teacher, parts, draw, config.hidden) if student is None else _checked(student, teacher)
     made.to(config.device)
     stages: list[tuple[Stage, int, float, Callable[..., Tensor]]] = []

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from counterflow.group import Group
+from counterflow.noise import seeded
 from counterflow.states import State, States
 from counterflow.transform import positive
 
@@ -165,9 +166,7 @@ def fit(
     training = _Training(model.to(device), objective, config, steps_per_epoch, fingerprint, group)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     started = saved = time.perf_counter()
-    forked = list(range(torch.cuda.device_count()))  # manual_seed reaches every one
-    with torch.random.fork_rng(forked):
-        torch.manual_seed(group.seed(config.seed))
+    with seeded(group.seed(config.seed), cuda=True):
         if states is not None:
             _go_on(training, states)
         before = training.record.seconds
@@ -557,8 +556,7 @@ def _validate(
     model.eval()
     device = torch.device(config.device)
     total, rows = 0.0, 0.0
-    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
-        torch.manual_seed(group.seed(config.seed))
+    with seeded(group.seed(config.seed), cuda=True):
         for batch, size in islice(_in_order(data, config.batch_size), group.rank, None, group.size):
             with autocast:
                 terms = objective(model, _to(batch, device))

@@ -21,6 +21,7 @@ from counterflow.files import TOLD, alone, as_hinted, read_json, read_tensors, w
 from counterflow.flow import Flow
 from counterflow.gaussian import CLIMBS, climb, find, join, settle
 from counterflow.group import Group
+from counterflow.noise import seeded
 from counterflow.refine import Chains, independence_metropolis, neutra
 from counterflow.states import States
 from counterflow.targets import Target, as_target
@@ -91,8 +92,7 @@ def fit_posterior(
     target = as_target(target, dim)
     generator = torch.Generator().manual_seed(config.seed)
     found = find(target, target.initial(config.starts, config.seed), generator)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(group.seed(config.seed))
+    with seeded(group.seed(config.seed)):
         fitted = fit_flow(target, found, config, begun + config.seconds, on_stage, on_step, states)
         doubtful = climb(target, suspects(target, fitted.flow, config.starts), CLIMBS, generator)
         found = join(found, settle(target, doubtful, generator))

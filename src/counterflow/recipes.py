@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Literal
 
 import torch
 
 from counterflow.autoregressive import Autoregressive
 from counterflow.flow import Flow, StandardNormal
+from counterflow.noise import seeded
 from counterflow.transform import Compose, Inverse, Permute, Transform, positive
 from counterflow.univariate import RationalQuadraticSpline, Univariate
 
@@ -33,22 +34,13 @@ def stack(
         raise ValueError(f"expected order as one of reversed, random, same, got {order!r}")
     positive(features, "features")
     transforms: list[Transform] = []
-    with _seeded(seed):
+    with nullcontext() if seed is None else seeded(seed):
         for k in range(positive(layers, "layers")):
             if k and order != "same":
                 backwards = torch.arange(features - 1, -1, -1)
                 transforms.append(Permute(backwards if order == "reversed" else torch.randperm(features)))
             transforms.append(Autoregressive(features, context, hidden, univariate, degrees, activation))
     return Compose(transforms)
-
-
-@contextlib.contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Draw from a generator of one's own when a seed is given; torch's global one then stays as it was."""
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            torch.default_generator.manual_seed(seed)  # torch.manual_seed would reach every GPU
-        yield
 
 
 def IAF(

@@ -23,6 +23,7 @@ from torch import Tensor
 from counterflow.diagnostics import Convergence, check_log_weights, convergence
 from counterflow.flow import Flow
 from counterflow.gaussian import ROWS, LogDensity, log_density, log_density_and_score
+from counterflow.noise import seeded
 
 MIXED = 1.01  # R-hat above which chains have not forgotten their starts (Vehtari et al. 2021)
 
@@ -82,8 +83,7 @@ def independence_metropolis(
     """
     flow = _prepared(flow, chains, draws, warm_up)
     steps = warm_up + draws
-    with torch.no_grad(), torch.random.fork_rng(_cuda()):
-        torch.manual_seed(seed)
+    with torch.no_grad(), seeded(seed, cuda=True):
         parts = [flow().rsample_and_log_prob((n,)) for n in _split(steps * chains)]
         log_u = torch.rand(steps, chains, dtype=torch.float64).log()
     z, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
@@ -170,10 +170,6 @@ def _prepared(flow: Flow, chains: int, draws: int, warm_up: int) -> Flow:
     return copy.deepcopy(flow).double().eval().requires_grad_(False)
 
 
-def _cuda() -> list[int]:
-    return list(range(torch.cuda.device_count()))
-
-
 def _split(n: int) -> list[int]:
     return [min(ROWS, n - first) for first in range(0, n, ROWS)]
 
@@ -201,8 +197,7 @@ class _Energy:
 
     def starts(self, chains: int, seed: int) -> Tensor:
         """Draws of the base (chains, D) where the energy is finite; its mean there becomes the offset."""
-        with torch.no_grad(), torch.random.fork_rng(_cuda()):
-            torch.manual_seed(seed)
+        with torch.no_grad(), seeded(seed, cuda=True):
             eps = self.flow().base.sample((16 * chains,))
         value, _ = self.of(eps)
         finite = value.isfinite()

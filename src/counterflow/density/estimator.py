@@ -14,25 +14,23 @@ from torch import Tensor
 
 from counterflow.checkpoint import load, save
 from counterflow.columns import Columns, Context, check_cells, check_columns, check_sizes, detect
-from counterflow.columns.context import is_numeric
 from counterflow.columns.detection import Bounds, Kind
 from counterflow.density import DESCRIPTION, MODEL, DensityConfig, Named
+from counterflow.density.inputs import check_text, named_columns
+from counterflow.density.learner import calmed, front, with_kernels
 from counterflow.files import TOLD, as_hinted, read_json, write_json
 from counterflow.fit import Epoch, FitConfig, Record, check_device, fit
-from counterflow.flow import Flow, KernelMixture, StandardNormal
+from counterflow.flow import Flow, KernelMixture
 from counterflow.group import Group
-from counterflow.kernels import add_kernels
-from counterflow.made import MADE
-from counterflow.marginals import Marginals
 from counterflow.mixture import FlowMixture
+from counterflow.noise import seeded
 from counterflow.recipes import IAF, MAF, NSF, Coupling
 from counterflow.states import States
-from counterflow.transform import Compose, Inverse, Transform, Triangular
+from counterflow.transform import Compose, Inverse
 from counterflow.univariate import RationalQuadraticSpline
 
 try:
     from sklearn.base import BaseEstimator, DensityMixin
-    from sklearn.covariance import ledoit_wolf_shrinkage
     from sklearn.utils import check_random_state
     from sklearn.utils.validation import _check_sample_weight, check_is_fitted, validate_data
 except ImportError as error:
@@ -50,9 +48,6 @@ HINTS = get_type_hints(DensityConfig) | {  # of the settings in it
     "bounds": dict[str, tuple[float | None, float | None]] | None,
 }
 WHITENED = 256  # columns up to which the linear layer has a matrix: its D^2 numbers stand in the file's header
-CURVED = 0.7  # nats a row that a curve through its quantiles gains a column; below, it is jagged for nothing
-KERNELLED = 0.1  # nats a row of the validation part that kernels must gain
-KNOWN = 20_000  # training rows up to which there are kernels: each row that is scored meets all of them
 CHUNK = 1 << 16  # numbers scored at a time: what a spline keeps of them stays within some tens of megabytes
 
 
@@ -206,8 +201,9 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
                 states=None if states is None else states.of(f"flow-{number + 1}"),
             )
             self.records_.append(record)
-            tried = self.kernels and len(task.train) == 1 and len(task.train[0]) <= KNOWN
-            return _with_kernels(task, self.columns_) if tried else task.learner
+            if not self.kernels or len(task.train) > 1:
+                return task.learner
+            return with_kernels(task.learner, self.columns_, task.train[0], task.validation[0], task.config.seed)
 
         def goes_on() -> bool:
             return self.records_[-1].stopped != "interrupted"
@@ -257,7 +253,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         self.seed_ = int(Group.here().first(rng.randint(2**31 - 1)))
         c = weights = self.context_ = None
         if context is not None:
-            table = _table(context, len(x))
+            table = named_columns(context, len(x))
             self.context_ = Context.of(table)
             c = self.context_.encode(table)
         if sample_weight is not None:
@@ -282,7 +278,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         validation, train = (tuple(p[rows] for p in table.parts) for rows in (order[:held_out], order[held_out:]))
         weights = None if table.weights is None else table.weights[order[held_out:].numpy()]
         flow = self._recipe(table.context, seed)
-        front = _front(self.columns_, train[0], weights, seed, correlated).float()
+        before = front(self.columns_, train[0], weights, seed, correlated).float()
         rows, processes = N - held_out, Group.here().size
         batch_size = min(self.batch_size, rows, max(32, rows // 20))
         config = FitConfig(
@@ -296,15 +292,14 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             seed=seed,
             device=self.device,
         )
-        return _Task(Flow(flow.base, Compose([flow.transform, front])), train, validation, config)
+        return _Task(Flow(flow.base, Compose([flow.transform, before])), train, validation, config)
 
     def _recipe(self, C: int, seed: int) -> Flow:
         """The flow, whose initial weights the seed decides."""
         D = self.n_features_in_
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             if not callable(self.flow):
-                return _calmed(self._named(D, C))
+                return calmed(self._named(D, C))
             flow = self.flow(D, C)
             if not isinstance(flow, Flow) or (flow.features, flow.context) != (D, C):
                 raise ValueError(f"expected a recipe (features, context) -> Flow for {D} and {C}, got {flow!r}")
@@ -328,7 +323,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
 
     def _numbers(self, X: Any, *, reset: bool) -> Array:
         """X as (N, D) float64, every cell finite."""
-        _check_text(X)
+        check_text(X)
         least = 2 if reset else 1
         x: Array = validate_data(
             self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=least
@@ -348,7 +343,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             raise ValueError(f"expected {wanted}, as in fit, got {'none' if context is None else 'one'}")
         if self.context_ is None:
             return None
-        return torch.from_numpy(self.context_.encode(_table(context, rows))).to(self.device)
+        return torch.from_numpy(self.context_.encode(named_columns(context, rows))).to(self.device)
 
     # -- what it is for --------------------------------------------------------------------------------
 
@@ -390,9 +385,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     def sample(self, n: int = 1, context: Any = None, random_state: Any = None) -> Array:
         """Draw n rows, (n, D); given context, of one row or of n, one for each of its rows."""
         seed = int(check_random_state(random_state).randint(2**31 - 1))
-        cuda = list(range(torch.cuda.device_count())) if self.device.startswith("cuda") else []
-        with torch.random.fork_rng(cuda):
-            torch.manual_seed(seed)
+        with seeded(seed, cuda=self.device.startswith("cuda")):
             return self.draw(n, context)
 
     @torch.no_grad()
@@ -437,13 +430,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             log_q = torch.stack([member(given).log_prob(inside) for member in _members(flow)])
             u = torch.from_numpy(rng.random_sample(len(rows))).to(log_q)
             picked = (log_q.softmax(0).cumsum(0) < u).sum(0).clamp_max(len(log_q) - 1)
-            each = [m.transform.inverse(inside, given if m.transform.context else None)[0] for m in _members(flow)]
-            with torch.random.fork_rng():
-                torch.manual_seed(int(rng.randint(2**31 - 1)))
-                bases = (member.base for member in _members(flow))
-                each = [
-                    b.standardized(e) if isinstance(b, KernelMixture) else e for b, e in zip(bases, each, strict=True)
-                ]
+            with seeded(int(rng.randint(2**31 - 1)), cuda=self.device.startswith("cuda")):
+                each = [_noise_of(member, inside, given) for member in _members(flow)]
             parts.append(torch.stack(each)[picked, torch.arange(len(rows))].double().cpu())
         flow.cpu()
         return torch.cat(parts).numpy()
@@ -556,7 +544,9 @@ def _log_density(
     return torch.where(columns.inside(x) & ~log_p.isnan(), log_p, -math.inf)
 
 
-def _to_normal(member: Flow, eps: Tensor) -> Tensor:
+def _noise_of(member: Flow, x: Tensor, c: Tensor | None) -> Tensor:
+    """eps (B, D) that a member carries to rows x, N(0, I) where its base is one of kernels as well."""
+    eps = member.transform.inverse(x, c if member.transform.context else None)[0]
     return member.base.standardized(eps) if isinstance(member.base, KernelMixture) else eps
 
 
@@ -573,96 +563,3 @@ def _whole(learner: Flow, columns: Columns) -> Flow:
     """A trained flow and what stands before it, in float64 and in the units of the table."""
     learner = learner.cpu().double()
     return Flow(learner.base, Compose([learner.transform, Inverse(columns)])).eval()
-
-
-@torch.no_grad()
-def _with_kernels(task: _Task, columns: Columns) -> Flow:
-    """The trained learner, with kernels at the training rows if the validation part says so."""
-    learner = task.learner
-    if not isinstance(learner.base, StandardNormal):
-        return learner
-    train, validation = (_noisy(columns, part[0], task.config.seed).float() for part in (task.train, task.validation))
-    known = add_kernels(learner, train, validation, most=KNOWN)
-    gain = (known().log_prob(validation) - learner().log_prob(validation)).mean().item()
-    return known if gain > KERNELLED else learner
-
-
-def _noisy(columns: Columns, x: Tensor, seed: int) -> Tensor:
-    """z for rows x, recorded numbers put at random within their cells."""
-    start, width = columns.cells(x)
-    noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed)).to(x.device)
-    z: Tensor = columns(start + width * noise)[0]
-    return z
-
-
-def _calmed(flow: Flow) -> Flow:
-    """Hidden layers start as torch's own do, U(-k, k) with k = 1 / sqrt(inputs): smaller than those of a `MADE`.
-
-    On few rows a larger start overfits sooner: on MINIBOONE, with a MAF, it costs 1.5 nats a row.
-    """
-    for made in (module for module in flow.modules() if isinstance(module, MADE)):
-        for layer in made.masked_layers()[:-1]:
-            k = layer.in_features**-0.5
-            with torch.no_grad():
-                layer.weight.uniform_(-k, k).mul_(layer.mask)
-                layer.bias.uniform_(-k, k)
-    return flow
-
-
-def _front(columns: Columns, x: Tensor, weights: Array | None, seed: int, correlated: bool) -> Transform:
-    """What stands between the flow and z = columns(x): curves for columns that are far from normal, and a Gaussian."""
-    z = _noisy(columns, x, seed)
-    if len(z) < 2:  # nothing to draw a curve through
-        return _gaussian(z.numpy(), weights, correlated)
-    curves = Marginals.of(z, least_gain=CURVED)
-    return Compose([_gaussian(curves(z)[0].numpy(), weights, correlated), Inverse(curves)])
-
-
-def _gaussian(z: Array, weights: Array | None, correlated: bool) -> Triangular:
-    """The linear layer: N(mean, L L^T) fitted to z, its correlations shrunk as by Ledoit and Wolf 2004, or none."""
-    mean = np.average(z, axis=0, weights=weights)
-    if not correlated or len(z) < 2:
-        covariance = np.diag(np.average((z - mean) ** 2, axis=0, weights=weights))
-    else:
-        covariance = np.atleast_2d(np.cov(z, rowvar=False, bias=True, aweights=weights))
-        shrunk = max(float(ledoit_wolf_shrinkage(z)), 1e-6)
-        covariance = (1 - shrunk) * covariance + shrunk * np.diag(np.diagonal(covariance))
-    diagonal = np.diagonal(covariance)
-    covariance = covariance + np.diag(np.where(diagonal > 0, 1e-9 * diagonal, 1.0))
-    return Triangular(torch.from_numpy(mean), torch.from_numpy(np.linalg.cholesky(covariance)))
-
-
-def _check_text(X: Any) -> None:
-    """Raise ValueError for the columns of a data frame that hold no numbers, by name."""
-    if not (hasattr(X, "dtypes") and hasattr(X, "columns") and hasattr(X, "iloc")):
-        return
-    text = [
-        name
-        for name, dtype in zip(X.columns, X.dtypes, strict=True)
-        if getattr(dtype, "kind", "O") not in "buif" and not is_numeric(X[name].to_numpy())
-    ]
-    if text:
-        raise ValueError(
-            f"expected numbers in every column, got text or categories in {', '.join(map(repr, text))}; give them as "
-            "context, fit(X, context=table[names]), encode them as numbers, or drop them"
-        )
-
-
-def _table(context: Any, rows: int | None) -> dict[str, Array]:
-    """Columns (N,) by name, of a data frame, a series or an array."""
-    if hasattr(context, "iloc") and hasattr(context, "columns"):
-        table = {str(name): context[name].to_numpy() for name in context.columns}
-    elif hasattr(context, "iloc"):
-        table = {str("c0" if context.name is None else context.name): context.to_numpy()}
-    elif isinstance(context, dict):
-        table = {str(name): np.asarray(column) for name, column in context.items()}
-    else:
-        array = np.asarray(context)
-        array = array[:, None] if array.ndim == 1 else array
-        if array.ndim != 2:
-            raise ValueError(f"expected context of shape (N,) or (N, C), got {array.shape}")
-        table = {f"c{i}": column for i, column in enumerate(array.T)}
-    sizes = {len(column) for column in table.values()}
-    if rows is not None and sizes != {rows}:
-        raise ValueError(f"expected as many rows in context as in X, {rows}, got {sorted(sizes)}")
-    return table

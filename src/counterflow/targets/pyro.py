@@ -12,6 +12,7 @@ import torch
 from torch import Size, Tensor
 from torch.distributions.transforms import Transform
 
+from counterflow.noise import seeded
 from counterflow.targets.target import Array, Layout, Target, float64_by_default, not_finite
 from counterflow.targets.variables import bijection, check_whole, label, misfit, plate_dims
 
@@ -87,8 +88,7 @@ class _Program:
         latent = {name: values[name] for name in self.layout.shapes}
         model = _messengers().Unobserved(self.observed)(self.model)
         draw = Predictive(model, latent, return_sites=tuple(self.observed))
-        with torch.random.fork_rng(devices=[]), float64_by_default():
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed), float64_by_default():
             return {name: value.numpy() for name, value in draw(*self.args, **self.kwargs).items()}
 
     def explain(self, theta: Tensor) -> str:
