@@ -160,6 +160,7 @@ def test_peak_memory_is_what_a_call_takes_at_most():
             torch.ones(8 * MIB)
         return torch.ones(4 * MIB), torch.ones(8 * MIB).sum()
 
+    twice()  # what a first call brings into memory of torch itself is no part of it
     request = Request(Size(1, 1, 1), "parallel", 1, watched=True)
     peaks = [answer(Prepared(twice, 0, None), request).peak for _ in range(3)]
     assert all(47 * MIB < peak < 52 * MIB for peak in peaks), peaks  # each time: what was freed had been handed back
