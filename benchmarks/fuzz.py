@@ -31,10 +31,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from hostile import READERS, Files, batches, outcome, write
 from hypothesis import HealthCheck, Phase, given, settings
-from reliability import PAGE, machine, write_section
+from reliability import machine, section, write_section
 
 SECONDS, MEMORY = 5.0, 1 << 30
 BATCH = 20
+TITLE = "Hostile files"
 COMMAND = "python benchmarks/fuzz.py"
 
 
@@ -148,8 +149,7 @@ def _row(report: dict[str, Any]) -> str:
 
 def _kept(names: list[str]) -> dict[str, str]:
     """The rows of other readers, from earlier runs."""
-    lines = PAGE.read_text().splitlines() if PAGE.exists() else []
-    found = {line.split("|")[1].strip(): line for line in lines if line.startswith("|")}
+    found = {line.split("|")[1].strip(): line for line in section(TITLE) if line.startswith("|")}
     return {name: row for name, row in found.items() if name in READERS and name not in names}
 
 
@@ -181,7 +181,7 @@ def main() -> int:
         "|---|---|---|---|---|---|---|---|---|",
         *(rows[name] for name in READERS if name in rows),
     ]
-    write_section("Hostile files", lines)
+    write_section(TITLE, lines)
     return 1 if any(report["failures"] for report in reports) else 0
 
 

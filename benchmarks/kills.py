@@ -12,8 +12,12 @@ run that was left alone.
     python benchmarks/kills.py --ranks [--times 10]
 
 does it with two processes under torchrun, one of which is killed while they train; torchrun starts both again, and they
-go on by themselves. The last validation objective is compared with that of two processes that were left alone. Both
-write to results/reliability.md.
+go on by themselves. The last validation objective is compared with that of two processes that were left alone.
+
+    python benchmarks/kills.py --launcher [--times 10]
+
+kills torchrun itself, waits until its processes have ended as well, and gives the same line again. All of them write to
+results/reliability.md.
 """
 
 from __future__ import annotations
@@ -170,40 +174,62 @@ def last_objectives(out: Path) -> dict[str, float]:
     return {line["posterior"]: line["validation"] for line in lines}
 
 
-def ranks(times: int) -> list[str]:
-    rng, ended, worst, steps = random.Random(0), 0, 0.0, []
+def started(out: Path, log: Path, restarts: int) -> subprocess.Popen[str]:
+    with log.open("a") as errors:
+        return subprocess.Popen(
+            torchrun(out, restarts), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=errors, text=True
+        )
+
+
+def until_gone(pids: list[int]) -> float:
+    """Seconds until none of these processes is there."""
+    begun = time.perf_counter()
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in pids):  # which a process that has ended has not
+        assert time.perf_counter() - begun < DEADLINE, f"{pids} are still there"
+        time.sleep(0.02)
+    return time.perf_counter() - begun
+
+
+def ranks(times: int, launcher: bool) -> list[str]:
+    rng, ended, worst, killed, lived = random.Random(0), 0, 0.0, [], []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         code, errors = run(torchrun(folder / "alone", 0))
         assert code == 0, errors
         expected = last_objectives(folder / "alone")
         for k in range(times):
-            out = folder / str(k)
-            with (folder / f"{k}.log").open("w") as log:
-                process = subprocess.Popen(
-                    torchrun(out, 3), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=log, text=True
-                )
-                while not any((out / "states").rglob("*.safetensors")):
-                    assert process.poll() is None
-                    time.sleep(0.02)
-                time.sleep(rng.uniform(0, 4))
-                victim = rng.randrange(2)
-                os.kill(workers(process.pid)[victim], signal.SIGKILL)
-                code = process.wait(DEADLINE)
-            told = (folder / f"{k}.log").read_text()
+            out, log = folder / str(k), folder / f"{k}.log"
+            process = started(out, log, 0 if launcher else 3)
+            while not any((out / "states").rglob("*.safetensors")):
+                assert process.poll() is None
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 4))
+            both = workers(process.pid)
+            if launcher:
+                process.kill()
+                process.wait()
+                lived.append(until_gone(both))
+                process = started(out, log, 0)
+            else:
+                killed.append(rng.randrange(2))
+                os.kill(both[killed[-1]], signal.SIGKILL)
+            code = process.wait(DEADLINE)
+            told = log.read_text()
             came = last_objectives(out) if code == 0 else {}
             off = max((abs(came[m] / expected[m] - 1) for m in expected), default=1.0) if came else 1.0
             went_on = "going on from step" in told
             ended, worst = ended + (code == 0 and went_on), max(worst, off)
-            steps.append(victim)
-            print(f"rank {victim}: exit code {code}, went on {went_on}, relative difference {off:.1e}", flush=True)
+            print(f"{k}: exit code {code}, went on {went_on}, relative difference {off:.1e}", flush=True)
             if code:
                 print(told, flush=True)
             shutil.rmtree(out)
+    if launcher:
+        how = f"when the line was given again (all processes had ended by themselves after {max(lived):.1f} s at most)"
+    else:
+        how = f"by themselves and ended (rank 0 was killed {killed.count(0)} times, rank 1 {killed.count(1)} times)"
     return [
-        f"{ended} of {times} went on by themselves and ended (rank 0 was killed {steps.count(0)} times, rank 1 "
-        f"{steps.count(1)} times); the largest relative difference of a last validation objective from that of two "
-        f"processes left alone is {worst:.1e}."
+        f"{ended} of {times} went on {how}; the largest relative difference of a last validation objective from that "
+        f"of two processes left alone is {worst:.1e}."
     ]
 
 
@@ -211,11 +237,13 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--times", type=int)
     parser.add_argument("--ranks", action="store_true")
+    parser.add_argument("--launcher", action="store_true")
     parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=list(COMMANDS))
     options = parser.parse_args()
     made = f"Made by `python {' '.join(sys.argv)}` ({machine()})."
-    if options.ranks:
-        write_section("Killed ranks", [made, "", *ranks(options.times or 10)])
+    if options.ranks or options.launcher:
+        title = "Killed launchers" if options.launcher else "Killed ranks"
+        write_section(title, [made, "", *ranks(options.times or 10, options.launcher)])
     else:
         title = f"Killed runs: {', '.join(options.commands)}"
         write_section(title, [made, "", *kills(options.commands, options.times or 50)])

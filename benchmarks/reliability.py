@@ -14,10 +14,18 @@ TITLE = "# Reliability"
 
 def write_section(title: str, lines: list[str]) -> None:
     """Put the lines under their title, in the place of those of an earlier run."""
-    blocks = PAGE.read_text().split("\n## ") if PAGE.exists() else [TITLE + "\n"]
-    head, sections = blocks[0], {block.split("\n", 1)[0]: block.split("\n", 1)[1] for block in blocks[1:]}
-    sections[title] = "\n" + "\n".join(lines).strip("\n") + "\n"
-    PAGE.write_text(head + "".join(f"\n## {name}\n{sections[name]}" for name in sorted(sections)))
+    sections = _sections() | {title: "\n" + "\n".join(lines).strip("\n") + "\n"}
+    PAGE.write_text(TITLE + "\n" + "".join(f"\n## {name}\n{sections[name]}" for name in sorted(sections)))
+
+
+def section(title: str) -> list[str]:
+    """The lines that an earlier run has put there, if any."""
+    return _sections().get(title, "").splitlines()
+
+
+def _sections() -> dict[str, str]:
+    blocks = PAGE.read_text().split("\n## ")[1:] if PAGE.exists() else []
+    return dict(block.split("\n", 1) for block in blocks)
 
 
 def machine() -> str:

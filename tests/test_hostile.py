@@ -5,13 +5,17 @@ import inspect
 import io
 import json
 import pickle
+import re
 import resource
 import struct
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
 import pytest
 import safetensors.torch
 import torch
@@ -35,8 +39,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 import counterflow as cf
 from counterflow.checkpoint import SIZES, TYPES
 from counterflow.commands.modelling import read_data
-from counterflow.data import load
-from counterflow.data.streams import open_table
+from counterflow.data import formats, load
+from counterflow.data.streams import open_table, read_table
 from counterflow.files import as_hinted
 from counterflow.states import States
 
@@ -175,15 +179,68 @@ def test_a_csv_of_columns_without_end_is_refused(tmp_path):
 
 
 def test_a_parquet_page_that_says_it_has_2_gigabytes_is_refused(tmp_path):
-    import pyarrow as pa
-
     path = tmp_path / "a.parquet"
     whole = parquet(pa.table({"a": [1.5, 2.5, 3.5]}), use_dictionary=False, compression="none", write_statistics=False)
     head = whole[4:12]
     assert head[:3] == b"\x15\x00\x15"  # the type, then the size that it unpacks to
     path.write_bytes(whole[:7] + b"\xfe\xff\xff\xff\x0f" + whole[8:])
     for read in (load, open_table):
-        refused("got 2,147,483,647 bytes for a column of a row group", read, path)
+        refused("got 2,147,483,647 bytes for a row group", read, path)
+
+
+def repeated(name: str, path: Path) -> None:
+    """Two texts of 10 kB in 2,000 rows; the file holds them once or twice."""
+    which = pa.array(np.arange(2_000, dtype=np.int32) % 2)
+    texts = [letter * 10_000 for letter in "xy"]
+    words = pa.DictionaryArray.from_arrays(which, pa.array(texts))
+    columns: dict[str, Any] = {"a": np.random.default_rng(0).normal(size=2_000), "s": words}
+    options: dict[str, Any] = {"store_schema": name == "categories"}
+    if name == "lists":
+        columns["s"] = pa.ListArray.from_arrays(pa.array(np.arange(2_001), pa.int32()), words)
+    elif name == "prefixes":
+        columns["s"] = pa.array(texts[:1]).take(pa.array(np.zeros(2_000, np.int32)))
+        options |= {"use_dictionary": False, "column_encoding": {"s": "DELTA_BYTE_ARRAY", "a": "PLAIN"}}
+    elif name == "of one length":
+        columns["s"] = words.dictionary_decode().cast(pa.binary()).cast(pa.binary(10_000))
+        options |= {"use_dictionary": ["s"]}
+    path.write_bytes(parquet(pa.table(columns), **options))
+
+
+@pytest.mark.parametrize("name", ["dictionary", "categories", "lists", "prefixes", "of one length"])
+def test_texts_that_a_parquet_file_repeats_are_refused_before_all_are_there(name, tmp_path, monkeypatch):
+    most = 1 << 21  # bytes; all texts together have ten times as many
+    monkeypatch.setattr(formats, "ALWAYS", most)
+    monkeypatch.setattr(formats, "RATIO", 10)
+    monkeypatch.setattr("counterflow.data.parquet.ROOM", most // 4)
+    repeated(name, path := tmp_path / "a.parquet")
+    for read in (load, lambda path: list(open_table(path).batches(1_000)), whole_table):
+        with pytest.raises(ValueError, match="to take at most 2 MiB of memory") as told:
+            read(path)
+        (got, what) = re.search(r"got ([\d,]+) bytes for (.*);", str(told.value)).groups()
+        assert what == "a row group" if name == "lists" else int(got.replace(",", "")) < 1.3 * most, told.value
+
+
+def whole_table(path: Path) -> Any:
+    return read_table(open_table(path), ["a"], ["s"])
+
+
+def test_a_text_in_parquet_that_is_not_utf_8_is_refused(tmp_path):
+    path = tmp_path / "a.parquet"
+    whole = parquet(pa.table({"a": [1.0, 2.0], "s": ["here", "where"]}), compression="none", write_statistics=False)
+    path.write_bytes(whole.replace(b"here", b"h\xffre"))
+    for read in (load, whole_table):
+        refused("expected .*a.parquet to be a Parquet file, .* Invalid UTF8", read, path)
+
+
+def test_numbers_that_a_file_repeats_are_refused(tmp_path):
+    """40 million zeros in some kilobytes: in batches they are read, as a whole they are not."""
+    zeros_of = pa.chunked_array([np.zeros(1_000_000)] * 40)
+    pyarrow.parquet.write_table(pa.table({"a": zeros_of}), tmp_path / "a.parquet")
+    (tmp_path / "a.npz").write_bytes(npz(zipfile.ZIP_DEFLATED, **{"a.npy": npy(np.zeros((40_000_000, 1)))}))
+    for name, column in (("a.parquet", "a"), ("a.npz", "f0")):
+        source = open_table(tmp_path / name)
+        refused("got 320,000,000 bytes for its rows; write a file of fewer rows", read_table, source, [column], [])
+        assert sum(batch.num_rows for batch in source.batches(1 << 16)) == 40_000_000
 
 
 @pytest.mark.parametrize("name", ["parquet", "parquet, in batches"])

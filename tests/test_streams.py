@@ -58,6 +58,20 @@ def test_batches_hold_the_rows_in_order(name, size, tmp_path):
     np.testing.assert_array_equal(others[source.names[2]], expected[:, 2])
 
 
+@over([1, 700, 10**6], "room")
+def test_texts_in_parquet_are_read_in_pieces_that_fit(room, tmp_path, monkeypatch):
+    """The same batches, however few rows are read at a time; with missing texts, categories and lists."""
+    monkeypatch.setattr("counterflow.data.parquet.ROOM", room)
+    words = RNG.choice(["here", "there", "everywhere"], 101)
+    table = pd.DataFrame({"x": X[:, 0], "word": words, "kind": pd.Categorical(words), "list": [[1.5], []] * 50 + [[]]})
+    table.loc[7, "word"] = None
+    table.to_parquet(tmp_path / "t.parquet", row_group_size=60)
+    batches = list(open_table(tmp_path / "t.parquet").batches(50))
+    assert all(batch.num_rows <= 50 for batch in batches) and len(batches) <= 4
+    read = pa.Table.from_batches(batches)
+    assert read.cast(pa.Table.from_pandas(table).schema).equals(pa.Table.from_pandas(table))
+
+
 def test_texts_come_back_as_they_were(tmp_path):
     texts = ["plain", "a, b", 'say "hi"', "", "1.10", "line\nbreak", "naïve"]
     table = pd.DataFrame({"t": texts, "x": [f"{k}.50" for k in range(7)]})

@@ -16,15 +16,24 @@ import numpy as np
 
 from counterflow.data.arrays import NPZ, Array, check_unpacked, npy_header, npz_member, read_npy
 from counterflow.data.formats import check_taken, needs, reading
-from counterflow.data.parquet import check_parquet
+from counterflow.data.parquet import (
+    PARQUET,
+    Taken,
+    arrow_batches,
+    check_parquet,
+    opened_parquet,
+    row_groups,
+    text_bytes,
+)
 from counterflow.data.source import Part, Source, in_turn, located
 from counterflow.data.tables import CSV, csv_header, is_number
 from counterflow.files import whole
 
 SUFFIXES = (".csv", ".parquet", ".npy", ".npz")
 COLUMN = 1 << 10  # bytes that a name, and what Arrow knows of a column, take
+CELL = 1 << 6  # bytes that Python takes for a text, besides its letters
+FEWER = "write a file of fewer rows, if they are there"
 BLOCK = 1 << 22  # bytes of a CSV or an .npz at a time
-PARQUET = "a Parquet file"
 MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # texts that stand for no number
 
 
@@ -64,7 +73,7 @@ def _csv(path: Path) -> Source:
         with reading(path, CSV):
             stream = reader.open_csv(path, read_options=options, convert_options=convert)
         with stream:
-            yield from _batches(stream, path, CSV)
+            yield from arrow_batches(stream, path, CSV)
 
     return Source(path, names, named, None, in_turn(path, None, read))
 
@@ -72,12 +81,12 @@ def _csv(path: Path) -> Source:
 def _parquet(path: Path) -> Source:
     files = _parquet_files(path) if path.is_dir() else [path]
     names: list[str] = []
-    groups: list[list[int]] = []  # rows of each row group of each file
+    groups: list[tuple[Taken, list[int]]] = []  # of each file, and the rows of each row group
     for k, file in enumerate(files):
-        check_parquet(file)
-        with reading(file, PARQUET), _parquet_file(file) as found:
+        taken = check_parquet(file)
+        with reading(file, PARQUET), opened_parquet(file) as found:
             came = list(found.schema_arrow.names)
-            groups.append([found.metadata.row_group(g).num_rows for g in range(found.num_row_groups)])
+            groups.append((taken, [found.metadata.row_group(g).num_rows for g in range(found.num_row_groups)]))
         names = names if k else came
         if came != names:
             raise ValueError(
@@ -86,15 +95,15 @@ def _parquet(path: Path) -> Source:
             )
 
     def parts(most: int | None) -> Iterator[Part]:
-        for file, sizes in zip(files, groups, strict=True):
+        for file, (taken, sizes) in zip(files, groups, strict=True):
             first = 0
             for span in _spans(sizes, most):
                 rows = sum(sizes[span.start : span.stop])
                 if rows:
-                    yield Part(file, first, rows, partial(_row_groups, file, span))
+                    yield Part(file, first, rows, partial(row_groups, file, span, taken=taken))
                 first += rows
 
-    return Source(path, names, True, sum(map(sum, groups)), parts)
+    return Source(path, names, True, sum(sum(sizes) for _, sizes in groups), parts)
 
 
 def _parquet_files(folder: Path) -> list[Path]:
@@ -103,12 +112,6 @@ def _parquet_files(folder: Path) -> list[Path]:
     if not files:
         raise ValueError(f"expected Parquet files in {folder}, got none; give such a folder, or one file")
     return files
-
-
-def _parquet_file(path: Path) -> Any:
-    # a row group may be larger than memory: its pages are read as they are needed
-    parquet = needs("pyarrow.parquet", "pyarrow", "a Parquet file")
-    return parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
 
 
 def _spans(sizes: Sequence[int], most: int | None) -> Iterator[range]:
@@ -121,24 +124,6 @@ def _spans(sizes: Sequence[int], most: int | None) -> Iterator[range]:
         rows += size
     if sizes:
         yield range(start, len(sizes))
-
-
-def _row_groups(path: Path, groups: range, size: int) -> Iterator[Any]:
-    with reading(path, PARQUET):
-        opened = _parquet_file(path)
-    with opened:
-        stream = opened.iter_batches(batch_size=size, row_groups=list(groups), use_threads=False)
-        yield from _batches(stream, path, PARQUET)
-
-
-def _batches(stream: Iterator[Any], path: Path, kind: str) -> Iterator[Any]:
-    """What a reader of Arrow's gives, its errors told as those of a file of that kind."""
-    while True:
-        with reading(path, kind):
-            batch = next(stream, None)
-        if batch is None:
-            return
-        yield batch
 
 
 def _npy(path: Path) -> Source:
@@ -265,14 +250,20 @@ def texts(batch: Any, name: str) -> Array:
 def read_table(source: Source, names: Sequence[str], others: Sequence[str]) -> tuple[Any, dict[str, Array]]:
     """All rows: an Arrow table of these columns as float64, and others as numbers or texts.
 
-    Raises ValueError where a cell of the first is missing, is no number or is not finite.
+    Raises ValueError where a cell of the first is missing, is no number or is not finite, and where they take more
+    memory than the file's bytes account for.
     """
     arrow = needs("pyarrow", "pyarrow", "a table")
+    files = _parquet_files(source.path) if source.path.is_dir() else [source.path]
+    stored, held = sum(file.stat().st_size for file in files), 0
     parts: list[Array] = [np.empty((0, len(names)))]
     rest: list[Any] = []
+    check_taken(source.path, "its rows", (source.rows or 0) * (8 * len(names) + CELL * len(others)), stored, FEWER)
     for path, first, batch in located(source.parts(None), 1 << 16):
         parts.append(numbers(batch, names, path, first))
         rest.append(arrow.Table.from_batches([batch.select(list(others))]))
+        held += sum(text_bytes(batch.column(name)) for name in others)
+        check_taken(source.path, "its context", held, stored, FEWER)
     table = arrow.table(dict(zip(names, np.concatenate(parts).T, strict=True)))
     if not (others and rest):
         return table, {}

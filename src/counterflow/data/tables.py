@@ -9,10 +9,11 @@ import numpy as np
 
 from counterflow.data.arrays import Array, narrow
 from counterflow.data.formats import check_taken, needs, reading
-from counterflow.data.parquet import PARQUET, check_parquet
+from counterflow.data.parquet import PARQUET, check_parquet, opened_parquet, row_groups
 
 CSV = "a CSV table in UTF-8 with as many cells on every line (blank lines do not count as a Row)"
 
+ROWS = 1 << 16  # read at a time
 COLUMN = 1 << 14  # bytes that the reader of CSV takes for each column, whatever is in it
 
 
@@ -64,12 +65,17 @@ def read_csv(path: Path) -> Array:
 
 def read_parquet(path: Path) -> Array:
     """(N, D) of a .parquet file."""
-    parquet = needs("pyarrow.parquet", "pyarrow", "a Parquet file")
-    # not read_table, which makes a column of a folder called "year=2020"
-    check_taken(path, "its rows", check_parquet(path), path.stat().st_size, "save it as .npy, if they are there")
-    with reading(path, PARQUET), parquet.ParquetFile(path) as file:
-        table = file.read()
-    return _stack(path, table)
+    arrow, taken, stored = needs("pyarrow", "pyarrow", PARQUET), check_parquet(path), path.stat().st_size
+    check_taken(path, "its rows", taken.numbers, stored, "save it as .npy, if they are there")
+    with reading(path, PARQUET), opened_parquet(path) as file:
+        groups, schema = range(file.num_row_groups), file.schema_arrow
+    batches: list[Any] = []
+    held = 0
+    for batch in row_groups(path, groups, ROWS, taken):
+        batches.append(batch)
+        held += batch.nbytes
+        check_taken(path, "its rows", held, stored, "write it without the column of long texts")
+    return _stack(path, arrow.Table.from_batches(batches, schema))
 
 
 def _stack(path: Path, table: Any) -> Array:
