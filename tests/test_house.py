@@ -37,6 +37,7 @@ ROOMS = (
     "vae",
     # inference
     "objectives",
+    "rows",
     "group",
     "files",
     "states",

@@ -21,10 +21,11 @@ from torch import Tensor, nn
 
 from counterflow.autoregressive import Autoregressive
 from counterflow.diagnostics import effective_sample_size, energy_test
-from counterflow.fit import Epoch, FitConfig, Record, check_finite, fit
+from counterflow.fit import Epoch, FitConfig, Record, fit
 from counterflow.flow import Flow
 from counterflow.group import Group
 from counterflow.noise import seeded
+from counterflow.rows import check_finite
 from counterflow.states import States
 from counterflow.transform import Compose, Inverse, Permute, Transform, Triangular
 from counterflow.univariate import Affine, RationalQuadraticSpline, SinhArcsinh, Univariate

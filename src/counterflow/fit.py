@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from inspect import signature
@@ -19,10 +18,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from counterflow.group import Group
 from counterflow.noise import seeded
+from counterflow.rows import Batch, check_rows, fingerprint_of, in_order, moved, parts_of
 from counterflow.states import State, States
-from counterflow.transform import positive
 
-Batch = Any  # a tensor (B, ...), or a tuple of tensors of B rows each; None where the objective draws its own
 Objective = Callable[..., Tensor]  # (model, batch, **annealed) -> terms in nats; the loss is their negative mean
 Stopped = Literal["finished", "settled", "interrupted", "not finite"]
 
@@ -158,11 +156,11 @@ def fit(
         >>> len(record.epochs), record.stopped
         (3, 'finished')
     """
-    steps_per_epoch = _check_rows(train, "the training data", config.batch_size) // config.batch_size
-    _check_rows(validation, "the validation data", 1)
+    steps_per_epoch = check_rows(train, "the training data", config.batch_size) // config.batch_size
+    check_rows(validation, "the validation data", 1)
     device, group = torch.device(config.device), Group.here()
     group.share(config.batch_size, "batch_size")
-    fingerprint = "" if states is None else _fingerprint((train, validation))
+    fingerprint = "" if states is None else fingerprint_of((train, validation))
     training = _Training(model.to(device), objective, config, steps_per_epoch, fingerprint, group)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     started = saved = time.perf_counter()
@@ -186,7 +184,7 @@ def fit(
                 for batch in training.batches(train):
                     annealed = {} if anneal is None else anneal(training.progress)
                     with autocast:
-                        loss = training.loss(_to(batch, device), annealed, (due, ended))
+                        loss = training.loss(moved(batch, device), annealed, (due, ended))
                     heard = training.step(loss)
                     ended = _interrupted(on_step, training.steps, steps_per_epoch * config.epochs)
                     due = states is not None and time.perf_counter() - saved > states.every
@@ -288,10 +286,10 @@ class _Training:
             return
         size = self.config.batch_size
         if self.order is None:
-            self.order = torch.randperm(len(_parts(data)[0]), generator=self.shuffle)
+            self.order = torch.randperm(len(parts_of(data)[0]), generator=self.shuffle)
         for k in range(done, self.steps_per_epoch):
             index = self.order[k * size + self.group.rank : (k + 1) * size : self.group.size]
-            picked = tuple(part[index] for part in _parts(data))
+            picked = tuple(part[index] for part in parts_of(data))
             yield picked if isinstance(data, tuple) else picked[0]
 
     def step(self, loss: Tensor) -> tuple[bool, bool]:
@@ -456,71 +454,8 @@ def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def _fingerprint(data: tuple[Batch | int, ...]) -> str:
-    """A number that other data would not have."""
-    total = 0
-    for batch in data:
-        for part in (batch,) if isinstance(batch, int) else _parts(batch):
-            if isinstance(part, int):
-                total = zlib.crc32(str(part).encode(), total)
-            else:
-                total = zlib.crc32(str((tuple(part.shape), part.dtype)).encode(), total)
-                total = zlib.crc32(part.detach().cpu().contiguous().numpy().data, total)
-    return f"{total:08x}"
-
-
 class _NotFinite(Exception):
     """Too many steps in a row were not finite."""
-
-
-def check_finite(values: Tensor, what: str) -> None:
-    """Raise ValueError when values (N, ...) hold a NaN or an infinity, naming the first one and how many there are.
-
-    Example:
-        >>> check_finite(torch.tensor([[1.0, 2.0], [float("nan"), 4.0]]), "table.csv")
-        Traceback (most recent call last):
-        ...
-        ValueError: expected finite numbers in table.csv, got 1 non-finite of 4, the first (nan) at row 1, column 0 \
-(counted from 0); drop or impute the 1 of 2 rows that hold them
-    """
-    bad = ~torch.isfinite(values)
-    if not bad.any():
-        return
-    row, *rest = bad.nonzero()[0].tolist()
-    place = f", column {rest[0]}" if len(rest) == 1 else f", index {tuple(rest)}" if rest else ""
-    rows = int(bad.flatten(1).any(1).sum()) if rest else int(bad.sum())
-    raise ValueError(
-        f"expected finite numbers in {what}, got {int(bad.sum())} non-finite of {values.numel()}, the first "
-        f"({values[(row, *rest)].item()}) at row {row}{place} (counted from 0); drop or impute the {rows} of "
-        f"{len(values)} rows that hold them"
-    )
-
-
-def _parts(data: Batch) -> tuple[Tensor, ...]:
-    return data if isinstance(data, tuple) else (data,)
-
-
-def _check_rows(data: Batch | int, what: str, least: int) -> int:
-    """How many rows there are; a step without data counts as a batch of them."""
-    if isinstance(data, int):
-        return positive(data, what) * least
-    sizes = {len(part) for part in _parts(data)}
-    if len(sizes) > 1:
-        raise ValueError(f"expected as many rows in each part of {what}, got {sorted(sizes)}")
-    rows = sizes.pop()
-    if rows < least:
-        smaller = f"set batch_size to at most {rows} or " if rows else ""
-        raise ValueError(f"expected at least {least} rows in {what}, got {rows}; {smaller}bring more data")
-    for part in _parts(data):
-        check_finite(part, what)
-    return rows
-
-
-def _to(batch: Batch, device: torch.device) -> Batch:
-    if batch is None:
-        return None
-    moved = tuple(part.to(device) for part in _parts(batch))
-    return moved if isinstance(batch, tuple) else moved[0]
 
 
 def _mean(terms: Tensor) -> Tensor:
@@ -557,18 +492,9 @@ def _validate(
     device = torch.device(config.device)
     total, rows = 0.0, 0.0
     with seeded(group.seed(config.seed), cuda=True):
-        for batch, size in islice(_in_order(data, config.batch_size), group.rank, None, group.size):
+        for batch, size in islice(in_order(data, config.batch_size), group.rank, None, group.size):
             with autocast:
-                terms = objective(model, _to(batch, device))
+                terms = objective(model, moved(batch, device))
             total, rows = total + _mean(terms).item() * size, rows + size
     total, rows = group.sum(total, rows)
     return total / rows
-
-
-def _in_order(data: Batch | int, size: int) -> Iterator[tuple[Batch, int]]:
-    """All rows in batches, the last one shorter, and how many rows each has."""
-    if isinstance(data, int):
-        yield from repeat((None, 1), data)
-        return
-    for parts in zip(*(part.split(size) for part in _parts(data)), strict=True):
-        yield parts if isinstance(data, tuple) else parts[0], len(parts[0])

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from counterflow.fit import check_finite
 from counterflow.flow import PAIRS, Flow, KernelMixture, StandardNormal
+from counterflow.rows import check_finite
 
 WIDTHS = (0.03, 0.05, 0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)  # 1 is as wide as the base itself
 SHARES = (0.001, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the first leaves the flow as it is, in effect

@@ -15,7 +15,7 @@ from counterflow.data.arrays import Array, as_levels, as_tensor, read_npy, read_
 from counterflow.data.formats import ACCEPTED
 from counterflow.data.images import IDX_FILE, read_digits, read_folder, read_idx
 from counterflow.data.tables import read_csv, read_parquet
-from counterflow.fit import check_finite
+from counterflow.rows import check_finite
 
 __all__ = ["ACCEPTED", "Dataset", "Splits", "load", "split"]
 
