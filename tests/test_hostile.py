@@ -194,9 +194,11 @@ def repeated(name: str, path: Path) -> None:
     texts = [letter * 10_000 for letter in "xy"]
     words = pa.DictionaryArray.from_arrays(which, pa.array(texts))
     columns: dict[str, Any] = {"a": np.random.default_rng(0).normal(size=2_000), "s": words}
-    options: dict[str, Any] = {"store_schema": name == "categories"}
+    options: dict[str, Any] = {"store_schema": name in ("categories", "structs")}
     if name == "lists":
         columns["s"] = pa.ListArray.from_arrays(pa.array(np.arange(2_001), pa.int32()), words)
+    elif name == "structs":
+        columns["s"] = pa.StructArray.from_arrays([words], ["t"])
     elif name == "prefixes":
         columns["s"] = pa.array(texts[:1]).take(pa.array(np.zeros(2_000, np.int32)))
         options |= {"use_dictionary": False, "column_encoding": {"s": "DELTA_BYTE_ARRAY", "a": "PLAIN"}}
@@ -206,7 +208,7 @@ def repeated(name: str, path: Path) -> None:
     path.write_bytes(parquet(pa.table(columns), **options))
 
 
-@pytest.mark.parametrize("name", ["dictionary", "categories", "lists", "prefixes", "of one length"])
+@pytest.mark.parametrize("name", ["dictionary", "categories", "structs", "lists", "prefixes", "of one length"])
 def test_texts_that_a_parquet_file_repeats_are_refused_before_all_are_there(name, tmp_path, monkeypatch):
     most = 1 << 21  # bytes; all texts together have ten times as many
     monkeypatch.setattr(formats, "ALWAYS", most)

@@ -64,6 +64,7 @@ def test_texts_in_parquet_are_read_in_pieces_that_fit(room, tmp_path, monkeypatc
     monkeypatch.setattr("counterflow.data.parquet.ROOM", room)
     words = RNG.choice(["here", "there", "everywhere"], 101)
     table = pd.DataFrame({"x": X[:, 0], "word": words, "kind": pd.Categorical(words), "list": [[1.5], []] * 50 + [[]]})
+    table["struct"] = [{"x": k, "word": word} for k, word in enumerate(words)]
     table.loc[7, "word"] = None
     table.to_parquet(tmp_path / "t.parquet", row_group_size=60)
     batches = list(open_table(tmp_path / "t.parquet").batches(50))

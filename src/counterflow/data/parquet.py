@@ -78,7 +78,7 @@ def check_parquet(path: Path) -> Taken:
                     lists += count * max(each, 8)
                 else:
                     row += each
-            widest, largest = max(widest, row), max(largest, pages, lists)
+            widest, largest = max(widest, row), max(largest, pages, lists, row)
         if rows != said[ROWS]:
             raise ValueError(f"it says that it has {said[ROWS]:,} rows, and its parts have {rows:,}")
     check_taken(path, "a row group", largest, stored, "write smaller row groups, if it is right")
@@ -129,8 +129,11 @@ def arrow_batches(stream: Iterator[Any], path: Path, kind: str) -> Iterator[Any]
 
 
 def text_bytes(column: Any) -> int:
-    """What an Arrow column takes, without its dictionary where it has one."""
-    return int((column.dictionary_decode() if hasattr(column, "dictionary_decode") else column).nbytes)
+    """What an Arrow column takes, without the dictionaries in it."""
+    types = needs("pyarrow.types", "pyarrow", PARQUET)
+    if types.is_struct(column.type):
+        return sum(map(text_bytes, column.flatten()))
+    return int((column.dictionary_decode() if types.is_dictionary(column.type) else column).nbytes)
 
 
 def _joined(arrow: Any, parts: list[Any]) -> Iterator[Any]:
