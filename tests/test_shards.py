@@ -288,6 +288,7 @@ def test_parts_of_a_vae(vae, here, tmp_path, monkeypatch):
     draw = ["sample", vae, "-n", 50, "--out", "drawn"]
     assert "50 data (pixels binarised once): mean ELBO" in here(*score)[1]
     assert here(*draw) == (0, "50 samples; 3 parts in drawn\n", "")
+    assert here("sample", vae, "-n", 5, "--out", "few") == (0, "5 samples; 1 part in few\n", "")
     scores, drawn = read(tmp_path / "scores", ".csv"), read(tmp_path / "drawn", ".npy")
     np.testing.assert_array_equal(scores[:, 0], np.arange(50))
     assert np.isfinite(scores).all() and len(np.unique(scores[:, 1])) == 50 and drawn.shape == (50, 1, 4, 4)

@@ -117,7 +117,8 @@ class Parts:
                 self._finish(count)
         if Group.here().rank == 0:
             summary = read_json(self._summary, "a summary that counterflow wrote")
-            console.say(f"{tell(summary['sums'])}; {summary['parts']} parts in {self.folder}")
+            parts = "1 part" if summary["parts"] == 1 else f"{summary['parts']} parts"
+            console.say(f"{tell(summary['sums'])}; {parts} in {self.folder}")
         return 0
 
     def _begin(self, made_of: dict[str, Any]) -> bool:
