@@ -76,6 +76,7 @@ def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
     process = under_way("all")
     process.kill()
     left, _ = process.communicate(timeout=300)  # the pipe ends with the processes that torchrun has left behind
+    assert left.count("torchrun was killed: ending this process as well\n") == 1, left
     assert "\ninterrupted; " in left and left.endswith("; go on with --resume all\n")
     told["all"] = ended(torchrun(tmp_path, *vae, "all"))
     alone = [(row["epoch"], row["validation"]) for row in lines(tmp_path / "alone")]

@@ -320,7 +320,6 @@ def _ended_with_torchrun() -> Iterator[None]:
     def watch() -> None:
         while not ended.wait(PATIENCE):
             if os.getppid() != torchrun:
-                console.note("torchrun was killed: ending this process as well")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
@@ -331,3 +330,5 @@ def _ended_with_torchrun() -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
+        if os.getppid() != torchrun:  # the first process says so also where another one saw it before
+            console.note("torchrun was killed: ending this process as well")

@@ -47,7 +47,7 @@ def front(columns: Columns, x: Tensor, weights: Array | None, seed: int, correla
 
 def _gaussian(z: Array, weights: Array | None, correlated: bool) -> Triangular:
     """The linear layer: N(mean, L L^T) fitted to z, its correlations shrunk as by Ledoit and Wolf 2004, or none."""
-    from sklearn.covariance import ledoit_wolf_shrinkage
+    from sklearn.covariance import ledoit_wolf_shrinkage  # here, for the estimator says what to install without it
 
     mean = np.average(z, axis=0, weights=weights)
     if not correlated or len(z) < 2:
