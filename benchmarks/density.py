@@ -90,7 +90,7 @@ def run(method: str, name: str, rows: Rows, seed: int, config: cf.FitConfig) -> 
     model = METHODS[method](rows.train.shape[1])
     begun = time.process_time()
 
-    def say(epoch: cf.Epoch, _: torch.nn.Module) -> None:
+    def say(epoch: cf.training.Epoch, _: torch.nn.Module) -> None:
         print(f"{name} {method} seed {seed} epoch {epoch.epoch} {epoch.validation + rows.shift:.3f}", flush=True)
 
     record = cf.fit(model, peers.terms, rows.train, rows.validation, config, on_epoch=say)

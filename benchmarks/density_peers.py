@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import counterflow as cf
-from counterflow.made import MADE
+from counterflow.made.network import MADE
 
 
 class Scored(nn.Module):

@@ -92,9 +92,9 @@ def training(name: str, folder: Path, sizes: int) -> str:
                 fates["had room enough"] += 1
                 continue
             fault = wrong(code, errors, mount)
-            states = [p.parent for p in (mount / "run").glob("states/*/*.safetensors")]
-            left = bool(states)
-            if not fault and any(cf.States(folder).load() is None for folder in states):
+            checkpoints = [p.parent for p in (mount / "run").glob("checkpoints/*/*.safetensors")]
+            left = bool(checkpoints)
+            if not fault and any(cf.Checkpoints(folder).load() is None for folder in checkpoints):
                 fault = "a state that does not read"
             subprocess.run(["mount", "-o", f"remount,size={ROOM}", str(mount)], check=True)
             if not fault:

@@ -66,7 +66,7 @@ def trained(train: Tensor, validation: Tensor, args: argparse.Namespace) -> cf.F
         )
         return cf.fit(flow, cf.log_likelihood, train[:rows], validation[:5000], config, on_epoch=told).seconds
 
-    def told(row: cf.Epoch, _: torch.nn.Module) -> None:
+    def told(row: cf.training.Epoch, _: torch.nn.Module) -> None:
         print(f"teacher, epoch {row.epoch}: {row.train:.2f} train, {row.validation:.2f} validation", flush=True)
 
     each = fit(1, PILOT * BATCH) / PILOT
@@ -74,7 +74,7 @@ def trained(train: Tensor, validation: Tensor, args: argparse.Namespace) -> cf.F
     return flow
 
 
-def told(stage: str, row: cf.Epoch) -> None:
+def told(stage: str, row: cf.training.Epoch) -> None:
     if row.epoch % 10 == 0:
         print(f"{stage}, epoch {row.epoch}: {-row.validation:.3f} nats, {row.seconds:.1f} s", flush=True)
 
@@ -86,7 +86,7 @@ def distilled(flow: cf.Flow, config: cf.DistillConfig, student: cf.Flow | None, 
     if student is None:
         cf.save(made, args.work / "student.safetensors")
     torch.manual_seed(1)
-    agreement = asdict(cf.agreement(flow, made, draws=args.draws))
+    agreement = asdict(cf.diagnostics.agreement(flow, made, draws=args.draws))
     found = {name: value if math.isfinite(value) else None for name, value in agreement.items()}
     print(json.dumps({"seconds": seconds, **found}), flush=True)
     return {"seconds": seconds, "reverse_per_dim": found["reverse"] / flow.features, **found}

@@ -3,7 +3,7 @@
     python benchmarks/health.py
 
 Every line is a process of its own, on one thread unless it is about threads: each training for 10,000 steps, with a
-state written every second where the call keeps states; 40 whole trainings one after another; and 1,000 calls of both
+state written every second where the call keeps checkpoints; 40 whole trainings one after another; and 1,000 calls of both
 substitutions (t.inverse, and its gradient) by every body, with batches of many sizes, from many Python threads, with
 other numbers of threads, and of the path gradient. At some forty points, after a garbage collection and after the
 allocator has given back what is free, it notes the resident memory, the threads, the open descriptors, the tensors and
@@ -46,9 +46,9 @@ from reliability import machine, write_section
 from torch import Tensor
 
 import counterflow as cf
-from counterflow.blackbox import OnTarget
 from counterflow.commands.model import observed
-from counterflow.data import load, split
+from counterflow.io.data import load, split
+from counterflow.posterior.stages import TargetModel
 
 TITLE = "Long-run health"
 STEPS, CALLS, TRAININGS, POINTS = 10_000, 1_000, 40, 40
@@ -98,10 +98,10 @@ class Watch:
 
 @contextlib.contextmanager
 def states_for(function: Callable[..., Any]) -> Iterator[dict[str, Any]]:
-    """The keyword that keeps states every second, where the function takes it."""
+    """The keyword that keeps checkpoints every second, where the function takes it."""
     with tempfile.TemporaryDirectory() as folder:
-        takes = "states" in inspect.signature(function).parameters
-        yield {"states": cf.States(Path(folder), every=1.0)} if takes else {}
+        takes = "checkpoints" in inspect.signature(function).parameters
+        yield {"checkpoints": cf.Checkpoints(Path(folder), every=1.0)} if takes else {}
 
 
 def rows(n: int = 600, D: int = 4) -> Tensor:
@@ -125,7 +125,7 @@ def train_vae(steps: int, watch: Callable[[int], None]) -> None:
     epochs = math.ceil(steps / (len(digits.train) // 64))
 
     def objective(model: cf.VAE, x: Tensor, beta: float = 1.0) -> Tensor:
-        return cf.elbo(model, model.likelihood.observe(x), beta=beta)
+        return cf.objectives.elbo(model, model.likelihood.observe(x), beta=beta)
 
     fit_with_states(
         vae,
@@ -134,7 +134,7 @@ def train_vae(steps: int, watch: Callable[[int], None]) -> None:
         digits.validation,
         cf.FitConfig(epochs=epochs, batch_size=64),
         watch,
-        anneal=lambda epoch: {"beta": cf.warm_up(epoch, 0.4 * epochs)},
+        anneal=lambda epoch: {"beta": cf.objectives.warm_up(epoch, 0.4 * epochs)},
     )
 
 
@@ -147,9 +147,9 @@ def fit_with_states(
     watch: Callable[[int], None],
     **more: Any,
 ) -> None:
-    with states_for(cf.fit) as states:
+    with states_for(cf.fit) as checkpoints:
         on_step = lambda done, _: watch(done)  # noqa: E731
-        cf.fit(model, objective, train, validation, config, on_step=on_step, **more, **states)
+        cf.fit(model, objective, train, validation, config, on_step=on_step, **more, **checkpoints)
 
 
 def train_flow(recipe: Callable[..., cf.Flow], steps: int, watch: Callable[[int], None]) -> None:
@@ -172,23 +172,23 @@ def train_density(steps: int, watch: Callable[[int], None]) -> None:
         if number == 1:
             watch(each * epoch.epoch)
 
-    with states_for(cf.FlowDensity.fit) as states:
-        density.set_params(random_state=0).fit(rows(700).double().numpy(), on_epoch=on_epoch, **states)
+    with states_for(cf.FlowDensity.fit) as checkpoints:
+        density.set_params(random_state=0).fit(rows(700).double().numpy(), on_epoch=on_epoch, **checkpoints)
 
 
 def train_posterior(estimator: str, steps: int, watch: Callable[[int], None]) -> None:
     config = cf.PosteriorConfig(
         layers=2, hidden=(16,), draws=32, steps=steps, stages=1, verdict_draws=1000, estimator=estimator
     )
-    with states_for(cf.fit_posterior) as states:
-        cf.fit_posterior(banana, config, dim=4, on_step=lambda step: watch(step.done), **states)
+    with states_for(cf.fit_posterior) as checkpoints:
+        cf.fit_posterior(banana, config, dim=4, on_step=lambda step: watch(step.done), **checkpoints)
 
 
 def train_on_target(steps: int, watch: Callable[[int], None]) -> None:
     """The training within `fit_posterior`, through `fit` itself."""
 
     def objective(flow: cf.Flow, _: None) -> Tensor:
-        return cf.path_elbo(OnTarget(flow, banana), None, 32)
+        return cf.objectives.path_elbo(TargetModel(flow, banana), None, 32)
 
     fit_with_states(flow(cf.IAF).double(), objective, 50, 4, cf.FitConfig(epochs=math.ceil(steps / 50)), watch)
 
@@ -196,9 +196,9 @@ def train_on_target(steps: int, watch: Callable[[int], None]) -> None:
 def train_student(stage: str, steps: int, watch: Callable[[int], None]) -> None:
     counts = {"start": 0, "steps": 0} | {"start" if stage == "start" else "steps": steps}
     config = cf.DistillConfig(**counts, draws=32)
-    with states_for(cf.distill) as states:
+    with states_for(cf.distill) as checkpoints:
         told = lambda _, epoch: watch(50 * epoch.epoch)  # noqa: E731
-        cf.distill(flow(cf.MAF), config=config, on_epoch=told, **states)
+        cf.distill(flow(cf.MAF), config=config, on_epoch=told, **checkpoints)
 
 
 def one_after_another(train: Callable[..., None], each: int, times: int, watch: Callable[[int], None]) -> None:
@@ -218,23 +218,23 @@ def ended_early(each: int, watch: Callable[[int], None]) -> None:
         return flow().log_prob(x) * math.nan
 
     config = cf.FitConfig(epochs=math.ceil(each / 10), batch_size=50, max_skipped=5)
-    with warnings.catch_warnings(), states_for(cf.fit) as states:
+    with warnings.catch_warnings(), states_for(cf.fit) as checkpoints:
         warnings.simplefilter("ignore")
-        cf.fit(flow(cf.MAF), cf.log_likelihood, rows(500), rows(100), config, on_step=interrupt, **states)
+        cf.fit(flow(cf.MAF), cf.log_likelihood, rows(500), rows(100), config, on_step=interrupt, **checkpoints)
         cf.fit(flow(cf.MAF), faulty, rows(500), rows(100), config)
 
 
 # -- substitutions -----------------------------------------------------------------------------------
 
 
-def layer(univariate: cf.Univariate, solver: str = "auto", D: int = 6, H: int = 20) -> cf.Autoregressive:
+def layer(univariate: cf.transforms.Univariate, solver: str = "auto", D: int = 6, H: int = 20) -> cf.Autoregressive:
     torch.manual_seed(0)
     t = cf.Autoregressive(D, 2, (H, H), univariate, activation="elu")
     t.solver = solver
     return t
 
 
-def both(t: cf.Transform, n: int = 32, dtype: torch.dtype = torch.float32) -> None:
+def both(t: cf.transforms.Transform, n: int = 32, dtype: torch.dtype = torch.float32) -> None:
     """Forward substitution, and back substitution for the gradient of all there is."""
     y, c = (torch.randn(n, size, dtype=dtype, requires_grad=True) for size in (t.features, t.context))
     x, log_det = t.inverse(y, c)
@@ -307,20 +307,20 @@ def other_threads(calls: int, watch: Callable[[int], None]) -> None:
 
 Subject = Callable[[Callable[[int], None]], None]
 TRAINED: dict[str, Callable[..., None]] = {
-    "VAE, `fit` with states": train_vae,
-    "density: MAF, `fit` with states": partial(train_flow, cf.MAF),
-    "density: NSF, `fit` with states": partial(train_flow, cf.NSF),
-    "density: IAF, which is solved, `fit` with states": partial(train_flow, cf.IAF),
-    "density: IAF in bf16, `fit` with states": train_bf16,
+    "VAE, `fit` with checkpoints": train_vae,
+    "density: MAF, `fit` with checkpoints": partial(train_flow, cf.MAF),
+    "density: NSF, `fit` with checkpoints": partial(train_flow, cf.NSF),
+    "density: IAF, which is solved, `fit` with checkpoints": partial(train_flow, cf.IAF),
+    "density: IAF in bf16, `fit` with checkpoints": train_bf16,
     "density: `FlowDensity`": train_density,
     "posterior: `fit_posterior`": partial(train_posterior, "path"),
     "posterior: `fit_posterior` by the forward KL": partial(train_posterior, "forward_kl"),
-    "posterior: `fit` with states": train_on_target,
+    "posterior: `fit` with checkpoints": train_on_target,
     "distillation: `distill`, layer by layer": partial(train_student, "start"),
     "distillation: `distill`, as a whole": partial(train_student, "whole"),
 }
 REPEATED: dict[str, Callable[..., None]] = {
-    "MAF, `fit` with states": partial(train_flow, cf.MAF),
+    "MAF, `fit` with checkpoints": partial(train_flow, cf.MAF),
     "`fit`, ended by Ctrl-C and by faults": ended_early,
     "`FlowDensity`": train_density,
     "`fit_posterior`": partial(train_posterior, "path"),
@@ -443,8 +443,8 @@ def main() -> None:
         f"{POINTS} times after a garbage collection and `malloc_trim`. All counts are of what was there after a fifth, "
         f"and + what came by the end; MB is resident memory, its slope by least squares ± standard error. Flat: "
         f"growth below {GROWTH:g} MB, a slope below {SLOPE:g} MB per 1,000 or within two standard errors of 0, and no "
-        "thread, descriptor or tensor more. Trainings keep a state every second where they take `states`. What grows "
-        "is the course of a training: 0.3 KB for each epoch, and 2 KB where states are written, which hold it.",
+        "thread, descriptor or tensor more. Trainings keep a state every second where they take `checkpoints`. What grows "
+        "is the course of a training: 0.3 KB for each epoch, and 2 KB where checkpoints are written, which hold it.",
     ]
     for heading, every in lines.items():
         each = [name for name in every if name.startswith(tuple(arguments.only))]

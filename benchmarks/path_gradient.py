@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import counterflow as cf
-from counterflow.vae import Density, Draws, draw_from
+from counterflow.objectives import Density, Draws, draw_from
 
 HERE = Path(__file__).parent / "results"
 LAYERS = 4
@@ -61,7 +61,7 @@ def stepper(objective: Callable[..., Tensor], D: int, H: int, S: int) -> Callabl
 
 def times(rounds: int, D: int, H: int, S: int) -> dict[str, float]:
     """Median milliseconds of a step of each, and their ratio."""
-    sides = {"elbo": stepper(cf.elbo, D, H, S), "path_elbo": stepper(cf.path_elbo, D, H, S)}
+    sides = {"elbo": stepper(cf.objectives.elbo, D, H, S), "path_elbo": stepper(cf.objectives.path_elbo, D, H, S)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for k in range(rounds + 5):
         for name, step in sides.items():
@@ -94,7 +94,7 @@ def noise(delta: float, D: int = 16, H: int = 64, S: int = 64, runs: int = 100) 
     model.flow.requires_grad_()
     found = {}
     torch.manual_seed(0)
-    for name, objective in {"elbo": cf.elbo, "path_elbo": cf.path_elbo}.items():
+    for name, objective in {"elbo": cf.objectives.elbo, "path_elbo": cf.objectives.path_elbo}.items():
         gradients = []
         for _ in range(runs):
             parts = torch.autograd.grad(objective(model, None, S).mean(), list(model.flow.parameters()))

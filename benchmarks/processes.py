@@ -28,8 +28,8 @@ from reliability import machine, write_section
 from torch import Tensor, nn
 
 import counterflow as cf
-from counterflow.blackbox import OnTarget
 from counterflow.objectives import path_elbo
+from counterflow.posterior.stages import TargetModel
 
 D = 64
 
@@ -51,7 +51,7 @@ def maf() -> cf.Flow:
     return cf.MAF(D, layers=5, hidden=(512, 512), seed=0)
 
 
-def losses(kind: str) -> cf.Record:
+def losses(kind: str) -> cf.training.History:
     """100 steps, an epoch each."""
     batch, dtype = 512, torch.float64 if "float64" in kind else torch.float32
 
@@ -62,25 +62,25 @@ def losses(kind: str) -> cf.Record:
     return cf.fit(maf().to(dtype), objective, data, data[:64], config(100, batch))
 
 
-def table(batch: int) -> cf.Record:
+def table(batch: int) -> cf.training.History:
     return cf.fit(maf(), cf.log_likelihood, rows(8 * batch), rows(2), config(4, batch))
 
 
-def vae(network: Literal["conv", "mlp"], batch: int) -> cf.Record:
+def vae(network: Literal["conv", "mlp"], batch: int) -> cf.training.History:
     torch.manual_seed(0)
     images = torch.rand(8 * batch, 1, 28, 28, generator=torch.Generator().manual_seed(0)).round()
     model = cf.VAE((1, 28, 28), network=network)
-    return cf.fit(model, cf.elbo, images, images[:2], config(4, batch))
+    return cf.fit(model, cf.objectives.elbo, images, images[:2], config(4, batch))
 
 
-def posterior(draws: int) -> cf.Record:
+def posterior(draws: int) -> cf.training.History:
     flow, share = cf.IAF(D, layers=4, hidden=(128, 128), seed=0).double(), draws // processes_here()
 
     def target(theta: Tensor) -> Tensor:
         return -(theta.square() + (theta[..., :1] * theta).square()).sum(-1) / 2
 
     def objective(flow: nn.Module, _: None) -> Tensor:
-        return path_elbo(OnTarget(flow, target), None, share)  # type: ignore[arg-type]
+        return path_elbo(TargetModel(flow, target), None, share)  # type: ignore[arg-type]
 
     return cf.fit(flow, objective, 8, 1, config(4, draws))
 
@@ -89,7 +89,7 @@ def processes_here() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-TRAININGS: dict[str, Callable[[int], cf.Record]] = {
+TRAININGS: dict[str, Callable[[int], cf.training.History]] = {
     "MAF of a table, 5 layers of (512, 512), D = 64, batch 2048": lambda each: table(2048 // each),
     "the same, batch 1024": lambda each: table(1024 // each),
     "the same, batch 256": lambda each: table(256 // each),

@@ -34,7 +34,9 @@ DEPTHS, FACTORS = (5, 20), (1.0, 3.0)
 MORE_FACTORS = (1.0, 1.5, 2.0, 2.5, 3.0)  # of the second table
 
 
-def counterflow(layers: int, univariate: cf.Univariate, own_weights: bool = True, solver: str = "auto") -> TorchFlow:
+def counterflow(
+    layers: int, univariate: cf.transforms.Univariate, own_weights: bool = True, solver: str = "auto"
+) -> TorchFlow:
     flow = peers.counterflow(D, H, layers, univariate)
     for layer in flow.module.modules():
         if isinstance(layer, cf.Autoregressive):

@@ -31,8 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from counterflow.made import MADE
-from counterflow.staircase import LINE, Staircase, Step, linear, step
+from counterflow.made.network import MADE
+from counterflow.made.staircase import LINE, Staircase, Step, linear, step
 
 FEATURES = (784, 64, 8)
 HIDDEN = (64, 128, 256, 512, 1024, 2048)

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 import counterflow as cf
-from counterflow.data import load, split
+from counterflow.io.data import load, split
 
 HERE = Path(__file__).parent / "results"
 
@@ -49,9 +49,9 @@ def run(posterior: str, seed: int, data: Path, args: argparse.Namespace) -> dict
     )
 
     def objective(model: cf.VAE, x: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
-        return cf.elbo(model, model.likelihood.observe(x), beta=beta)
+        return cf.objectives.elbo(model, model.likelihood.observe(x), beta=beta)
 
-    def say(epoch: cf.Epoch, _: torch.nn.Module) -> None:
+    def say(epoch: cf.training.Epoch, _: torch.nn.Module) -> None:
         print(
             f"{posterior} seed {seed} epoch {epoch.epoch} elbo {epoch.validation:.2f} {epoch.seconds:.0f} s", flush=True
         )
@@ -62,12 +62,12 @@ def run(posterior: str, seed: int, data: Path, args: argparse.Namespace) -> dict
         train,
         validation,
         config,
-        anneal=lambda epoch: {"beta": cf.warm_up(epoch, args.warm_up)},
+        anneal=lambda epoch: {"beta": cf.objectives.warm_up(epoch, args.warm_up)},
         on_epoch=say,
     )
     torch.manual_seed(0)  # every model is tested on the same binary images
     begun = time.perf_counter()
-    result = cf.evaluate(vae, vae.likelihood.observe(test), args.samples)
+    result = cf.objectives.evaluate(vae, vae.likelihood.observe(test), args.samples)
     return {
         "posterior": posterior,
         "seed": seed,

@@ -96,7 +96,7 @@ def main() -> None:
     vae = cf.VAE((D,), LATENT, network="mlp", hidden=(HIDDEN, HIDDEN), context=CONTEXT, posterior_hidden=(WIDTH, WIDTH))
     by_hand = ByHand()
     sides = {
-        "counterflow": stepper(vae, lambda x: cf.elbo(vae, x)),
+        "counterflow": stepper(vae, lambda x: cf.objectives.elbo(vae, x)),
         "by hand": stepper(by_hand, by_hand.elbo),
     }
     x = torch.rand(B, D).round()

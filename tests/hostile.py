@@ -31,15 +31,16 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import counterflow as cf
-from counterflow.blackbox import Fitted, Pool, PosteriorConfig, Stage
-from counterflow.checkpoint import TYPES
 from counterflow.commands.model import kind_of_run
 from counterflow.commands.modelling import read_data
-from counterflow.data import load
-from counterflow.data.streams import column, numbers, open_table
-from counterflow.diagnostics import Verdict
-from counterflow.posterior import Posterior
-from counterflow.states import State, States
+from counterflow.diagnostics.importance import Verdict
+from counterflow.io.data import load
+from counterflow.io.data.streams import column, numbers, open_table
+from counterflow.io.serialization import TYPES
+from counterflow.posterior.config import PosteriorConfig
+from counterflow.posterior.posterior import Posterior
+from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws
+from counterflow.training.checkpoints import Checkpoint, Checkpoints
 
 Files = Mapping[str, bytes]
 Mutation = Callable[[bytes, Random], bytes]
@@ -564,11 +565,11 @@ def other_description(content: bytes, random: Random) -> bytes:
 def other_numbers(content: bytes, random: Random) -> bytes:
     """Another JSON among the tensors of a state."""
     try:
-        tensors = dict(cf.states.safetensors.torch.load(content))
+        tensors = dict(cf.checkpoints.safetensors.torch.load(content))
         text = other_json(tensors["numbers"].numpy().tobytes(), random)
     except Exception:
         return other_tensors(content, random)
-    return cf.states.safetensors.torch.save(
+    return cf.checkpoints.safetensors.torch.save(
         {**tensors, "numbers": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
     )
 
@@ -599,14 +600,23 @@ MODELS: tuple[Callable[[], torch.nn.Module], ...] = (
     lambda: cf.VAE((2,), latent=2, hidden=(3,), context=2, posterior_layers=2, posterior_hidden=(3,)),
     lambda: cf.VAE((1, 5, 5), latent=1, channels=1, context=1, posterior="gaussian", network="conv"),
     lambda: cf.Flow(
-        cf.StudentT(2), cf.Compose([cf.Triangular([0.0, 1.0], [[1.0, 0.0], [0.5, 2.0]]), cf.Permute([1, 0])])
+        cf.bases.StudentT(2),
+        cf.Compose([cf.Inverse(cf.transforms.Whiten([0.0, 1.0], [[1.0, 0.0], [0.5, 2.0]])), cf.Permute([1, 0])]),
     ),
-    lambda: cf.FlowMixture([cf.Flow(cf.KernelMixture(2, 5), cf.Standardize([0.0, 1.0], [1.0, 2.0])) for _ in range(2)]),
+    lambda: cf.flows.FlowMixture(
+        [cf.Flow(cf.bases.KernelMixture(2, 5), cf.Standardize([0.0, 1.0], [1.0, 2.0])) for _ in range(2)]
+    ),
     lambda: cf.Flow(
-        cf.DiagonalNormal(2, 1), cf.Autoregressive(2, 1, (4, 4), wiring=cf.Wiring(skips=(None, 0), direct=True))
+        cf.bases.DiagonalNormal(2, 1),
+        cf.Autoregressive(2, 1, (4, 4), architecture=cf.transforms.Architecture(skips=(None, 0), direct=True)),
     ),
-    lambda: cf.Flow(cf.StandardNormal(3), cf.CouplingLayer(3, [1], 0, (4,), cf.RationalQuadraticSpline(bins=3))),
-    lambda: cf.Flow(cf.StandardNormal(2), cf.Columns([cf.Column("a", "log", low=0.0), cf.Column("b", step=1.0)])),
+    lambda: cf.Flow(
+        cf.bases.StandardNormal(3), cf.transforms.CouplingLayer(3, [1], 0, (4,), cf.RationalQuadraticSpline(bins=3))
+    ),
+    lambda: cf.Flow(
+        cf.bases.StandardNormal(2),
+        cf.transforms.TableTransform([cf.transforms.Column("a", "log", low=0.0), cf.transforms.Column("b", step=1.0)]),
+    ),
 )
 
 
@@ -636,9 +646,9 @@ def pandas_of(columns: dict[str, Any]) -> Any:
 @cache
 def _posteriors() -> list[Files]:
     theta = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)).double()
-    pool = Pool(theta, theta[:, 0], theta[:, 1])
+    pool = WeightedDraws(theta, theta[:, 0], theta[:, 1])
     stage = Stage("path", 2, 8, 5, 0, "finished", 0.5, (1.0, math.nan), 0.3, 15.0, 30, -1.0, True)
-    fitted = Fitted(cf.IAF(2, **SMALL).double(), pool, Verdict(30, 0.3, 15.0, -1.0, 0.1, -0.9, (3.0, 4.0)), (stage,))
+    fitted = FlowFit(cf.IAF(2, **SMALL).double(), pool, Verdict(30, 0.3, 15.0, -1.0, 0.1, -0.9, (3.0, 4.0)), (stage,))
     values = {"mu": theta[:, 0].contiguous(), "z": theta[:, :, None].contiguous()}
     return [_saved(Posterior(None, PosteriorConfig(hidden=(4,)), fitted, values, 0.0, 1.5).save)]
 
@@ -647,7 +657,9 @@ def _posteriors() -> list[Files]:
 def _states() -> list[Files]:
     tensors = {"weight": torch.ones(2, 3), "order": torch.arange(4), "generator": torch.zeros(9, dtype=torch.uint8)}
     facts = {"steps": 12, "record": {"epochs": [1.5, None]}, "best": None}
-    return [_saved(lambda folder, k=k: States(folder).save(State(tensors, facts | {"steps": k}))) for k in (0, 12)]
+    return [
+        _saved(lambda folder, k=k: Checkpoints(folder).save(Checkpoint(tensors, facts | {"steps": k}))) for k in (0, 12)
+    ]
 
 
 CONFIGS = (
@@ -684,10 +696,10 @@ def _stream(name: str) -> Callable[[Path], Any]:
     return read
 
 
-def _state(folder: Path) -> State:
+def _state(folder: Path) -> Checkpoint:
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        state = States(folder).load()
+        state = Checkpoints(folder).load()
     if state is None:
         raise ValueError(f"expected a state, got: {told[0].message}")
     return state
@@ -753,7 +765,7 @@ READERS: dict[str, Reader] = {
     "density.json": Reader(_densities, cf.FlowDensity.load, ("density.json",), (other_json,)),
     "posterior": Reader(_posteriors, Posterior.load, ("model.safetensors", "draws.safetensors"), CHECKPOINT),
     "posterior.json": Reader(_posteriors, Posterior.load, ("posterior.json",), (other_json,)),
-    "states": Reader(_states, _state, knowing=(other_tensors, other_numbers)),
+    "checkpoints": Reader(_states, _state, knowing=(other_tensors, other_numbers)),
     "config.json": Reader(_under("config.json", _json(CONFIGS)), kind_of_run, knowing=(other_json,)),
     "data.json": Reader(_under("data.json", _json(DATA)), lambda f: read_data(f / "data.json"), knowing=(other_json,)),
 }

@@ -11,14 +11,14 @@ import counterflow as cf
 
 M = TypeVar("M", bound=nn.Module)
 SPLINE = cf.RationalQuadraticSpline(bins=5, bound=5.0)
-RESIDUAL = cf.Wiring(skips=(None, None, 0, None, 2), linear=(False,) * 4 + (True,), contexts=(0, 1, 3))
-WIRINGS = {  # for hidden layers of these sizes, four features or more
+RESIDUAL = cf.transforms.Architecture(skips=(None, None, 0, None, 2), linear=(False,) * 4 + (True,), contexts=(0, 1, 3))
+ARCHITECTURES = {  # for hidden layers of these sizes, four features or more
     "residual": ((6,) * 5, RESIDUAL),
-    "residual, unactivated": ((7, 5, 7), cf.Wiring(skips=(None, None, 0), linear=(True, False, True))),
-    "direct": ((9, 8), cf.Wiring(direct=True)),
+    "residual, unactivated": ((7, 5, 7), cf.transforms.Architecture(skips=(None, None, 0), linear=(True, False, True))),
+    "direct": ((9, 8), cf.transforms.Architecture(direct=True)),
     "all": (
         (5, 4, 5, 5),
-        cf.Wiring(
+        cf.transforms.Architecture(
             hidden_degrees=[[0, 1, 1, 2, 3], [1, 2, 3, 3], [0, 1, 1, 2, 3], [0, 1, 1, 2, 3]],
             skips=(None, None, 0, 0),
             linear=(False, False, True, False),
@@ -28,12 +28,17 @@ WIRINGS = {  # for hidden layers of these sizes, four features or more
         ),
     ),
 }
-UNIVARIATES = {"affine": cf.Affine(), "gated": cf.Gated(), "sinh-arcsinh": cf.SinhArcsinh(), "spline": SPLINE}
+UNIVARIATES = {
+    "affine": cf.Affine(),
+    "gated": cf.Gated(),
+    "sinh-arcsinh": cf.transforms.SinhArcsinh(),
+    "spline": SPLINE,
+}
 FOREIGN = {  # what flows of other libraries are converted to
-    "softplus scale": cf.ScaledAffine("softplus"),
-    "sigmoid scale": cf.ScaledAffine("sigmoid"),
-    "softclip scale": cf.ScaledAffine("softclip"),
-    "clamp scale": cf.ScaledAffine("clamp"),
+    "softplus scale": cf.transforms.ForeignAffine("softplus"),
+    "sigmoid scale": cf.transforms.ForeignAffine("sigmoid"),
+    "softclip scale": cf.transforms.ForeignAffine("softclip"),
+    "clamp scale": cf.transforms.ForeignAffine("clamp"),
     "clipped spline": cf.RationalQuadraticSpline(bins=5, bound=5.0, clipped=True),
 }
 
@@ -60,8 +65,8 @@ def coupling_layer(
     hidden: tuple[int, ...] = (7, 5),
     *more: object,
     **kw: object,
-) -> Callable[[], cf.CouplingLayer]:
-    return lambda: stir(cf.CouplingLayer(features, moved, context, hidden, *more, **kw))
+) -> Callable[[], cf.transforms.CouplingLayer]:
+    return lambda: stir(cf.transforms.CouplingLayer(features, moved, context, hidden, *more, **kw))
 
 
 def _several() -> cf.Compose:
@@ -77,7 +82,7 @@ def _several() -> cf.Compose:
     return stir(cf.Compose(layers))
 
 
-TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
+TRANSFORMS: dict[str, Callable[[], cf.transforms.Transform]] = {
     "affine 1": autoregressive(1),
     "affine 1 context": autoregressive(1, 2, (4,), activation="tanh"),
     "affine 2": autoregressive(2, 0, (9,), activation="silu"),
@@ -115,22 +120,26 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
     "coupling layer, of the context": coupling_layer(2, (0, 1), 2, (7,), cf.Gated(), "softplus"),
     "coupling layer, constant": coupling_layer(3, (0, 2, 1), 0, (), SPLINE),
     **{
-        f"{name} {D} {univariate}": autoregressive(D, context, hidden, univariate, activation="elu", wiring=wiring)
+        f"{name} {D} {univariate}": autoregressive(
+            D, context, hidden, univariate, activation="elu", architecture=architecture
+        )
         for D, context, univariate in ((4, 0, "affine"), (4, 2, "gated"), (17, 2, "affine"))
-        for name, (hidden, wiring) in WIRINGS.items()
+        for name, (hidden, architecture) in ARCHITECTURES.items()
     },
     "permute": lambda: cf.Permute([3, 0, 2, 1]),
     "standardize": lambda: cf.Standardize([0.5, -1.0, 2.0], [0.5, 2.0, 1.5]).double(),
-    "triangular": lambda: cf.Triangular([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]]).double(),
-    "marginals": lambda: cf.Marginals(
+    "triangular": lambda: cf.Inverse(
+        cf.transforms.Whiten([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]])
+    ).double(),
+    "marginals": lambda: cf.transforms.QuantileSpline(
         [[-1.0, 0.0, 0.5, 2.0], [-2.0, -1.9, 0.1, 0.2]],
         [[-2.0, -0.5, 1.0, 1.5], [-1.0, 0.0, 0.1, 1.0]],
         [[1.0, 2.0, 0.7, 0.3], [0.5, 6.0, 0.2, 3.0]],
     ).double(),
     "inverse": lambda: cf.Inverse(autoregressive(3, 2, (9,), activation="tanh")()),
     "inverse spline": lambda: cf.Inverse(autoregressive(3, 0, (9,), "spline", activation="elu")()),
-    "inverse of linear": lambda: cf.Inverse(cf.Linear([0.5, -1.0], [[0.2, -1.5], [1.0, 0.3]]).double()),
-    "standardized context": lambda: cf.StandardizedContext(
+    "inverse of linear": lambda: cf.Inverse(cf.transforms.Linear([0.5, -1.0], [[0.2, -1.5], [1.0, 0.3]]).double()),
+    "standardized context": lambda: cf.transforms.StandardizedContext(
         autoregressive(3, 2, (9,), activation="tanh")(), [1.0, -2.0], [0.5, 3.0]
     ).double(),
     "compose": _several,
@@ -141,9 +150,9 @@ TRANSFORMS: dict[str, Callable[[], cf.Transform]] = {
 MORE = {"layers": 2, "hidden": (9, 7), "activation": "tanh"}
 
 
-def kernels(D: int) -> cf.KernelMixture:
+def kernels(D: int) -> cf.bases.KernelMixture:
     points = torch.tensor([[0.5], [-1.0], [0.7]]).expand(3, D)
-    return cf.KernelMixture(D, points, width=0.4, share=0.6)
+    return cf.bases.KernelMixture(D, points, width=0.4, share=0.6)
 
 
 # D is 3 unless it is given; quadrature asks for 1 and 2.
@@ -159,14 +168,16 @@ FLOWS: dict[str, Callable[..., cf.Flow]] = {
     "NSF context": lambda D=3: stir(cf.NSF(D, 2, bins=5, **MORE)),
     "Coupling": lambda D=3: stir(cf.Coupling(D, **MORE)),
     "Coupling context": lambda D=3: stir(cf.Coupling(D, 2, **MORE)),
-    "diagonal": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D), cf.IAF(D, **MORE).transform)),
-    "diagonal context": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.MAF(D, 2, **MORE).transform)),
-    "diagonal alone with context": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.IAF(D, **MORE).transform)),
-    "student": lambda D=3: stir(cf.Flow(cf.StudentT(D, most=9.0), cf.IAF(D, **MORE).transform)),
+    "diagonal": lambda D=3: stir(cf.Flow(cf.bases.DiagonalNormal(D), cf.IAF(D, **MORE).transform)),
+    "diagonal context": lambda D=3: stir(cf.Flow(cf.bases.DiagonalNormal(D, 2), cf.MAF(D, 2, **MORE).transform)),
+    "diagonal alone with context": lambda D=3: stir(
+        cf.Flow(cf.bases.DiagonalNormal(D, 2), cf.IAF(D, **MORE).transform)
+    ),
+    "student": lambda D=3: stir(cf.Flow(cf.bases.StudentT(D, most=9.0), cf.IAF(D, **MORE).transform)),
     "kernels": lambda D=3: stir(cf.Flow(kernels(D), cf.MAF(D, **MORE).transform)),
-    "permuted diagonal": lambda D=3: stir(cf.Flow(cf.DiagonalNormal(D, 2), cf.Permute(range(D)[::-1]))),
+    "permuted diagonal": lambda D=3: stir(cf.Flow(cf.bases.DiagonalNormal(D, 2), cf.Permute(range(D)[::-1]))),
     "both ways": lambda D=3: stir(
-        cf.Flow(cf.StandardNormal(D), cf.Compose([cf.IAF(D, 2, **MORE).transform, cf.MAF(D, **MORE).transform]))
+        cf.Flow(cf.bases.StandardNormal(D), cf.Compose([cf.IAF(D, 2, **MORE).transform, cf.MAF(D, **MORE).transform]))
     ),
 }
 
@@ -176,7 +187,7 @@ def over(names: Iterable[object], argument: str = "name") -> pytest.MarkDecorato
     return pytest.mark.parametrize(argument, list(names), ids=str)
 
 
-def inputs(module: cf.Transform | cf.Flow, *batch: int, seed: int = 1, dtype: torch.dtype = torch.float64):
+def inputs(module: cf.transforms.Transform | cf.Flow, *batch: int, seed: int = 1, dtype: torch.dtype = torch.float64):
     """Normal x (batch, D), and c (batch, C) or None."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(*batch, module.features, generator=generator, dtype=dtype)

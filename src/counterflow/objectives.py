@@ -16,13 +16,12 @@ are below it in expectation, but for `renyi_elbo` with alpha < 0. Below, w_s = p
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from counterflow.flow import Flow
-from counterflow.vae import Density, Draws
+from counterflow.flows.flow import Flow, FlowDistribution
 
 
 class Variational(Protocol):
@@ -57,7 +56,7 @@ def elbo(
     Example:
         >>> import torch, counterflow as cf
         >>> vae = cf.VAE(data_shape=(3,), latent=2, likelihood="gaussian", hidden=(8,), context=8)
-        >>> cf.elbo(vae, torch.randn(5, 3), samples=4, free_bits=0.1).shape
+        >>> cf.objectives.elbo(vae, torch.randn(5, 3), samples=4, free_bits=0.1).shape
         torch.Size([4, 5])
     """
     _check_samples(samples)
@@ -246,3 +245,28 @@ def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
 def _check_samples(samples: int, least: int = 1) -> None:
     if samples < least:
         raise ValueError(f"expected samples of at least {least}, got {samples}")
+
+
+Density = Literal["joint", "by_feature", "path", "score"]
+
+
+class Draws(NamedTuple):
+    """What an objective needs of S draws z ~ q(z|x) for B data; in nats."""
+
+    log_likelihood: Tensor  # log p(x|z), (S, B)
+    log_prior: Tensor  # log p(z), (S, B), or (S, B, D) by feature
+    log_q: Tensor  # log q(z|x), (S, B), or (S, B, D) by feature
+    z: Tensor | None = None  # the draws that the three were computed from, no view of them, (S, B, D)
+
+
+def draw_from(q: FlowDistribution, samples: int, density: Density = "joint") -> tuple[Tensor, Tensor]:
+    """S draws of q, (S, B, D), with their log density as `VAE.draw` has it."""
+    if density == "score":
+        z = q.sample((samples,))
+        return z, q.log_prob(z)
+    run = {
+        "joint": q.rsample_and_log_prob,
+        "by_feature": q.rsample_and_log_prob_by_feature,
+        "path": q.rsample_and_path_log_prob,
+    }
+    return run[density]((samples,))

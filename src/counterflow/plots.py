@@ -312,7 +312,7 @@ def _finish_panels(figure: Any, axes: Any, used: int, title: str) -> None:
     figure.suptitle(title, fontsize=11)
 
 
-class Cross(NamedTuple):
+class PairPanel(NamedTuple):
     """Two coordinates of a posterior: draws of the approximation and of the posterior."""
 
     names: tuple[str, str]
@@ -321,7 +321,7 @@ class Cross(NamedTuple):
     note: str
 
 
-def crosses(path: Path, panels: Sequence[Cross], title: str, columns: int = 3) -> Path:
+def crosses(path: Path, panels: Sequence[PairPanel], title: str, columns: int = 3) -> Path:
     """Scatter plots of pairs: the approximation's draws as they are, and those of the posterior over them."""
     columns = min(columns, len(panels))
     rows = -(-len(panels) // columns)
@@ -340,7 +340,7 @@ def crosses(path: Path, panels: Sequence[Cross], title: str, columns: int = 3) -
     return _save(figure, path)
 
 
-class Course(NamedTuple):
+class StageCurve(NamedTuple):
     """What one stage of a fit reached, and the verdict on its draws."""
 
     name: str
@@ -349,7 +349,7 @@ class Course(NamedTuple):
     note: str
 
 
-def stages(path: Path, courses: Sequence[Course]) -> Path:
+def stages(path: Path, courses: Sequence[StageCurve]) -> Path:
     """The ELBO of a fit, stage after stage."""
     figure, ((axis,),) = _figure(1, 1, 7.5, 4.2)
     begun, shown = 0, []

@@ -23,7 +23,7 @@ from counterflow.commands.contest import BOTH, GROWTH_ROWS, Contest, Rules
 from counterflow.commands.peers import OURS, PEERS
 from counterflow.commands.standings import Results, Sheet
 from counterflow.commands.trial import MEASUREMENTS, Setting, Size
-from counterflow.files import write_json
+from counterflow.io.json import write_json
 
 FORMAT = 1  # of the run folder
 GIB = 2**30

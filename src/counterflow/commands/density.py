@@ -17,15 +17,17 @@ from rich.table import Table
 from torch import Tensor
 
 from counterflow import plots
-from counterflow.columns import Columns
 from counterflow.commands import console, training
-from counterflow.data.streams import open_table, read_table
-from counterflow.density import DensityConfig
-from counterflow.files import write_json
-from counterflow.fit import Epoch
-from counterflow.group import Group
-from counterflow.mixture import FlowMixture
-from counterflow.transform import Compose, Inverse, Permute, Transform
+from counterflow.density.config import DensityConfig
+from counterflow.flows.mixture import FlowMixture
+from counterflow.io.data.streams import open_table, read_table
+from counterflow.io.json import write_json
+from counterflow.training.distributed import Workers
+from counterflow.training.history import Epoch
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Permute
+from counterflow.transforms.table.columns import TableTransform
 
 if TYPE_CHECKING:  # scikit-learn takes seconds to import, which no other command should wait for
     from counterflow.density.estimator import FlowDensity
@@ -100,7 +102,7 @@ class Density:
         )
         with training.under_way(run) as stop:
             self._fit(density, train, run, stop)
-            if Group.here().rank:  # the first process alone tests and draws
+            if Workers.here().rank:  # the first process alone tests and draws
                 return 0
             density.save(run)
             with console.err.status("testing, beside Gaussian mixtures"):
@@ -153,9 +155,11 @@ class Density:
                 completed, reached = number * epochs + row.epoch, f"{row.validation:.2f}"
                 bar.update(task, description=name, completed=completed, epoch=shown, elbo=reached, rate=rate)
 
-            states = training.states(run, self.folder, write, lambda name: {"training": int(name.split("-")[1]) - 1})
+            checkpoints = training.checkpoints(
+                run, self.folder, write, lambda name: {"training": int(name.split("-")[1]) - 1}
+            )
             on_step = stop.after_step(lambda *_: None)
-            density.fit(train.x, context=train.context, on_epoch=on_epoch, on_step=on_step, states=states)
+            density.fit(train.x, context=train.context, on_epoch=on_epoch, on_step=on_step, checkpoints=checkpoints)
         if density.records_[0].best is None:
             if density.records_[0].stopped == "interrupted":
                 raise KeyboardInterrupt
@@ -210,7 +214,7 @@ def _standard_error(values: Array) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def mixture_scores(columns: Columns, train: Array, test: Array, draws: int, seed: int) -> tuple[Array, str]:
+def mixture_scores(columns: TableTransform, train: Array, test: Array, draws: int, seed: int) -> tuple[Array, str]:
     """log p of test rows (N, D) under the Gaussian mixture that BIC chooses, (N,), and its components in words.
 
     Recorded numbers are put within their cells, in training and, `draws` times, in the test, as for the flow: a mixture

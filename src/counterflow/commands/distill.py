@@ -14,16 +14,17 @@ import tyro
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from counterflow import plots
-from counterflow.checkpoint import save
 from counterflow.commands import console, training
 from counterflow.commands.model import trained
-from counterflow.density import DESCRIPTION
-from counterflow.distill import EPOCH, Agreement, DistillConfig, Distilled, agreement, distilled
-from counterflow.files import write_json
-from counterflow.fit import Epoch
-from counterflow.flow import Flow
-from counterflow.group import Group
-from counterflow.mixture import FlowMixture
+from counterflow.density.config import DESCRIPTION
+from counterflow.diagnostics.agreement import Agreement, agreement
+from counterflow.distill.distill import EPOCH, DistillConfig, Distilled, distilled
+from counterflow.flows.flow import Flow
+from counterflow.flows.mixture import FlowMixture
+from counterflow.io.json import write_json
+from counterflow.io.serialization import save
+from counterflow.training.distributed import Workers
+from counterflow.training.history import Epoch
 
 OBJECTIVES = {"start": "- loss of all layers, nats", "finish": "- KL, nats"}
 SHOWN = 1000  # draws of each in the picture
@@ -76,7 +77,7 @@ class Distill:
                     raise KeyboardInterrupt
                 console.note("training ended before its first epoch was over: no weights are kept")
                 return 1
-            if Group.here().rank:  # the first process alone compares and draws
+            if Workers.here().rank:  # the first process alone compares and draws
                 return 0
             self._finish(teacher, folder, made, run)
         if interrupted:
@@ -118,9 +119,9 @@ class Distill:
                 bar.start_task(tasks[stage])
                 bar.update(tasks[stage], completed=row.epoch * EPOCH, reached=f"{-row.validation:.3f}")
 
-            states = training.states(run, self.folder, write, lambda name: {"stage": name})
+            checkpoints = training.checkpoints(run, self.folder, write, lambda name: {"stage": name})
             on_step = stop.after_step(lambda *_: None)
-            return distilled(teacher, config=self.distill, on_epoch=on_epoch, on_step=on_step, states=states)
+            return distilled(teacher, config=self.distill, on_epoch=on_epoch, on_step=on_step, checkpoints=checkpoints)
 
     def _summary(self, made: Distilled, found: Agreement) -> dict[str, Any]:
         return {

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.distributions import HalfCauchy, Normal, constraints
 
-from counterflow.targets import Target, from_torch
+from counterflow.posterior.targets.function import from_torch
+from counterflow.posterior.targets.target import Target
 
 EFFECTS = torch.tensor([28, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)  # points gained, as each school estimates it
 ERRORS = torch.tensor([15, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)  # and the estimate's standard error

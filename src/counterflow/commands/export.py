@@ -11,7 +11,7 @@ import tyro
 
 from counterflow.commands import console
 from counterflow.commands.model import trained
-from counterflow.export import OUTPUTS, export, graph_of, largest_difference
+from counterflow.io.export import OUTPUTS, export, graph_of, largest_difference
 
 TOLERANCE = 1e-5  # of a number, relative to 1 + the largest of its output
 

@@ -8,12 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from counterflow.checkpoint import load
-from counterflow.data import Dataset
-from counterflow.density import DESCRIPTION
-from counterflow.files import read_json
-from counterflow.likelihoods import DiscretizedLogistic
-from counterflow.vae import VAE
+from counterflow.density.config import DESCRIPTION
+from counterflow.io.data import Dataset
+from counterflow.io.json import read_json
+from counterflow.io.serialization import load
+from counterflow.vae.likelihoods import DiscretizedLogistic
+from counterflow.vae.vae import VAE
 
 
 def kind_of_run(run: Path) -> str:

@@ -19,9 +19,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from counterflow import targets
 from counterflow.commands.eight_schools import eight_schools
-from counterflow.targets import Target
+from counterflow.posterior import targets
+from counterflow.posterior.targets.target import Target
 
 Tool = Literal["torch", "pymc", "pyro", "numpyro"]
 Data = Mapping[str, Any]

@@ -24,8 +24,9 @@ import numpy as np
 from rich.status import Status
 
 from counterflow.commands import console
-from counterflow.files import leftovers, read_json, whole, write_json
-from counterflow.group import Group
+from counterflow.io.atomic import atomic_write, leftovers
+from counterflow.io.json import read_json, write_json
+from counterflow.training.distributed import Workers
 
 ROWS = 1 << 18  # of a part: seconds to minutes of work, and so much is done again after a kill
 PATIENCE = 0.1  # seconds between two looks for a part of another process
@@ -42,7 +43,7 @@ def folder(out: Path | None) -> Path | None:
     """
     if out is not None and not out.suffix:
         return out
-    if Group.here().size > 1:
+    if Workers.here().size > 1:
         raise ValueError(
             f"expected --out under torchrun as a folder, a name without a suffix, where each process writes its own "
             f"parts, got {out or 'none'}"
@@ -113,9 +114,9 @@ class Parts:
         if not self._begin(made_of):
             with _heard():
                 count = self._write_mine(itertools.chain([first], coming), do)
-            if Group.here().rank == 0:
+            if Workers.here().rank == 0:
                 self._finish(count)
-        if Group.here().rank == 0:
+        if Workers.here().rank == 0:
             summary = read_json(self._summary, "a summary that counterflow wrote")
             parts = "1 part" if summary["parts"] == 1 else f"{summary['parts']} parts"
             console.say(f"{tell(summary['sums'])}; {parts} in {self.folder}")
@@ -123,7 +124,7 @@ class Parts:
 
     def _begin(self, made_of: dict[str, Any]) -> bool:
         """Make the folder, or find it again; whether nothing is left to do. The first process decides for all."""
-        done: bool = Group.here().told_by_first(lambda: self._open(made_of))
+        done: bool = Workers.here().told_by_first(lambda: self._open(made_of))
         with _heard():
             if not self._about.is_file():
                 raise ValueError(f"expected --out on a disk that all processes share, got {self.folder}, which is not")
@@ -155,7 +156,7 @@ class Parts:
 
     def _write_mine(self, pieces: Iterable[Piece], do: Callable[[int, Piece, Path, Show], Sums]) -> int:
         """The number of all parts, of which those of this process are there now."""
-        group, count = Group.here(), 0
+        group, count = Workers.here(), 0
         with console.err.status("looking for what is left to do") as status:
             for number, piece in enumerate(pieces):
                 count = number + 1
@@ -163,7 +164,7 @@ class Parts:
                 if number % group.size != group.rank or part.exists():
                     continue
                 _clear(part, self._sums(number))
-                with whole(part) as temporary:
+                with atomic_write(part) as temporary:
                     sums = do(number, piece, temporary, partial(_show, status, part.name))
                     write_json(self._sums(number), sums)
         return count

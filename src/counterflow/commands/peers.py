@@ -19,10 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from counterflow.autoregressive import Autoregressive
-from counterflow.made import MADE
-from counterflow.recipes import IAF
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
+from counterflow.flows.recipes import IAF
+from counterflow.made.network import MADE
+from counterflow.transforms.autoregressive import Autoregressive
+from counterflow.univariate.affine import Affine, Gated
+from counterflow.univariate.base import Univariate
+from counterflow.univariate.spline import RationalQuadraticSpline
 
 
 class TorchFlow(NamedTuple):

@@ -16,15 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from counterflow import plots
-from counterflow import posterior as fitting
-from counterflow.blackbox import PosteriorConfig, Stage, Step
 from counterflow.commands import console, training
 from counterflow.commands.misfit import misfit, noise
 from counterflow.commands.modelling import DEFAULT, Tool, blaming, find_target
-from counterflow.diagnostics import import_arviz, resample
-from counterflow.files import check_room, whole, write_json
-from counterflow.group import Group
-from counterflow.targets import Target
+from counterflow.diagnostics.chains import import_arviz
+from counterflow.diagnostics.importance import resample
+from counterflow.io.atomic import atomic_write, check_room
+from counterflow.io.json import write_json
+from counterflow.posterior import posterior as fitting
+from counterflow.posterior.config import PosteriorConfig
+from counterflow.posterior.stages import Stage, Step
+from counterflow.posterior.targets.target import Target
+from counterflow.training.distributed import Workers
 
 ROWS = 40  # of the table that is printed; summary.json has them all
 PANELS, PAIRS, SHOWN = 20, 6, 1_500  # marginals, pairs, and points in a scatter plot
@@ -80,7 +83,7 @@ class Posterior:
         with training.under_way(run) as stop:
             with blaming(self._file):
                 found = self._fit(target, run, stop)
-            if Group.here().rank:  # the first process alone writes and draws
+            if Workers.here().rank:  # the first process alone writes and draws
                 return 0
             self._write(found, target, run)
         interrupted = found.stages[-1].stopped == "interrupted"
@@ -109,8 +112,8 @@ class Posterior:
                 write(_plain({"stage": len(stages), **dataclasses.asdict(stage)}))
                 console.note(f"stage {len(stages)}: {_in_brief(stage)}")
 
-            told, states = stop.after_step(on_step), training.states(run, self.folder)
-            return fitting.fit_posterior(target, self.fit, on_stage=on_stage, on_step=told, states=states)
+            told, checkpoints = stop.after_step(on_step), training.checkpoints(run, self.folder)
+            return fitting.fit_posterior(target, self.fit, on_stage=on_stage, on_step=told, checkpoints=checkpoints)
 
     def _write(self, found: fitting.Posterior, target: Target, run: Path) -> None:
         """All results; the summary last, so that a folder that has one is whole."""
@@ -118,9 +121,9 @@ class Posterior:
         found.save(run)
         data = found.to_arviz(self.n)
         check_room(run, 2 * _size(data) + (1 << 20))  # HDF5 ends the process where it cannot close a file
-        with whole(run / "posterior.nc") as path:
+        with atomic_write(run / "posterior.nc") as path:
             data.to_netcdf(str(path))
-        with whole(run / "draws.parquet") as path:
+        with atomic_write(run / "draws.parquet") as path:
             _write_parquet(path, data, found.values)
         _draw(found, target, run / "plots")
         write_json(run / "summary.json", _plain(_summary(found, self.model)))
@@ -251,7 +254,7 @@ def _draw(found: fitting.Posterior, target: Target, folder: Path) -> None:
     raw = (found.pool.log_p - found.pool.log_q).numpy()
     plots.weight_tail(folder / "weights.png", raw, found.log_weights.numpy(), f"k-hat {found.k_hat:.2f}")
     courses = [
-        plots.Course(f"{k}, {stage.estimator.replace('_', ' ')}", stage.steps, stage.course, _judged(stage))
+        plots.StageCurve(f"{k}, {stage.estimator.replace('_', ' ')}", stage.steps, stage.course, _judged(stage))
         for k, stage in enumerate(found.stages, 1)
     ]
     plots.stages(folder / "elbo.png", courses)
@@ -279,6 +282,6 @@ def _draw_pairs(found: fitting.Posterior, target: Target, weights: plots.Array, 
     for i, j, share in misfit(theta.numpy(), weights).pairs[:PAIRS]:
         names = (target.coordinates[i], target.coordinates[j])
         note = f"{100 * share:.1f} % misplaced"
-        panels.append(plots.Cross(names, theta[:SHOWN, [i, j]].numpy(), truth[:, [i, j]], note))
+        panels.append(plots.PairPanel(names, theta[:SHOWN, [i, j]].numpy(), truth[:, [i, j]], note))
     title = "pairs of unconstrained coordinates, the worst first"
     plots.crosses(path, panels, f"{title}\n(noise alone misplaces {100 * noise(weights):.1f} % of the mass)")

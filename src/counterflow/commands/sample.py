@@ -12,11 +12,11 @@ import tyro
 from torch import Tensor
 
 from counterflow import plots
+from counterflow.checks import check_device
 from counterflow.commands import console, parts, tables
 from counterflow.commands.model import kind_of_run, picture, trained_vae, weights
-from counterflow.files import whole
-from counterflow.fit import check_device
-from counterflow.vae import VAE
+from counterflow.io.atomic import atomic_write
+from counterflow.vae.vae import VAE
 
 ROWS = 1 << 14  # of a VAE's part: 50 MB of MNIST
 
@@ -72,7 +72,7 @@ class Sample:
         image = console.new_file(path.with_suffix(".png")) if len(model.data_shape) == 3 else None
         torch.manual_seed(self.seed)
         x = self._draw(model, n)
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             _save(temporary, x)
         if image is not None:
             grid = {f"{min(n, 256)} of {n} samples": picture(model, x[:256])}

@@ -11,14 +11,14 @@ import torch
 import tyro
 from torch import Tensor
 
+from counterflow.checks import check_device
 from counterflow.commands import console, parts, tables
 from counterflow.commands.model import kind_of_run, observed, trained_vae, weights
-from counterflow.data import load
-from counterflow.files import whole
-from counterflow.fit import check_device
-from counterflow.likelihoods import Bernoulli, DiscretizedLogistic
+from counterflow.io.atomic import atomic_write
+from counterflow.io.data import load
 from counterflow.objectives import Evaluation, evaluate
-from counterflow.vae import VAE
+from counterflow.vae.likelihoods import Bernoulli, DiscretizedLogistic
+from counterflow.vae.vae import VAE
 
 ROWS = 1 << 10  # of a VAE's part: with 500 draws for each, a minute or so
 
@@ -92,7 +92,7 @@ class Score:
         torch.manual_seed(self.seed)
         with console.err.status(f"scoring {len(values)} data with {self.samples} samples each"):
             reached = self._evaluate(model, values)
-        with whole(path) as temporary:
+        with atomic_write(path) as temporary:
             sums = self._write(temporary, 0, reached)
         console.say(f"{tell(sums)}; wrote {path}")
         return 0

@@ -11,11 +11,11 @@ import numpy as np
 import pyarrow
 import torch
 
-from counterflow.columns import Context
 from counterflow.commands import console, parts
-from counterflow.data.source import Part, Source, located
-from counterflow.data.streams import appending, check_writable, numbers, open_table, texts, writing
-from counterflow.density import DESCRIPTION, MODEL
+from counterflow.density.config import DESCRIPTION, MODEL
+from counterflow.density.context import Context
+from counterflow.io.data.source import Part, Source, located
+from counterflow.io.data.streams import appending, check_writable, numbers, open_table, texts, writing
 
 if TYPE_CHECKING:  # scikit-learn takes seconds to import, which no other command should wait for
     from counterflow.density.estimator import FlowDensity

@@ -23,12 +23,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from counterflow import __version__
 from counterflow.commands import console
-from counterflow.files import as_hinted, read_json, write_json
-from counterflow.group import Group
-from counterflow.states import State, States
+from counterflow.io.json import from_json, read_json, write_json
+from counterflow.training.checkpoints import Checkpoint, Checkpoints
+from counterflow.training.distributed import Workers
 
 FORMAT = 1  # of the run folder
-STATES = "states"  # a folder of the run folder, while there is something to go on from
+STATES = "checkpoints"  # a folder of the run folder, while there is something to go on from
 PART = ".part"  # ends the names of what is not whole
 PATIENCE = 0.2  # seconds between two looks for the launcher
 Command = TypeVar("Command")
@@ -43,7 +43,7 @@ class RunFolder:
     resume: Path | None = None
     """run folder of a run that was ended or killed, to go on with; without other options"""
     save_every: float = 60.0
-    """seconds between two states from which --resume can go on"""
+    """seconds between two checkpoints from which --resume can go on"""
 
     def __post_init__(self) -> None:
         if not self.save_every >= 0:
@@ -73,14 +73,16 @@ def opened(command: Command, name: str) -> tuple[Command, Path | None]:
             raise ValueError(
                 f"expected --resume without other options, which the run knows, got {', '.join(given)} as well"
             )
-        config = Group.here().told_by_first(lambda: _unfinished(resumed, name))
+        config = Workers.here().told_by_first(lambda: _unfinished(resumed, name))
         return _built(command, config, resumed), resumed
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return command, None
     if place.out is None:
-        raise ValueError("expected --out under torchrun, where a run that is started again finds its states, got none")
+        raise ValueError(
+            "expected --out under torchrun, where a run that is started again finds its checkpoints, got none"
+        )
     out = place.out
-    group = Group.here()
+    group = Workers.here()
     (again,) = group.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)  # machines count their own
     if group.told_by_first(lambda: again and _is_finished(out)):
         raise SystemExit(0)
@@ -106,7 +108,7 @@ def begun(command: Command, run: Path | None, name: str) -> Path:
         write_json(folder / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values})
         return str(folder)
 
-    return Path(Group.here().told_by_first(make))
+    return Path(Workers.here().told_by_first(make))
 
 
 @contextmanager
@@ -121,7 +123,7 @@ def under_way(run: Path) -> Iterator[Stop]:
         except BaseException as error:
             if (run / STATES).is_dir():
                 error.add_note(f"go on with --resume {run}")
-            elif Group.here().rank == 0 and not any(run.glob("*.safetensors")):
+            elif Workers.here().rank == 0 and not any(run.glob("*.safetensors")):
                 shutil.rmtree(run, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt) and stop.signal is not None:
                 error.args = (stop.signal,)
@@ -166,30 +168,30 @@ def _unfinished(run: Path, name: str) -> dict[str, Any]:
 
 @contextmanager
 def metrics(run: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """A function that writes a line of metrics.jsonl; a run that goes on writes them all again, from its states."""
-    path = run / "metrics.jsonl" if Group.here().rank == 0 else Path(os.devnull)
+    """A function that writes a line of metrics.jsonl; a resumed run writes them all again."""
+    path = run / "metrics.jsonl" if Workers.here().rank == 0 else Path(os.devnull)
     with path.open("w", encoding="utf-8") as file:
         yield lambda row: print(json.dumps(row), file=file, flush=True)
 
 
-def states(
+def checkpoints(
     run: Path,
     place: RunFolder,
     write: Callable[[dict[str, Any]], None] | None = None,
     about: Callable[[str], dict[str, Any]] = lambda name: {},
-) -> States:
+) -> Checkpoints:
     """Those of the trainings of a run; where one goes on, that is told, and its epochs so far are written.
 
     about: the name of a training -> what its lines have before all else.
     """
 
-    def on_resume(folder: Path, state: State) -> None:
+    def on_resume(folder: Path, state: Checkpoint) -> None:
         console.note(f"{folder.name}: going on from step {state.steps:,} ({folder})")
         if write is not None:
             for row in state.numbers["record"]["epochs"]:
                 write({**about(folder.name), **row})
 
-    return States(run / STATES, place.save_every, on_resume)
+    return Checkpoints(run / STATES, place.save_every, on_resume)
 
 
 # -- signals -----------------------------------------------------------------------------------------
@@ -277,7 +279,7 @@ def _built(like: Command, config: dict[str, Any], run: Path) -> Command:
     """The command that a config.json has kept."""
     names = {field.name for field in dataclasses.fields(typing.cast(Any, like))}
     options = {name: value for name, value in config.items() if name in names}
-    built: Command = as_hinted(options, type(like), f"the options in {run / 'config.json'}")
+    built: Command = from_json(options, type(like), f"the options in {run / 'config.json'}")
     return built
 
 

@@ -15,18 +15,22 @@ from rich.table import Table
 from torch import Tensor
 
 from counterflow import plots
-from counterflow.checkpoint import save
 from counterflow.commands import console, training
 from counterflow.commands.model import observed, picture
-from counterflow.data import Dataset, Splits, load, split
-from counterflow.diagnostics import effective_sample_size, resample
-from counterflow.files import write_json
-from counterflow.fit import Epoch, FitConfig, Record, fit
-from counterflow.group import Group
+from counterflow.diagnostics.importance import effective_sample_size, resample
+from counterflow.io.data import Dataset, Splits, load, split
+from counterflow.io.json import write_json
+from counterflow.io.serialization import save
 from counterflow.objectives import Evaluation, elbo, evaluate, iw_elbo, path_elbo, warm_up
-from counterflow.states import States
-from counterflow.univariate import Affine, Gated, RationalQuadraticSpline, Univariate
-from counterflow.vae import VAE
+from counterflow.training.checkpoints import Checkpoints
+from counterflow.training.config import FitConfig
+from counterflow.training.distributed import Workers
+from counterflow.training.fit import fit
+from counterflow.training.history import Epoch, History
+from counterflow.univariate.affine import Affine, Gated
+from counterflow.univariate.base import Univariate
+from counterflow.univariate.spline import RationalQuadraticSpline
+from counterflow.vae.vae import VAE
 
 MAPS: dict[str, Univariate] = {"gated": Gated(), "affine": Affine(), "spline": RationalQuadraticSpline()}
 OBJECTIVES = {"iw_elbo": iw_elbo, "path_elbo": path_elbo}
@@ -46,7 +50,7 @@ class Vae:
     key: str | None = None
     """which array of an .npz"""
     levels: int | None = None
-    """states that an array holds whole numbers 0..levels-1 (256 for 8-bit images)"""
+    """checkpoints that an array holds whole numbers 0..levels-1 (256 for 8-bit images)"""
     posterior: Literal["gaussian", "iaf"] | None = None
     """of q(z|x); both, one after the other, when not given"""
     likelihood: Literal["bernoulli", "gaussian", "discretized_logistic"] = "bernoulli"
@@ -83,7 +87,7 @@ class Vae:
     """draws of z for each test datum in the importance sampling of its log-likelihood"""
     folder: training.Place = training.RunFolder()
     """where the run is written"""
-    fit: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(  # noqa: RUF009  # frozen
+    fit: Annotated[FitConfig, tyro.conf.arg(name="")] = FitConfig(  # frozen
         epochs=150, batch_size=64, learning_rate=5e-3, ema=0.995
     )
     """how to train"""
@@ -128,7 +132,7 @@ class Vae:
                 kept = ", ".join(str(file) for file in sorted(run.glob("*.safetensors"))) or "none: no epoch was over"
                 error.add_note(f"the best weights so far: {kept}")
                 raise
-        if Group.here().rank == 0:
+        if Workers.here().rank == 0:
             training.finish(run)
         return code
 
@@ -138,18 +142,18 @@ class Vae:
         """Train and test one model after the other, then the table and the pictures."""
         torch.manual_seed(self.fit.seed)
         test = next(iter(models.values())).likelihood.observe(parts.test).to(self.fit.device)
-        records: dict[str, Record] = {}
+        records: dict[str, History] = {}
         with training.metrics(run) as write:
-            states = training.states(run, self.folder, write, lambda name: {"posterior": name})
+            checkpoints = training.checkpoints(run, self.folder, write, lambda name: {"posterior": name})
             for name, model in models.items():
                 file = run / ("model.safetensors" if name == list(models)[-1] else f"model-{name}.safetensors")
-                records[name] = self._train(name, model, parts, file, states.of(name), write, stop)
+                records[name] = self._train(name, model, parts, file, checkpoints.of(name), write, stop)
                 if records[name].stopped == "interrupted":
                     raise KeyboardInterrupt
                 if records[name].best is None:
                     console.note(f"training of {name} ended before its first epoch was over: no weights are kept")
                     return 1
-        if Group.here().rank:  # the first process alone tests and draws
+        if Workers.here().rank:  # the first process alone tests and draws
             return 0
         for name, model in models.items():
             with console.err.status(f"testing {name} with {self.test_samples} samples a datum"):
@@ -191,10 +195,10 @@ class Vae:
         model: VAE,
         parts: Splits,
         file: Path,
-        states: States,
+        checkpoints: Checkpoints,
         write: Callable[[dict[str, Any]], None],
         stop: training.Stop,
-    ) -> Record:
+    ) -> History:
         unit = "images" if parts.train.dim() == 4 else "rows"
 
         def validate(model: VAE, x: Tensor) -> Tensor:
@@ -223,10 +227,10 @@ class Vae:
                 anneal=lambda epoch: {"beta": warm_up(epoch, self.warm_up * self.fit.epochs)},
                 on_step=stop.after_step(on_step),
                 on_epoch=on_epoch,
-                states=states,
+                checkpoints=checkpoints,
             )
 
-    def _result(self, name: str, model: VAE, record: Record, reached: Evaluation) -> dict[str, Any]:
+    def _result(self, name: str, model: VAE, record: History, reached: Evaluation) -> dict[str, Any]:
         result: dict[str, Any] = {
             "posterior": name,
             "test_elbo": reached.elbo.mean().item(),
@@ -242,7 +246,7 @@ class Vae:
             result["bits_per_dim"] = -result["test_log_likelihood"] / (math.prod(model.data_shape) * math.log(2))
         return result
 
-    def _draw(self, folder: Path, models: Mapping[str, VAE], records: Mapping[str, Record], test: Tensor) -> None:
+    def _draw(self, folder: Path, models: Mapping[str, VAE], records: Mapping[str, History], test: Tensor) -> None:
         curves = {n: ([e.train for e in r.epochs], [e.validation for e in r.epochs]) for n, r in records.items()}
         plots.learning_curves(folder / "learning_curves.png", curves)
         torch.manual_seed(self.fit.seed)

@@ -12,22 +12,27 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterflow.checkpoint import load, save
-from counterflow.columns import Columns, Context, check_cells, check_columns, check_sizes, detect
-from counterflow.columns.detection import Bounds, Kind
-from counterflow.density import DESCRIPTION, MODEL, DensityConfig, Named
+from counterflow.checks import check_device
+from counterflow.density.config import DESCRIPTION, MODEL, DensityConfig, RecipeName
+from counterflow.density.context import Context
+from counterflow.density.detection import Bounds, Kind, check_cells, check_columns, check_sizes, detect
 from counterflow.density.inputs import check_text, named_columns
-from counterflow.density.learner import calmed, front, with_kernels
-from counterflow.files import TOLD, as_hinted, read_json, write_json
-from counterflow.fit import Epoch, FitConfig, Record, check_device, fit
-from counterflow.flow import Flow, KernelMixture
-from counterflow.group import Group
-from counterflow.mixture import FlowMixture
-from counterflow.noise import seeded
-from counterflow.recipes import IAF, MAF, NSF, Coupling
-from counterflow.states import States
-from counterflow.transform import Compose, Inverse
-from counterflow.univariate import RationalQuadraticSpline
+from counterflow.density.learner import preprocessing, torch_init, with_kernels
+from counterflow.flows.bases import KernelMixture
+from counterflow.flows.flow import Flow
+from counterflow.flows.mixture import FlowMixture
+from counterflow.flows.recipes import IAF, MAF, NSF, Coupling
+from counterflow.io.json import MAX_QUOTED, from_json, read_json, write_json
+from counterflow.io.serialization import load, save
+from counterflow.random import seeded
+from counterflow.training.checkpoints import Checkpoints
+from counterflow.training.config import FitConfig
+from counterflow.training.distributed import Workers
+from counterflow.training.fit import fit
+from counterflow.training.history import Epoch, History
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.table.columns import TableTransform
+from counterflow.univariate.spline import RationalQuadraticSpline
 
 try:
     from sklearn.base import BaseEstimator, DensityMixin
@@ -58,7 +63,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         log q_m(x) = log N(eps) + sum of the log_det,    q(x) = (1/M) sum_m q_m(x)
 
     The columns' maps are found from the data (`counterflow.columns.detect`). Columns that are far from normal pass a
-    curve through their quantiles (`cf.Marginals`). The linear layer is the Gaussian fitted to what comes then, shrunk
+    curve through their quantiles (`cf.transforms.QuantileSpline`). The linear layer is the Gaussian fitted to what comes then, shrunk
     as by Ledoit and Wolf, with all correlations or with none: the first member is trained with both, and what does
     better on its validation part is taken. The flow starts at the identity and is trained from there by `cf.fit`; the
     weights that did best on the validation part are kept. M members, which differ in initial weights and validation
@@ -67,7 +72,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     rows stand beside it.
 
     Where rows come twice or nearly so, kernels at the training rows, seen through the flow, gain: where it is 0.1
-    nats a row on the validation part, `cf.KernelMixture` takes the place of N(0, I). The model then holds these rows,
+    nats a row on the validation part, `cf.bases.KernelMixture` takes the place of N(0, I). The model then holds these rows,
     readable by whoever has it; kernels=False forbids it, and `holds_rows_` says whether it is so.
 
     Columns of whole numbers and of few values have masses: the score counts log P(the value). Numbers recorded to so
@@ -97,7 +102,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
 
     Attributes:
         flow_: the whole `FlowMixture`, or `Flow`, log densities in the units of the table; float64.
-        columns_: the `Columns` in it.
+        columns_: the `TableTransform` in it.
         context_: the `Context` that turns columns to condition on into numbers, or None.
         records_: the courses of all trainings; the first two are of the first member, with correlations and without.
         n_features_in_, feature_names_in_: as everywhere in scikit-learn.
@@ -119,7 +124,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
 
     def __init__(
         self,
-        flow: Named | Recipe = DensityConfig.flow,
+        flow: RecipeName | Recipe = DensityConfig.flow,
         *,
         layers: int = DensityConfig.layers,
         hidden: Sequence[int] = DensityConfig.hidden,
@@ -169,23 +174,23 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         *,
         on_epoch: Callable[[int, Epoch], None] | None = None,
         on_step: Callable[[int, int, int], None] | None = None,
-        states: States | None = None,
+        checkpoints: Checkpoints | None = None,
     ) -> FlowDensity:
         """Fit the density of the rows of X (N, D), or of X given context (N, ...), a table whose text is categories.
 
         A row of weight w counts as w rows do. Ctrl-C keeps the best weights of the members so far. on_epoch is called
         with the number of the training and the epoch, on_step with that number, the steps done and all its steps.
-        states is where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each training, with
+        checkpoints is where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each training, with
         a random_state that is a number. y is not used.
         """
-        if states is not None and not isinstance(self.random_state, int | np.integer):
+        if checkpoints is not None and not isinstance(self.random_state, int | np.integer):
             raise ValueError(
                 f"expected random_state as a whole number, with which a training can go on, got {self.random_state!r}"
             )
         table = self._prepare(X, context, sample_weight)
         columns = self.columns_.to(self.device)
         objective = _Objective(columns, self.context_ is not None, sample_weight is not None)
-        self.records_: list[Record] = []
+        self.records_: list[History] = []
 
         def train(member: int, correlated: bool) -> Flow:
             """Train one more flow."""
@@ -198,7 +203,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
                 task.config,
                 on_epoch=None if on_epoch is None else lambda epoch, _: on_epoch(number, epoch),
                 on_step=None if on_step is None else lambda done, steps: on_step(number, done, steps),
-                states=None if states is None else states.of(f"flow-{number + 1}"),
+                checkpoints=None if checkpoints is None else checkpoints.of(f"flow-{number + 1}"),
             )
             self.records_.append(record)
             if not self.kernels or len(task.train) > 1:
@@ -250,7 +255,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         x = self._numbers(X, reset=True)
         names = self.get_feature_names_out().tolist()
         rng = check_random_state(self.random_state)
-        self.seed_ = int(Group.here().first(rng.randint(2**31 - 1)))
+        self.seed_ = int(Workers.here().first(rng.randint(2**31 - 1)))
         c = weights = self.context_ = None
         if context is not None:
             table = named_columns(context, len(x))
@@ -278,8 +283,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         validation, train = (tuple(p[rows] for p in table.parts) for rows in (order[:held_out], order[held_out:]))
         weights = None if table.weights is None else table.weights[order[held_out:].numpy()]
         flow = self._recipe(table.context, seed)
-        before = front(self.columns_, train[0], weights, seed, correlated).float()
-        rows, processes = N - held_out, Group.here().size
+        before = preprocessing(self.columns_, train[0], weights, seed, correlated).float()
+        rows, processes = N - held_out, Workers.here().size
         batch_size = min(self.batch_size, rows, max(32, rows // 20))
         config = FitConfig(
             epochs=self.epochs,
@@ -299,7 +304,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         D = self.n_features_in_
         with seeded(seed):
             if not callable(self.flow):
-                return calmed(self._named(D, C))
+                return torch_init(self._named(D, C))
             flow = self.flow(D, C)
             if not isinstance(flow, Flow) or (flow.features, flow.context) != (D, C):
                 raise ValueError(f"expected a recipe (features, context) -> Flow for {D} and {C}, got {flow!r}")
@@ -317,7 +322,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
                 return MAF(D, C, **shared)
             case "iaf":
                 return IAF(D, C, **shared)
-        raise ValueError(f"expected flow as one of {', '.join(get_args(Named))}, or a recipe, got {self.flow!r}")
+        raise ValueError(f"expected flow as one of {', '.join(get_args(RecipeName))}, or a recipe, got {self.flow!r}")
 
     # -- input -----------------------------------------------------------------------------------------
 
@@ -467,18 +472,18 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             raise FileNotFoundError(f"expected {path}, which FlowDensity.save writes, got no such file")
         flow, described = load(Path(folder) / MODEL), read_json(path, "what FlowDensity.save writes")
         try:
-            settings = {name: as_hinted(value, HINTS[name], name) for name, value in described["settings"].items()}
+            settings = {name: from_json(value, HINTS[name], name) for name, value in described["settings"].items()}
             density = cls(**settings | {"device": device})
-            density.n_features_in_ = as_hinted(described["features"], int, "features")
-            density.seed_ = as_hinted(described["seed"], int, "seed")
-            names = as_hinted(described["names"], tuple[str, ...] | None, "names")
+            density.n_features_in_ = from_json(described["features"], int, "features")
+            density.seed_ = from_json(described["seed"], int, "seed")
+            names = from_json(described["names"], tuple[str, ...] | None, "names")
             if names:
                 density.feature_names_in_ = np.array(names, dtype=object)
             density.context_ = None if described["context"] is None else Context.read(described["context"])
             density.flow_ = flow
             # a chain can be gone through; where it is none, that is the TypeError below
             density.columns_ = list(_members(flow)[0].transform)[-1].transform  # type: ignore[call-overload]
-            if not isinstance(density.columns_, Columns):
+            if not isinstance(density.columns_, TableTransform):
                 raise TypeError(f"its last layer is {density.columns_!r}")
             context = 0 if density.context_ is None else density.context_.size
             came = (density.n_features_in_, len(names or range(flow.features)), context)
@@ -486,7 +491,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
                 raise ValueError(f"features, names and context of {came} for a flow of {flow.features, flow.context}")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise ValueError(
-                f"expected {folder} to hold a FlowDensity as save writes it, got: {error!r:.{TOLD}}"
+                f"expected {folder} to hold a FlowDensity as save writes it, got: {error!r:.{MAX_QUOTED}}"
             ) from None
         return density
 
@@ -512,7 +517,7 @@ class _Task(NamedTuple):
 class _Objective:
     """log q of rows whose recorded numbers are put at random within their cells, times the weights of the rows."""
 
-    columns: Columns
+    columns: TableTransform
     has_context: bool
     has_weights: bool
 
@@ -531,7 +536,7 @@ def _tensor(x: Array) -> Tensor:
 
 
 def _log_density(
-    flow: Flow | FlowMixture, columns: Columns, x: Tensor, c: Tensor | None, points: Tensor | None
+    flow: Flow | FlowMixture, columns: TableTransform, x: Tensor, c: Tensor | None, points: Tensor | None
 ) -> Tensor:
     """log p of rows (B, D): the mean of the density over S points of their cells, times those widths that count."""
     if points is None:
@@ -550,7 +555,7 @@ def _noise_of(member: Flow, x: Tensor, c: Tensor | None) -> Tensor:
     return member.base.standardized(eps) if isinstance(member.base, KernelMixture) else eps
 
 
-def _reached(record: Record) -> float:
+def _reached(record: History) -> float:
     """On the validation part."""
     return -math.inf if record.best is None else record.best.validation
 
@@ -559,7 +564,7 @@ def _members(flow: Flow | FlowMixture) -> list[Flow]:
     return list(flow.flows) if isinstance(flow, FlowMixture) else [flow]  # type: ignore[arg-type]  # a ModuleList
 
 
-def _whole(learner: Flow, columns: Columns) -> Flow:
+def _whole(learner: Flow, columns: TableTransform) -> Flow:
     """A trained flow and what stands before it, in float64 and in the units of the table."""
     learner = learner.cpu().double()
     return Flow(learner.base, Compose([learner.transform, Inverse(columns)])).eval()

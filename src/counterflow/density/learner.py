@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterflow.columns import Columns
-from counterflow.flow import Flow, StandardNormal
-from counterflow.kernels import add_kernels
-from counterflow.made import MADE
-from counterflow.marginals import Marginals
-from counterflow.transform import Compose, Inverse, Transform, Triangular
+from counterflow.flows.bases import StandardNormal
+from counterflow.flows.flow import Flow
+from counterflow.flows.kde import with_kernel_base
+from counterflow.made.network import MADE
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Whiten
+from counterflow.transforms.quantile_spline import QuantileSpline
+from counterflow.transforms.table.columns import TableTransform
 
 Array = np.ndarray[Any, Any]
 
@@ -22,7 +25,7 @@ KERNELLED = 0.1  # nats a row of the validation part that kernels must gain
 KNOWN = 20_000  # training rows up to which there are kernels: each row that is scored meets all of them
 
 
-def calmed(flow: Flow) -> Flow:
+def torch_init(flow: Flow) -> Flow:
     """Hidden layers start as torch's own do, U(-k, k) with k = 1 / sqrt(inputs): smaller than those of a `MADE`.
 
     On few rows a larger start overfits sooner: on MINIBOONE, with a MAF, it costs 1.5 nats a row.
@@ -36,16 +39,16 @@ def calmed(flow: Flow) -> Flow:
     return flow
 
 
-def front(columns: Columns, x: Tensor, weights: Array | None, seed: int, correlated: bool) -> Transform:
+def preprocessing(columns: TableTransform, x: Tensor, weights: Array | None, seed: int, correlated: bool) -> Transform:
     """What stands between the flow and z = columns(x): curves for columns that are far from normal, and a Gaussian."""
     z = _noisy(columns, x, seed)
     if len(z) < 2:  # nothing to draw a curve through
         return _gaussian(z.numpy(), weights, correlated)
-    curves = Marginals.of(z, least_gain=CURVED)
+    curves = QuantileSpline.of(z, least_gain=CURVED)
     return Compose([_gaussian(curves(z)[0].numpy(), weights, correlated), Inverse(curves)])
 
 
-def _gaussian(z: Array, weights: Array | None, correlated: bool) -> Triangular:
+def _gaussian(z: Array, weights: Array | None, correlated: bool) -> Inverse:
     """The linear layer: N(mean, L L^T) fitted to z, its correlations shrunk as by Ledoit and Wolf 2004, or none."""
     from sklearn.covariance import ledoit_wolf_shrinkage  # here, for the estimator says what to install without it
 
@@ -58,21 +61,21 @@ def _gaussian(z: Array, weights: Array | None, correlated: bool) -> Triangular:
         covariance = (1 - shrunk) * covariance + shrunk * np.diag(np.diagonal(covariance))
     diagonal = np.diagonal(covariance)
     covariance = covariance + np.diag(np.where(diagonal > 0, 1e-9 * diagonal, 1.0))
-    return Triangular(torch.from_numpy(mean), torch.from_numpy(np.linalg.cholesky(covariance)))
+    return Inverse(Whiten(torch.from_numpy(mean), torch.from_numpy(np.linalg.cholesky(covariance))))
 
 
 @torch.no_grad()
-def with_kernels(learner: Flow, columns: Columns, train: Tensor, validation: Tensor, seed: int) -> Flow:
+def with_kernels(learner: Flow, columns: TableTransform, train: Tensor, validation: Tensor, seed: int) -> Flow:
     """The trained learner, with kernels at the training rows if the validation part says so."""
     if len(train) > KNOWN or not isinstance(learner.base, StandardNormal):
         return learner
     train, validation = (_noisy(columns, x, seed).float() for x in (train, validation))
-    known = add_kernels(learner, train, validation, most=KNOWN)
+    known = with_kernel_base(learner, train, validation, most=KNOWN)
     gain = (known().log_prob(validation) - learner().log_prob(validation)).mean().item()
     return known if gain > KERNELLED else learner
 
 
-def _noisy(columns: Columns, x: Tensor, seed: int) -> Tensor:
+def _noisy(columns: TableTransform, x: Tensor, seed: int) -> Tensor:
     """z for rows x, recorded numbers put at random within their cells."""
     start, width = columns.cells(x)
     noise = torch.rand(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(seed)).to(x.device)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributions import TransformedDistribution
 
-from counterflow.flow import Flow
+from counterflow.flows.flow import Flow
 
 LIBRARIES = ("nflows", "normflows", "pyro", "sbi", "zuko")
 

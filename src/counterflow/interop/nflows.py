@@ -10,12 +10,13 @@ import torch
 from nflows import distributions, flows
 from nflows.nn.nets import ResidualNet
 
-from counterflow.flow import Flow
-from counterflow.interop import nsf, parts
-from counterflow.interop.parts import Layer
-from counterflow.linear import Linear
-from counterflow.transform import Compose, Inverse, Permute, Transform
-from counterflow.univariate import ScaledAffine
+from counterflow.flows.flow import Flow
+from counterflow.interop import common, nsf
+from counterflow.interop.common import Layer
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Linear, Permute
+from counterflow.univariate.affine import ForeignAffine
 
 
 def flow(foreign: Any) -> Flow:
@@ -28,24 +29,24 @@ def flow(foreign: Any) -> Flow:
     own = [name for name in ("_log_prob", "_sample") if getattr(type(foreign), name) is not getattr(flows.Flow, name)]
     if own:
         raise TypeError(f"expected an nflows Flow, got {type(foreign).__name__}, which has its own {', '.join(own)}")
-    with parts.at("the base distribution", foreign._distribution):
+    with common.at("the base distribution", foreign._distribution):
         from_normal, D = base(foreign._distribution)
     to_noise = transform(foreign._transform, D, "the transform")
-    to_data = parts.composed([*from_normal, Inverse(to_noise)])
-    with parts.at("the embedding net", foreign._embedding_net):
-        to_data = parts.embedded(to_data, foreign._embedding_net)
-    return parts.flow_of(to_data, D, foreign)
+    to_data = common.composed([*from_normal, Inverse(to_noise)])
+    with common.at("the embedding net", foreign._embedding_net):
+        to_data = common.embedded(to_data, foreign._embedding_net)
+    return common.flow_of(to_data, D, foreign)
 
 
 def transform(t: Any, D: int, place: str) -> Transform:
     """One of nflows' transforms, in its own direction."""
-    if parts.of_library(t, "nflows", "CompositeTransform"):
+    if common.of_library(t, "nflows", "CompositeTransform"):
         return Compose([transform(part, D, f"{place} {k}") for k, part in enumerate(t._transforms)])
-    if parts.of_library(t, "nflows", "InverseTransform"):
+    if common.of_library(t, "nflows", "InverseTransform"):
         return Inverse(transform(t._transform, D, place))
-    with parts.at(place, t):
-        if not parts.of_library(t, "nflows", *TRANSFORMS):
-            raise parts.not_converted(t, [*TRANSFORMS, "CompositeTransform", "InverseTransform"])
+    with common.at(place, t):
+        if not common.of_library(t, "nflows", *TRANSFORMS):
+            raise common.not_converted(t, [*TRANSFORMS, "CompositeTransform", "InverseTransform"])
         return TRANSFORMS[type(t).__name__](t, D)
 
 
@@ -55,11 +56,11 @@ def base(distribution: Any) -> tuple[list[Transform], int]:
     if type(distribution) is distributions.StandardNormal:
         return [], D
     if type(distribution) is distributions.DiagonalNormal:
-        return parts.normal_base(distribution.mean_[0], distribution.log_std_[0].exp(), D), D
+        return common.normal_base(distribution.mean_[0], distribution.log_std_[0].exp(), D), D
     if type(distribution) is distributions.ConditionalDiagonalNormal:
         encoder = distribution._context_encoder
         own = getattr(encoder, "__module__", "") == distributions.normal.__name__  # its lambda x: x
-        return [parts.conditional_normal(None if own else encoder, D)], D
+        return [common.conditional_normal(None if own else encoder, D)], D
     raise TypeError(
         "expected the base StandardNormal, DiagonalNormal or ConditionalDiagonalNormal, "
         f"got {type(distribution).__name__}; train the flow with one of these"
@@ -68,23 +69,23 @@ def base(distribution: Any) -> tuple[list[Transform], int]:
 
 def _affine_autoregressive(t: Any, D: int) -> Transform:
     layers, last, activation = nsf.made(t.autoregressive_net, "activated", "added")
-    univariate = ScaledAffine("softplus", t._epsilon)
+    univariate = ForeignAffine("softplus", t._epsilon)
     rows = torch.arange(2 * D).reshape(D, 2).flip(1)  # theirs are (scale, shift)
     last = last.rows(rows, [1.0, 1.0], [0.0, -univariate.unit])
-    return parts.autoregressive(range(1, D + 1), layers, last, univariate, activation)
+    return common.autoregressive(range(1, D + 1), layers, last, univariate, activation)
 
 
 def _spline_autoregressive(t: Any, D: int) -> Transform:
     layers, last, activation = nsf.made(t.autoregressive_net, "activated", "added")
     univariate = nsf.spline(t, t.num_bins)
     last = nsf.spline_params(last, univariate, t.autoregressive_net)
-    return parts.autoregressive(range(1, D + 1), layers, last, univariate, activation)
+    return common.autoregressive(range(1, D + 1), layers, last, univariate, activation)
 
 
 def _conditioner(net: Any, kept: int) -> tuple[list[Layer], Layer, str, int]:
     """The layers of a coupling layer's network, its activation and C."""
-    if parts.of_library(net, "sbi", "ContextSplineMap"):  # for one feature: reads the context alone
-        layers, last, activation = parts.sequential(net.spline_predictor)
+    if common.of_library(net, "sbi", "ContextSplineMap"):  # for one feature: reads the context alone
+        layers, last, activation = common.sequential(net.spline_predictor)
         return layers, last, activation, layers[0].weight.shape[1]
     if type(net) is not ResidualNet:
         raise TypeError(
@@ -102,11 +103,11 @@ def _affine_coupling(t: Any, D: int) -> Transform:
     n = len(moved)
     if type(t).__name__ == "AdditiveCouplingTransform":
         rows = torch.stack([torch.arange(n), torch.full((n,), -1)], 1)
-        univariate = ScaledAffine("softclip", 0.0)  # whose scale is exp(0)
+        univariate = ForeignAffine("softclip", 0.0)  # whose scale is exp(0)
     else:
-        rows, univariate = torch.arange(2 * n).reshape(2, n).T, ScaledAffine("sigmoid", 1e-3)
+        rows, univariate = torch.arange(2 * n).reshape(2, n).T, ForeignAffine("sigmoid", 1e-3)
     last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
-    return parts.coupling(D, moved, C, layers, last, univariate, activation)
+    return common.coupling(D, moved, C, layers, last, univariate, activation)
 
 
 def _spline_coupling(t: Any, D: int) -> Transform:
@@ -114,11 +115,11 @@ def _spline_coupling(t: Any, D: int) -> Transform:
     layers, last, activation, C = _conditioner(t.transform_net, len(kept))
     univariate = nsf.spline(t, t.num_bins)
     last = nsf.spline_params(last, univariate, t.transform_net)
-    coupling = parts.coupling(D, moved, C, layers, last, univariate, activation)
+    coupling = common.coupling(D, moved, C, layers, last, univariate, activation)
     if t.unconditional_transform is None:
         return coupling
     params = nsf.unconditional_spline(t.unconditional_transform, univariate)
-    return Compose([coupling, parts.constant(params, nsf.spline(t.unconditional_transform, t.num_bins), D, kept)])
+    return Compose([coupling, common.constant(params, nsf.spline(t.unconditional_transform, t.num_bins), D, kept)])
 
 
 def _permutation(t: Any, D: int) -> Transform:
@@ -128,7 +129,7 @@ def _permutation(t: Any, D: int) -> Transform:
 
 
 def _lu(t: Any, D: int) -> Transform:
-    return parts.lower_upper(t)
+    return common.lower_upper(t)
 
 
 def _dense(t: Any, D: int) -> Transform:
@@ -137,17 +138,17 @@ def _dense(t: Any, D: int) -> Transform:
 
 def _batch_norm(t: Any, D: int) -> Transform:
     scale = t.weight * (t.running_var + t.eps).rsqrt()
-    return parts.pointwise(scale, t.bias - t.running_mean * scale, D)
+    return common.pointwise(scale, t.bias - t.running_mean * scale, D)
 
 
 def _act_norm(t: Any, D: int) -> Transform:
     if not t.initialized:
         raise ValueError("expected ActNorm that has seen data, got one that has not; train it first")
-    return parts.pointwise(t.log_scale.exp(), t.shift, D)
+    return common.pointwise(t.log_scale.exp(), t.shift, D)
 
 
 def _pointwise(t: Any, D: int) -> Transform:
-    return parts.pointwise(t._scale, t._shift, D)
+    return common.pointwise(t._scale, t._shift, D)
 
 
 def _identity(t: Any, D: int) -> Transform:

@@ -10,12 +10,13 @@ from normflows import ConditionalNormalizingFlow, NormalizingFlow, distributions
 from normflows.nets.resnet import ResidualNet
 from torch import Tensor
 
-from counterflow.flow import Flow
-from counterflow.interop import nsf, parts
-from counterflow.interop.parts import Layer
-from counterflow.linear import Linear
-from counterflow.transform import Compose, Inverse, Permute, Transform
-from counterflow.univariate import ScaledAffine
+from counterflow.flows.flow import Flow
+from counterflow.interop import common, nsf
+from counterflow.interop.common import Layer
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Linear, Permute
+from counterflow.univariate.affine import ForeignAffine
 
 
 def flow(foreign: Any) -> Flow:
@@ -25,11 +26,11 @@ def flow(foreign: Any) -> Flow:
             f"expected a NormalizingFlow or a ConditionalNormalizingFlow, got {type(foreign).__name__}; build one of "
             "the layers, if they map vectors of one size"
         )
-    with parts.at("the base distribution q0", foreign.q0):
+    with common.at("the base distribution q0", foreign.q0):
         from_normal, D = base(foreign.q0)
     layers = [transform(layer, D, f"layer {k}") for k, layer in enumerate(foreign.flows)]
-    to_data = parts.composed([*from_normal, *(layers or [Permute(range(D))])])
-    return parts.flow_of(to_data, D, foreign)
+    to_data = common.composed([*from_normal, *(layers or [Permute(range(D))])])
+    return common.flow_of(to_data, D, foreign)
 
 
 def base(q0: Any) -> tuple[list[Transform], int]:
@@ -37,9 +38,9 @@ def base(q0: Any) -> tuple[list[Transform], int]:
     D = int(getattr(q0, "d", 0))
     if type(q0) is distributions.DiagGaussian:
         std = q0.log_scale.exp() * (1.0 if q0.temperature is None else q0.temperature)
-        return parts.normal_base(q0.loc.flatten(), std.flatten(), D), D
+        return common.normal_base(q0.loc.flatten(), std.flatten(), D), D
     if type(q0) is distributions.base.ConditionalDiagGaussian:
-        return [parts.conditional_normal(_sequential(q0.context_encoder), D)], D
+        return [common.conditional_normal(_sequential(q0.context_encoder), D)], D
     raise TypeError(
         f"expected DiagGaussian or ConditionalDiagGaussian as q0, got {type(q0).__name__}; train the flow with one of "
         "them"
@@ -48,13 +49,13 @@ def base(q0: Any) -> tuple[list[Transform], int]:
 
 def transform(t: Any, D: int, place: str) -> Transform:
     """One of normflows' layers, in its own direction."""
-    if parts.of_library(t, "normflows", "Reverse"):
+    if common.of_library(t, "normflows", "Reverse"):
         return Inverse(transform(t.flow, D, place))
-    if parts.of_library(t, "normflows", "Composite"):
+    if common.of_library(t, "normflows", "Composite"):
         return Compose([transform(part, D, f"{place}.{k}") for k, part in enumerate(t._flows)])
-    with parts.at(place, t):
-        if not parts.of_library(t, "normflows", *LAYERS):
-            raise parts.not_converted(t, [*LAYERS, "Reverse", "Composite"])
+    with common.at(place, t):
+        if not common.of_library(t, "normflows", *LAYERS):
+            raise common.not_converted(t, [*LAYERS, "Reverse", "Composite"])
         return LAYERS[type(t).__name__](t, D)
 
 
@@ -69,14 +70,14 @@ def _affine_autoregressive(t: Any, D: int) -> Transform:
     degrees, layers, last, activation = _masked(t)
     rows = torch.arange(2 * D).reshape(D, 2).flip(1)  # theirs are (scale, shift)
     last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
-    return parts.autoregressive(degrees, layers, last, ScaledAffine("sigmoid", 1e-3), activation)
+    return common.autoregressive(degrees, layers, last, ForeignAffine("sigmoid", 1e-3), activation)
 
 
 def _spline_autoregressive(t: Any, D: int) -> Transform:
     univariate = nsf.spline(t, t.num_bins)
     degrees, layers, last, activation = _masked(t)
     last = nsf.spline_params(last, univariate, t.autoregressive_net)
-    return parts.autoregressive(degrees, layers, last, univariate, activation)
+    return common.autoregressive(degrees, layers, last, univariate, activation)
 
 
 def _spline_coupling(t: Any, D: int) -> Transform:
@@ -88,12 +89,12 @@ def _spline_coupling(t: Any, D: int) -> Transform:
     kept, moved = t.identity_features.tolist(), t.transform_features.tolist()
     layers, last, activation = nsf.residual_net(t.transform_net)
     last, C = nsf.spline_params(last, univariate, t.transform_net), t.transform_net.context_features or 0
-    coupling = parts.coupling(D, moved, C, layers, last, univariate, activation)
+    coupling = common.coupling(D, moved, C, layers, last, univariate, activation)
     if t.unconditional_transform is None:
         return coupling
     alone = t.unconditional_transform
     own = nsf.spline(alone, t.num_bins)
-    return Compose([coupling, parts.constant(nsf.unconditional_spline(alone, own), own, D, kept)])
+    return Compose([coupling, common.constant(nsf.unconditional_spline(alone, own), own, D, kept)])
 
 
 def _sequential(net: Any) -> Any:
@@ -108,21 +109,21 @@ def _affine_coupling_block(t: Any, D: int) -> Transform:
     first = list(range(-(-D // 2)))  # as torch's chunk does
     rest = list(range(len(first), D))
     moved = rest if split.mode == "channel" else first
-    layers, last, activation = parts.sequential(_sequential(coupling.param_map))
+    layers, last, activation = common.sequential(_sequential(coupling.param_map))
     n = len(moved)
     if not coupling.scale:
-        rows, univariate = torch.stack([torch.arange(n), torch.full((n,), -1)], 1), ScaledAffine("softclip", 0.0)
+        rows, univariate = torch.stack([torch.arange(n), torch.full((n,), -1)], 1), ForeignAffine("softclip", 0.0)
     elif coupling.scale_map == "exp":
-        rows, univariate = torch.arange(2 * n).reshape(n, 2), ScaledAffine("softclip", 0.0)
+        rows, univariate = torch.arange(2 * n).reshape(n, 2), ForeignAffine("softclip", 0.0)
     elif coupling.scale_map == "sigmoid_inv":
-        rows, univariate = torch.arange(2 * n).reshape(n, 2), ScaledAffine("sigmoid", 0.0)
+        rows, univariate = torch.arange(2 * n).reshape(n, 2), ForeignAffine("sigmoid", 0.0)
     else:
         raise ValueError(
             f"expected scale_map='exp' or 'sigmoid_inv', got {coupling.scale_map!r}, which divides by a sigmoid; train "
             "with one of these"
         )
     last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
-    return parts.coupling(D, moved, 0, layers, last, univariate, activation)
+    return common.coupling(D, moved, 0, layers, last, univariate, activation)
 
 
 def _masked_affine(t: Any, D: int) -> Transform:
@@ -131,7 +132,7 @@ def _masked_affine(t: Any, D: int) -> Transform:
         raise ValueError(f"expected a mask b of zeros and ones, got {b.tolist()}")
     kept, moved = (torch.nonzero(b == v)[:, 0].tolist() for v in (1, 0))
     found = [getattr(t, name) if name in t._modules else None for name in ("t", "s")]
-    networks = [parts.sequential(_sequential(net)) for net in found if net is not None]
+    networks = [common.sequential(_sequential(net)) for net in found if net is not None]
     if not networks:
         return Permute(range(D))
     if len({len(layers) for layers, _, _ in networks}) > 1 or len({activation for *_, activation in networks}) > 1:
@@ -144,7 +145,7 @@ def _masked_affine(t: Any, D: int) -> Transform:
     absent = torch.full((len(moved),), -1)
     rows = torch.stack([absent if net is None else place for net, place in zip(found, places, strict=True)], 1)
     last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
-    return parts.coupling(D, moved, 0, hidden, last, ScaledAffine("softclip", 0.0), networks[0][2])
+    return common.coupling(D, moved, 0, hidden, last, ForeignAffine("softclip", 0.0), networks[0][2])
 
 
 def _side_by_side(layers: list[Layer], first: bool) -> Layer:
@@ -161,7 +162,7 @@ def _permute(t: Any, D: int) -> Transform:
 
 
 def _lu_permute(t: Any, D: int) -> Transform:
-    linear = parts.lower_upper(t.linear)
+    linear = common.lower_upper(t.linear)
     return Inverse(Compose([Permute(t.permutation._permutation), linear]))
 
 
@@ -170,7 +171,7 @@ def _constant_affine(t: Any, D: int) -> Transform:
         raise ValueError("expected ActNorm that has seen data, got one that has not; train it first")
     if t.s.numel() != D:
         raise ValueError(f"expected a scale for each of {D} features, got {tuple(t.s.shape)}")
-    return parts.pointwise(t.s.flatten().exp(), t.t.flatten(), D)
+    return common.pointwise(t.s.flatten().exp(), t.t.flatten(), D)
 
 
 def _invertible_affine(t: Any, D: int) -> Transform:

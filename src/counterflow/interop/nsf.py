@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import torch
 
-from counterflow.interop.parts import Layer, batch_norm, linear_layer, name_of, of_library
-from counterflow.univariate import RationalQuadraticSpline
+from counterflow.interop.common import Layer, batch_norm, linear_layer, name_of, of_library
+from counterflow.univariate.spline import RationalQuadraticSpline
 
 Context = Literal["added", "activated", "gate"]
 

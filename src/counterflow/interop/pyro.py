@@ -16,11 +16,14 @@ from torch import Tensor, nn
 from torch.distributions import AffineTransform, ComposeTransform, Independent, Normal, TransformedDistribution
 from torch.distributions.transforms import _InverseTransform
 
-from counterflow.flow import Flow
-from counterflow.interop import parts
-from counterflow.interop.parts import Layer, linear_layer
-from counterflow.transform import Compose, Inverse, Permute, Transform, Triangular
-from counterflow.univariate import Gated, ScaledAffine, Univariate
+from counterflow.flows.flow import Flow
+from counterflow.interop import common
+from counterflow.interop.common import Layer, linear_layer
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Permute, Whiten
+from counterflow.univariate.affine import ForeignAffine, Gated
+from counterflow.univariate.base import Univariate
 
 
 def flow(foreign: Any) -> Flow:
@@ -30,13 +33,13 @@ def flow(foreign: Any) -> Flow:
             "expected a TransformedDistribution or a ConditionalTransformedDistribution, got "
             f"{type(foreign).__name__}; give dist.TransformedDistribution(base, transforms)"
         )
-    with parts.at("the base distribution", foreign.base_dist):
+    with common.at("the base distribution", foreign.base_dist):
         mean, std = base(foreign.base_dist)
     D = len(mean)
     layers = [transform(t, D, f"transform {k}") for k, t in enumerate(foreign.transforms)]
-    to_data = parts.composed([*parts.normal_base(mean, std, D), *(layers or [Permute(range(D))])])
+    to_data = common.composed([*common.normal_base(mean, std, D), *(layers or [Permute(range(D))])])
     modules = nn.ModuleList(module for t in foreign.transforms for module in _modules(t))
-    flow = parts.flow_of(to_data, D, modules)
+    flow = common.flow_of(to_data, D, modules)
     return flow if list(modules.parameters()) else flow.to(mean.device, mean.dtype)
 
 
@@ -72,7 +75,7 @@ def transform(t: Any, D: int, place: str) -> Transform:
         return Inverse(transform(t._inv, D, place))
     if type(t).__name__ == "_ConditionalInverseTransformModule":
         return Inverse(transform(t._transform, D, place))
-    with parts.at(place, t):
+    with common.at(place, t):
         return _layer(t, D)
 
 
@@ -85,11 +88,11 @@ def _layer(t: Any, D: int) -> Transform:
         return Permute(t.permutation)
     if type(t) is pt.BatchNorm:
         scale = (t.moving_variance + t.epsilon).sqrt() / t.constrained_gamma
-        return parts.pointwise(scale, t.moving_mean - t.beta * scale, D)
+        return common.pointwise(scale, t.moving_mean - t.beta * scale, D)
     if type(t) is AffineTransform:
-        return parts.pointwise(torch.as_tensor(t.scale), torch.as_tensor(t.loc), D)
+        return common.pointwise(torch.as_tensor(t.scale), torch.as_tensor(t.loc), D)
     if type(t) is pt.LowerCholeskyAffine:
-        return Triangular(t.loc.detach(), t.scale_tril.detach())
+        return Inverse(Whiten(t.loc.detach(), t.scale_tril.detach()))
     if "Spline" in type(t).__name__:
         raise TypeError(
             "expected another transform, got a spline of Pyro: its linear rational maps have no counterpart here, and "
@@ -97,7 +100,7 @@ def _layer(t: Any, D: int) -> Transform:
             "spline of zuko, nflows or normflows"
         )
     known = ["AffineAutoregressive", "AffineCoupling", "BatchNorm", "LowerCholeskyAffine", "Permute", "AffineTransform"]
-    raise parts.not_converted(t, [*known, "ConditionalAffineAutoregressive", "ConditionalAffineCoupling"])
+    raise common.not_converted(t, [*known, "ConditionalAffineAutoregressive", "ConditionalAffineCoupling"])
 
 
 def _settings(t: Any, names: dict[str, Any]) -> dict[str, Any]:
@@ -109,8 +112,8 @@ def _settings(t: Any, names: dict[str, Any]) -> dict[str, Any]:
 CLIPS = {"log_scale_min_clip": -5.0, "log_scale_max_clip": 3.0}
 
 
-def _clamped(settings: dict[str, Any]) -> ScaledAffine:
-    return ScaledAffine("clamp", low=settings["log_scale_min_clip"], high=settings["log_scale_max_clip"])
+def _clamped(settings: dict[str, Any]) -> ForeignAffine:
+    return ForeignAffine("clamp", low=settings["log_scale_min_clip"], high=settings["log_scale_max_clip"])
 
 
 def _autoregressive(t: Any, D: int) -> Transform:
@@ -126,14 +129,14 @@ def _autoregressive(t: Any, D: int) -> Transform:
     rows = torch.arange(2 * D).reshape(2, D).T
     degrees = (torch.argsort(net.permutation) + 1).tolist()
     layers = [linear_layer(layer) for layer in net.layers]
-    layers[0] = parts.split(layers[0], D, net.context_dim)
+    layers[0] = common.split(layers[0], D, net.context_dim)
     *hidden, last = layers
     direct = None
     if net.skip_layer is not None:
         skipping = linear_layer(net.skip_layer).rows(rows, [1.0, 1.0], [0.0, 0.0])
-        direct = parts.split(skipping, D, net.context_dim)
+        direct = common.split(skipping, D, net.context_dim)
     last = last.rows(rows, [1.0, 1.0], plus)
-    return parts.autoregressive(degrees, hidden, last, univariate, parts.name_of(net.f), direct)
+    return common.autoregressive(degrees, hidden, last, univariate, common.name_of(net.f), direct)
 
 
 def _coupling(t: Any, D: int) -> Transform:
@@ -150,4 +153,4 @@ def _coupling(t: Any, D: int) -> Transform:
     first = hidden[0].weight.roll(-C, 1)  # theirs is fed with [context, features]
     hidden[0] = Layer(first, hidden[0].bias)
     last = last.rows(torch.arange(2 * n).reshape(2, n).T, [1.0, 1.0], [0.0, 0.0])
-    return parts.coupling(D, range(kept, D), C, hidden, last, _clamped(settings), parts.name_of(net.f))
+    return common.coupling(D, range(kept, D), C, hidden, last, _clamped(settings), common.name_of(net.f))

@@ -7,8 +7,8 @@ from typing import Any
 from sbi.inference.posteriors import DirectPosterior
 from sbi.neural_nets.estimators import NFlowsFlow, ZukoFlow, ZukoUnconditionalFlow
 
-from counterflow.flow import Flow
-from counterflow.interop import nflows, parts, zuko
+from counterflow.flows.flow import Flow
+from counterflow.interop import common, nflows, zuko
 
 
 def flow(foreign: Any) -> Flow:
@@ -29,6 +29,6 @@ def flow(foreign: Any) -> Flow:
     found = zuko.flow(foreign.net)
     if type(foreign) is ZukoUnconditionalFlow:
         return found
-    with parts.at("the embedding net", foreign.embedding_net):
-        to_data = parts.embedded(found.transform, foreign.embedding_net)
-    return parts.flow_of(to_data, found.features, foreign)
+    with common.at("the embedding net", foreign.embedding_net):
+        to_data = common.embedded(found.transform, foreign.embedding_net)
+    return common.flow_of(to_data, found.features, foreign)

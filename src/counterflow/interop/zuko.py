@@ -17,12 +17,15 @@ from zuko.lazy import Flow as LazyFlow
 from zuko.lazy import LazyComposedTransform, LazyInverse, Unconditional, UnconditionalTransform
 from zuko.nn import MaskedLinear, Residual
 
-from counterflow.flow import Flow
-from counterflow.interop import parts
-from counterflow.interop.parts import Layer, linear_layer
-from counterflow.linear import Linear
-from counterflow.transform import Compose, Inverse, Permute, Transform
-from counterflow.univariate import RationalQuadraticSpline, ScaledAffine, Univariate
+from counterflow.flows.flow import Flow
+from counterflow.interop import common
+from counterflow.interop.common import Layer, linear_layer
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Linear, Permute
+from counterflow.univariate.affine import ForeignAffine
+from counterflow.univariate.base import Univariate
+from counterflow.univariate.spline import RationalQuadraticSpline
 
 
 def flow(foreign: Any) -> Flow:
@@ -31,13 +34,13 @@ def flow(foreign: Any) -> Flow:
         raise TypeError(
             f"expected a zuko Flow, got {type(foreign).__name__}; wrap transforms as zuko.flows.Flow(transforms, base)"
         )
-    with parts.at("the base distribution", foreign.base):
+    with common.at("the base distribution", foreign.base):
         from_normal = base(foreign.base)
     D = from_normal.event_shape[0]
     mean, std = (getattr(from_normal.base_dist, name) for name in ("loc", "scale"))
     to_noise = transform(foreign.transform, D, "the transform")
-    to_data = parts.composed([*parts.normal_base(mean, std, D), Inverse(to_noise)])
-    return parts.flow_of(to_data, D, foreign)
+    to_data = common.composed([*common.normal_base(mean, std, D), Inverse(to_noise)])
+    return common.flow_of(to_data, D, foreign)
 
 
 def base(lazy: Any) -> DiagNormal:
@@ -59,7 +62,7 @@ def transform(t: Any, D: int, place: str) -> Transform:
         return Compose([transform(part, D, f"{place} {k}") for k, part in enumerate(t.transforms)])
     if type(t) is LazyInverse:
         return Inverse(transform(t.transform, D, place))
-    with parts.at(place, t):
+    with common.at(place, t):
         if type(t) is MaskedAutoregressiveTransform:
             return _autoregressive(t, D)
         if type(t) is GeneralCouplingTransform:
@@ -69,7 +72,7 @@ def transform(t: Any, D: int, place: str) -> Transform:
         if isinstance(t, UnconditionalTransform | Unconditional):
             return _unconditional(t(), D)
         known = (MaskedAutoregressiveTransform, GeneralCouplingTransform, ElementWiseTransform, UnconditionalTransform)
-        raise parts.not_converted(t, [cls.__name__ for cls in known])
+        raise common.not_converted(t, [cls.__name__ for cls in known])
 
 
 def _univariate(t: Any) -> tuple[Univariate, list[int]]:
@@ -80,9 +83,9 @@ def _univariate(t: Any) -> tuple[Univariate, list[int]]:
     shapes = [tuple(shape) for shape in t.shapes]
     found: Univariate
     if kind is zt.MonotonicAffineTransform and set(settings) <= {"slope"} and shapes == [(), ()]:
-        return ScaledAffine("softclip", settings.get("slope", 1e-3)), [0, 1]
+        return ForeignAffine("softclip", settings.get("slope", 1e-3)), [0, 1]
     if kind is zt.AdditiveTransform and not settings and shapes == [()]:
-        return ScaledAffine("softclip", 0.0), [0, -1]  # whose scale is exp(0)
+        return ForeignAffine("softclip", 0.0), [0, -1]  # whose scale is exp(0)
     if kind is zt.MonotonicRQSTransform and set(settings) <= {"slope", "bound"}:
         bins = prod(shapes[0])
         if shapes == [(bins,), (bins,), (bins - 1,)]:
@@ -111,17 +114,17 @@ def _autoregressive(t: Any, D: int) -> Transform:
             layers.append(linear_layer(module, linear=True))
         elif type(module) is Residual:
             inner, activation, outer = module
-            names.add(parts.name_of(activation))
+            names.add(common.name_of(activation))
             layers += [linear_layer(inner), linear_layer(outer, linear=True, skip=len(layers) - 1)]
         else:
-            names.add(parts.name_of(module))
-            layers[-1] = parts.activated(layers[-1])
+            names.add(common.name_of(module))
+            layers[-1] = common.activated(layers[-1])
     if len(names) != 1:
         raise ValueError(f"expected one kind of activation in the network, got {sorted(names)}")
     degrees = _degrees(t, layers, D)
-    layers[0] = parts.split(layers[0], D)
+    layers[0] = common.split(layers[0], D)
     *hidden, last = layers
-    return parts.autoregressive(degrees, hidden, _params(last, chosen, t.total), univariate, names.pop())
+    return common.autoregressive(degrees, hidden, _params(last, chosen, t.total), univariate, names.pop())
 
 
 def _degrees(t: Any, layers: list[Layer], D: int) -> list[int]:
@@ -141,28 +144,28 @@ def _degrees(t: Any, layers: list[Layer], D: int) -> list[int]:
 
 def _coupling(t: Any, D: int) -> Transform:
     univariate, chosen = _univariate(t)
-    layers, last, activation = parts.sequential(t.hyper)
+    layers, last, activation = common.sequential(t.hyper)
     moved = torch.nonzero(~t.mask)[:, 0].tolist()
     C = (layers[0] if layers else last).weight.shape[1] - (D - len(moved))
-    return parts.coupling(D, moved, C, layers, _params(last, chosen, t.total), univariate, activation)
+    return common.coupling(D, moved, C, layers, _params(last, chosen, t.total), univariate, activation)
 
 
 def _elementwise(t: Any, D: int) -> Transform:
     univariate, chosen = _univariate(t)
     if hasattr(t, "hyper"):
-        layers, last, activation = parts.sequential(t.hyper)
+        layers, last, activation = common.sequential(t.hyper)
         C = (layers[0] if layers else last).weight.shape[1]
-        return parts.coupling(D, range(D), C, layers, _params(last, chosen, t.total), univariate, activation)
+        return common.coupling(D, range(D), C, layers, _params(last, chosen, t.total), univariate, activation)
     raw = torch.cat([p.detach().reshape(D, -1) for p in t.phi], -1)
     params = torch.stack([raw[:, p] if p >= 0 else torch.zeros_like(raw[:, 0]) for p in chosen], -1)
-    return parts.constant(params, univariate, D, range(D))
+    return common.constant(params, univariate, D, range(D))
 
 
 def _unconditional(t: Any, D: int) -> Transform:
     """A transform without a context."""
     if type(t) is AffineTransform:
         loc, scale = (torch.as_tensor(v) for v in (t.loc, t.scale))
-        return parts.pointwise(scale, loc, D)
+        return common.pointwise(scale, loc, D)
     if type(t) is zt.PermutationTransform and t.order.dim() == 1:
         return Permute(t.order)
     if type(t) is zt.RotationTransform and t.R.dim() == 2:
@@ -176,7 +179,7 @@ def _unconditional(t: Any, D: int) -> Transform:
     if isinstance(t, zt.DependentTransform):
         return _unconditional(t.base, D)
     known = ["AffineTransform", "PermutationTransform", "RotationTransform", "LULinearTransform", "IdentityTransform"]
-    raise parts.not_converted(t, known)
+    raise common.not_converted(t, known)
 
 
 def _zeros(matrix: Tensor) -> Tensor:

@@ -1,0 +1,52 @@
+"""Checks of arguments that every floor needs."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def check_finite(values: Tensor, what: str) -> None:
+    """Raise ValueError when values (N, ...) hold a NaN or an infinity, naming the first one and how many there are.
+
+    Example:
+        >>> check_finite(torch.tensor([[1.0, 2.0], [float("nan"), 4.0]]), "table.csv")
+        Traceback (most recent call last):
+        ...
+        ValueError: expected finite numbers in table.csv, got 1 non-finite of 4, the first (nan) at row 1, column 0 \
+(counted from 0); drop or impute the 1 of 2 rows that hold them
+    """
+    bad = ~torch.isfinite(values)
+    if not bad.any():
+        return
+    row, *rest = bad.nonzero()[0].tolist()
+    place = f", column {rest[0]}" if len(rest) == 1 else f", index {tuple(rest)}" if rest else ""
+    rows = int(bad.flatten(1).any(1).sum()) if rest else int(bad.sum())
+    raise ValueError(
+        f"expected finite numbers in {what}, got {int(bad.sum())} non-finite of {values.numel()}, the first "
+        f"({values[(row, *rest)].item()}) at row {row}{place} (counted from 0); drop or impute the {rows} of "
+        f"{len(values)} rows that hold them"
+    )
+
+
+def check_device(name: str) -> None:
+    """Raise ValueError unless tensors can be made on the device of that name."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError):  # torch asserts that it was built with CUDA
+        raise ValueError(f"expected device as one that is here, such as cpu, got {name!r}") from None
+
+
+def positive(value: int, name: str) -> int:
+    """Return value if it is a whole number of at least 1, else say what came."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"expected {name} as a whole number of at least 1, got {value!r}")
+    return value
+
+
+def positive_number(value: float, name: str) -> None:
+    """Raise ValueError unless value is positive and finite."""
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"expected {name} as a positive number, got {value!r}")

@@ -1,0 +1,35 @@
+"""Diagnostics: importance weights, chains, two-sample tests, calibration, agreement of two flows."""
+
+from counterflow.diagnostics.agreement import Agreement, agreement
+from counterflow.diagnostics.calibration import Calibration, simulation_based_calibration
+from counterflow.diagnostics.chains import Convergence, convergence
+from counterflow.diagnostics.importance import (
+    Verdict,
+    diagnose,
+    effective_sample_size,
+    effective_sample_size_of_means,
+    k_hat,
+    k_hat_threshold,
+    psis,
+    resample,
+)
+from counterflow.diagnostics.two_sample import TwoSamples, energy_test
+
+__all__ = [
+    "Agreement",
+    "Calibration",
+    "Convergence",
+    "TwoSamples",
+    "Verdict",
+    "agreement",
+    "convergence",
+    "diagnose",
+    "effective_sample_size",
+    "effective_sample_size_of_means",
+    "energy_test",
+    "k_hat",
+    "k_hat_threshold",
+    "psis",
+    "resample",
+    "simulation_based_calibration",
+]

@@ -1,0 +1,1 @@
+"""Distillation of a flow into one that samples in one pass."""

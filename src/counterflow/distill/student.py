@@ -1,0 +1,150 @@
+"""The student: a flow built layer by layer from the teacher."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from counterflow.flows.contexts import device_of, draw_contexts
+from counterflow.flows.flow import Flow
+from counterflow.transforms.autoregressive import Autoregressive
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Permute, Whiten
+from counterflow.univariate.affine import Affine
+from counterflow.univariate.base import Univariate
+from counterflow.univariate.sinh_arcsinh import SinhArcsinh
+from counterflow.univariate.spline import RationalQuadraticSpline
+
+EXTREME = 0.02  # of the teacher's draws are left out of what the student learns from them
+PILOT = 8192  # draws that the student's linear maps are fitted to
+PLAIN = ("features", "context", "univariate", "degrees", "activation")  # what fits to hidden layers of any size
+
+
+# -- the student -------------------------------------------------------------------------------------
+
+
+def flatten(t: Transform) -> list[Transform]:
+    """The maps that t is a chain of, from eps to x; an inverse stands at single maps only."""
+    if isinstance(t, Compose):
+        return [part for each in t for part in flatten(each)]
+    if isinstance(t, Inverse) and isinstance(t.transform, Compose):
+        return [part for each in reversed(list(t.transform)) for part in flatten(Inverse(each))]
+    if isinstance(t, Inverse) and isinstance(t.transform, Inverse):
+        return flatten(t.transform.transform)
+    if isinstance(t, Inverse) and isinstance(t.transform, Permute):
+        return [Permute(t.transform.places)]
+    return [t]
+
+
+def solved_layer(part: Transform) -> Autoregressive | None:
+    """The layer that a part solves, if it does."""
+    if isinstance(part, Inverse) and isinstance(part.transform, Autoregressive):
+        return part.transform
+    return None
+
+
+class Trace(NamedTuple):
+    """What one part of the teacher does to N draws."""
+
+    v: Tensor  # before it, (N, D)
+    u: Tensor  # after it, (N, D)
+    params: Tensor | None  # of a solved layer, (N, D, P), its features sorted by degree
+
+
+@torch.no_grad()
+def trace_teacher(
+    teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], n: int
+) -> tuple[list[Trace], Tensor | None]:
+    """Draws of the teacher through all its parts, and their contexts, without those that lie farthest out."""
+    c, shape = draw_contexts(draw, n, device_of(teacher))
+    v = teacher(c).base.sample(torch.Size(shape))
+    far, traces = v.new_zeros(n), []
+    for part in parts:
+        given = c if part.context else None
+        u, layer = part(v, given)[0], solved_layer(part)
+        params = None if layer is None else layer.made(u[..., layer.order], given)
+        far = torch.maximum(far, u.abs().amax(1).nan_to_num(math.inf))
+        traces.append(Trace(v, u, params))
+        v = u
+    kept = far <= torch.quantile(far, 1 - EXTREME, interpolation="lower")
+    picked = [Trace(v[kept], u[kept], None if params is None else params[kept]) for v, u, params in traces]
+    return picked, None if c is None else c[kept]
+
+
+def mirror(
+    teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], hidden: tuple[int, ...]
+) -> Flow:
+    """The teacher with each solved layer replaced by a layer that is one pass, and near it."""
+    strange = [part for part in parts if solved_layer(part) is None and part.forward_cost != "one pass"]
+    if strange:
+        raise ValueError(
+            f"expected a teacher of autoregressive layers and maps of one pass, got {type(strange[0]).__name__}; give "
+            "student=cf.IAF(...)"
+        )
+    traces, _ = trace_teacher(teacher, parts, draw, PILOT)
+    made = [
+        copy.deepcopy(part) if (layer := solved_layer(part)) is None else _mirrored(layer, trace, hidden)
+        for part, trace in zip(parts, traces, strict=True)
+    ]
+    return Flow(copy.deepcopy(teacher.base), Compose(made)).requires_grad_()
+
+
+def _mirrored(layer: Autoregressive, trace: Trace, hidden: tuple[int, ...]) -> Transform:
+    """A layer of one pass from v to u: where its degrees ascend, a linear map and what that leaves over."""
+    config = {**layer.config(), "univariate": _univariate(layer.univariate)}
+    if hidden and hidden != layer.hidden:
+        config = {k: v for k, v in config.items() if k in PLAIN} | {"hidden": hidden}
+    made = Autoregressive(**config).to(trace.v)
+    if made.hidden == layer.hidden:
+        # The teacher's parameters are linear in its last hidden units: these know what matters in u, and after the
+        # linear map the student sees nearly u. What leads to the parameters themselves starts anew.
+        last = f"layers.{len(layer.hidden)}."
+        theirs = {k: v for k, v in layer.made.state_dict().items() if not k.startswith((last, "direct"))}
+        made.made.load_state_dict(theirs, strict=False)
+    if list(layer.degrees) != sorted(layer.degrees):
+        return made
+    return Compose([_linear(layer, trace), made])
+
+
+def _univariate(univariate: Univariate) -> Univariate:
+    """The map of the student's layers: its own where inverses are like it, else affine, as for a gate."""
+    return univariate if isinstance(univariate, Affine | RationalQuadraticSpline | SinhArcsinh) else Affine()
+
+
+def _linear(layer: Autoregressive, trace: Trace) -> Inverse:
+    """U = mean + L v: L_ii the geometric mean of du_i/dv_i, the rest of row i by least squares on lower degrees."""
+    v, u = trace.v.double(), trace.u.double()
+    slope = -layer.univariate.forward(trace.u, known_params(trace))[1].double().mean(0)
+    ones = torch.cat([v.new_ones(len(v), 1), v], 1)
+    gram, rest = ones.T @ ones / len(v), ones.T @ (u - v * slope.exp()) / len(v)
+    gram = gram + 1e-6 * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    mean, factor = torch.zeros_like(slope), torch.diag(slope.exp())
+    for i, d in enumerate(layer.degrees):
+        seen = 1 + sum(other < d for other in layer.degrees)
+        row = torch.linalg.solve(gram[:seen, :seen], rest[:seen, i])
+        mean[i], factor[i, : seen - 1] = row[0], row[1:]
+    return Inverse(Whiten(mean.to(trace.v), factor.to(trace.v)))
+
+
+def known_params(trace: Trace) -> Tensor:
+    if trace.params is None:
+        raise ValueError("expected the trace of a solved layer, got one without parameters")
+    return trace.params
+
+
+def check_student(student: Flow, teacher: Flow) -> Flow:
+    """A copy of a student that somebody brings along."""
+    if (student.features, student.context) != (teacher.features, teacher.context):
+        raise ValueError(
+            f"expected a student with features={teacher.features} and context={teacher.context}, got features="
+            f"{student.features} and context={student.context}"
+        )
+    if student.transform.forward_cost != "one pass":
+        raise ValueError(f"expected a student that samples in one pass, such as an IAF, got\n{student!r}")
+    return copy.deepcopy(student)

@@ -1,0 +1,1 @@
+"""Solvers of the triangular system of an autoregressive map: one contract, several bodies."""

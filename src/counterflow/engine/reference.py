@@ -1,0 +1,66 @@
+"""The definition: G passes forward, and a dense Jacobian back. Plain, slow, any dtype, any device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from counterflow.engine.contract import Adjoints, Layout, Solution, System
+
+
+def network(system: System, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One pass through the masked network: params (N, D, P), and each hidden layer before activation."""
+    hidden: list[Tensor] = []
+    layout, fed = system.layout, x
+    masked = [weight * mask.to(weight.device) for weight, mask in zip(system.weights, _masks(layout), strict=True)]
+    for k, skip in enumerate(layout.chain.skips):
+        a = fed @ masked[k].T + system.biases[k]
+        hidden.append(a if skip is None else a + hidden[skip])
+        fed = layout.fed(k, hidden[k])
+    params = fed @ masked[len(hidden)].T + system.biases[-1]
+    if layout.chain.direct:
+        params = params + x @ masked[-1].T
+    return params.unflatten(-1, (x.shape[-1], system.layout.univariate.parameters)), tuple(hidden)
+
+
+def _masks(layout: Layout) -> Iterator[Tensor]:
+    """Where each weight is allowed to differ from 0: see `made`."""
+    features, *hidden = (
+        [g for g, (a, b) in enumerate(pairwise((0, *ends))) for _ in range(a, b)] for ends in layout.ends
+    )
+    for before, after in pairwise([features, *hidden]):
+        yield torch.tensor(after)[:, None] >= torch.tensor(before)
+    params = torch.tensor(features).repeat_interleave(layout.univariate.parameters)
+    yield params[:, None] > torch.tensor(hidden[-1])
+    if layout.chain.direct:
+        yield params[:, None] > torch.tensor(features)
+
+
+def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
+    """One pass for each degree; a pass makes the features of its degree known."""
+    ends, univariate = system.layout.ends[0], system.layout.univariate
+    x = torch.zeros_like(y)
+    for first, last in pairwise(ends):
+        params, _ = network(system, x)
+        known, _ = univariate.inverse(y[:, first:last], params[:, first:last])
+        x = torch.cat([x[:, :first], known, x[:, last:]], 1)
+    params, hidden = network(system, x)
+    _, log_slope = univariate.inverse(y, params)
+    return Solution(x, log_slope.sum(1), params, hidden)
+
+
+@torch.enable_grad()
+def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
+    """The Jacobian by one backward pass for each feature, then a dense solve."""
+    x = solution.x.detach().requires_grad_()
+    params, hidden = network(system, x)
+    y, log_slope = system.layout.univariate.forward(x, params)
+    jacobian = torch.stack([torch.autograd.grad(y[:, i].sum(), x, retain_graph=True)[0] for i in range(x.shape[1])], 1)
+    (log_det_x,) = torch.autograd.grad((w * log_slope.sum(1)).sum(), x, retain_graph=True, materialize_grads=True)
+    u = torch.linalg.solve(jacobian.transpose(1, 2), v - log_det_x)
+    inputs = (params, *hidden)
+    adjoints = torch.autograd.grad((u * y).sum() + (w * log_slope.sum(1)).sum(), inputs, materialize_grads=True)
+    return Adjoints(u, adjoints[0], adjoints[1:])

@@ -1,0 +1,151 @@
+"""The triangular system of an autoregressive map, solved in one pass: forward and back substitution.
+
+A body is a module with the two functions of the contract below. `reference` is the definition; every other
+body gives the same numbers, faster. Bodies know nothing of autograd: the one rule for gradients stands here.
+
+    forward_substitution(system, y, keep=True)            -> Solution
+    back_substitution(system, solution, v, w)             -> Adjoints
+
+Source: the solve of MADE flows with gradients by the implicit function theorem is Counterflow's own. Caching
+the past of an autoregressive network: Ramachandran et al. 2017, "Fast generation for convolutional
+autoregressive models".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from counterflow.engine.contract import Body, Layout, Solution, System
+from counterflow.made.staircase import Staircase, weight_gradient
+
+AT_ONCE = 1 << 25  # numbers that a solve without gradients holds of the network: 128 MiB in float32
+SOLVERS = ("auto", "reference", "sliced", "cpu")
+
+
+def check_solver(name: str) -> str:
+    """The name, if it is one of SOLVERS."""
+    if name not in SOLVERS:
+        raise ValueError(f"expected solver as one of {', '.join(SOLVERS)}, got {name!r}")
+    return name
+
+
+def body_for(solver: str, layout: Layout, device: torch.device) -> Body:
+    """The body that a solver's name stands for; "auto" is `cpu` where that can do the system, else `sliced`.
+
+    At the sizes of benchmarks/results/bench.md `sliced` took 2.6 to 9 times as long as `cpu` (an EPYC 9004, two cores).
+    """
+    if torch.compiler.is_compiling():
+        from counterflow.engine.traced import Traced
+
+        return Traced(solver)
+    if solver in ("auto", "cpu"):
+        # Imported when something is solved: it brings Numba.
+        able = device.type == "cpu" and import_module("counterflow.engine.cpu").supports(layout)
+        if solver == "cpu" and not able:
+            raise ValueError(
+                "expected a map of this library, on the CPU, for solver='cpu', "
+                f"got {layout.univariate} on {device.type}; take solver='auto'"
+            )
+        solver = "cpu" if able else "sliced"
+    return import_module(f"counterflow.engine.{solver}")
+
+
+def without_autocast(device: str) -> AbstractContextManager[Any]:
+    """A context in which autocast is off. Where it is off already there is nothing to do, which saves 10 us."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def solve(body: Body, system: System, staircases: Sequence[Staircase], y: Tensor) -> tuple[Tensor, Tensor]:
+    """x with f(x) = y and log|det dx/dy|, differentiable once in y, the weights and the biases.
+
+    The gradient is the implicit function theorem's: one back substitution gives u = J^-T (...), which is the
+    gradient for y; minus the adjoints that it leaves, times what each layer was fed, is that for the weights, each cut
+    by its staircase.
+    Without gradients many rows are solved in parts: what the network holds for a row is then of no use afterwards.
+    """
+    tensors = (*system.biases, *system.weights)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, *tensors)):
+        return _Solve.apply(body, system.layout, staircases, y, *tensors)
+    held = sum(len(weight) for weight in system.weights)  # for each row
+    if len(y) * held <= AT_ONCE:
+        return body.forward_substitution(system, y, keep=False)[:2]
+    rows = max(1, AT_ONCE // held)
+    parts = [body.forward_substitution(*part, keep=False)[:2] for part in _in_parts(system, y, rows)]
+    x, log_det = (torch.cat(part) for part in zip(*parts, strict=True))
+    return x, log_det
+
+
+def _in_parts(system: System, y: Tensor, rows: int) -> Iterator[tuple[System, Tensor]]:
+    for first in range(0, len(y), rows):
+        part = slice(first, first + rows)
+        biases = tuple(bias[part] if bias.dim() == 2 else bias for bias in system.biases)
+        yield System(system.layout, system.weights, biases), y[part]
+
+
+class _Solve(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, body: Body, layout: Layout, staircases: Sequence[Staircase], y: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        L = len(layout.ends)
+        solution = body.forward_substitution(System(layout, tensors[L:], tensors[:L]), y)
+        ctx.body, ctx.layout, ctx.staircases = body, layout, staircases
+        ctx.save_for_backward(solution.x, solution.log_det, solution.params, *solution.hidden, *tensors)
+        return solution.x, solution.log_det
+
+    @staticmethod
+    def backward(ctx: Any, x_bar: Tensor, log_det_bar: Tensor) -> tuple[Tensor | None, ...]:
+        needed = ctx.needs_input_grad[4:]
+        with without_autocast(x_bar.device.type):
+            grads = _SolveBackward.apply(
+                ctx.body, ctx.layout, ctx.staircases, needed, x_bar, log_det_bar, *ctx.saved_tensors
+            )
+        return None, None, None, *grads
+
+
+class _SolveBackward(torch.autograd.Function):
+    """The backward pass as a function of its own, so that a second derivative is refused and never silently zero."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        body: Body,
+        layout: Layout,
+        staircases: Sequence[Staircase],
+        needed: Sequence[bool],
+        v: Tensor,
+        w: Tensor,
+        *saved: Tensor,
+    ) -> tuple[Tensor | None, ...]:
+        x, log_det, params, *rest = saved
+        L = len(layout.ends)  # L - 1 hidden layers, L biases, L weights or one more
+        hidden, biases, weights = rest[: L - 1], rest[L - 1 : 2 * L - 1], rest[2 * L - 1 :]
+        system = System(layout, tuple(weights), tuple(biases))
+        solution = Solution(x, log_det, params, tuple(hidden))
+        # The gradients of weights and biases are minus what the adjoints give; so the system is solved for -v and -w.
+        minus = body.back_substitution(system, solution, -v, -w)
+
+        into = (*minus.hidden, minus.params.flatten(1))  # minus what each layer's output receives
+        grads: list[Tensor | None] = [None] * (L + len(weights))
+        for k in range(L):
+            if needed[k]:
+                grads[k] = into[k] if biases[k].dim() == 2 else into[k].sum(0)
+            if needed[L + k]:
+                fed = x if k == 0 else layout.fed(k - 1, hidden[k - 1])
+                grads[L + k] = weight_gradient(staircases[k], into[k], fed)
+        if layout.chain.direct and needed[2 * L]:
+            grads[2 * L] = weight_gradient(staircases[L], into[-1], x)
+        return -minus.u, *grads
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        raise RuntimeError(
+            "expected first derivatives of the solved direction of an autoregressive map, got a second one; "
+            "build the flow the other way round, so that what you differentiate twice is the one-pass direction"
+        )

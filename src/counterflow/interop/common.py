@@ -1,0 +1,364 @@
+"""What the converters share: networks as other libraries have them, and our layers made of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from counterflow.flows.bases import StandardNormal
+from counterflow.flows.flow import Flow
+from counterflow.made.architecture import Architecture
+from counterflow.transforms.autoregressive import Autoregressive
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Permute, Standardize, Whiten
+from counterflow.transforms.context import StandardizedContext
+from counterflow.transforms.coupling import CouplingLayer
+from counterflow.univariate.affine import ForeignAffine
+from counterflow.univariate.base import Univariate
+
+FUNCTIONS: dict[Any, str] = {
+    F.relu: "relu",
+    torch.relu: "relu",
+    F.leaky_relu: "leaky_relu",
+    F.elu: "elu",
+    torch.tanh: "tanh",
+    F.tanh: "tanh",
+    torch.sigmoid: "sigmoid",
+    F.sigmoid: "sigmoid",
+    F.silu: "silu",
+    F.softplus: "softplus",
+}
+MODULES: dict[type, tuple[str, dict[str, float]]] = {  # the name, and the settings that ours has
+    nn.ReLU: ("relu", {}),
+    nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
+    nn.ELU: ("elu", {"alpha": 1.0}),
+    nn.Tanh: ("tanh", {}),
+    nn.Sigmoid: ("sigmoid", {}),
+    nn.SiLU: ("silu", {}),
+    nn.Softplus: ("softplus", {"beta": 1.0, "threshold": 20.0}),
+}
+
+
+def name_of(activation: Any) -> str:
+    """The name in ACTIVATIONS of an activation that is a function or a module of torch."""
+    if isinstance(activation, nn.LeakyReLU) and activation.negative_slope == 0:
+        return "relu"
+    name, settings = MODULES.get(type(activation), ("", {}))
+    if name and all(getattr(activation, key) == value for key, value in settings.items()):
+        return name
+    if not isinstance(activation, nn.Module) and activation in FUNCTIONS:
+        return FUNCTIONS[activation]
+    known = ", ".join(sorted({*FUNCTIONS.values()}))
+    raise TypeError(f"expected an activation of torch among {known}, with torch's defaults, got {activation!r}")
+
+
+@contextmanager
+def at(place: str, layer: Any) -> Iterator[None]:
+    """Errors within say which layer of which class they are about."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if str(error).startswith("cannot convert"):
+            raise
+        kind = f"{type(layer).__module__}.{type(layer).__name__}"
+        raise type(error)(f"cannot convert {place}, {kind}: {error}") from None
+
+
+def of_library(thing: Any, library: str, *names: str) -> bool:
+    """Whether it is of one of these classes of the library itself: somebody's class may have the same name."""
+    return type(thing).__name__ in names and type(thing).__module__.partition(".")[0] == library
+
+
+def not_converted(layer: Any, known: Sequence[str]) -> TypeError:
+    """What to raise for a class that no converter knows."""
+    return TypeError(
+        f"expected one of {', '.join(sorted(known))}, got {type(layer).__name__}, whose map has no counterpart here; "
+        "train the flow with one of these layers instead, or keep it in its own library"
+    )
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer of somebody's network before activation, its units in their order: W fed + b, and what is added to it."""
+
+    weight: Tensor  # (H, units before)
+    bias: Tensor  # (H,)
+    mask: Tensor | None = None  # (H, units before), what each unit sees; everything when not given
+    context: Tensor | None = None  # (H, C): V c is added,
+    context_bias: Tensor | None = None  # (H,): f(V c + v) where this is given
+    gate: tuple[Tensor, Tensor] | None = None  # (H, C), (H,): W fed + b is multiplied by sigmoid(V c + v)
+    skip: int | None = None  # what that layer holds before its activation is added
+    linear: bool = False  # fed on without its activation
+
+    def scaled(self, scale: Tensor, shift: Tensor) -> Layer:
+        """The layer followed by scale * a + shift, for a layer that nothing else is added to."""
+        context = None if self.context is None else self.context * scale[:, None]
+        return replace(self, weight=self.weight * scale[:, None], bias=self.bias * scale + shift, context=context)
+
+    def fed_with(self, scale: Tensor, shift: Tensor) -> Layer:
+        """The layer fed with scale * h + shift in place of h."""
+        return replace(self, weight=self.weight * scale, bias=self.bias + self.masked() @ shift)
+
+    def masked(self) -> Tensor:
+        """The weight with zeros where it is masked."""
+        return self.weight if self.mask is None else self.weight * self.mask
+
+    def rows(self, rows: Tensor, times: Sequence[float], plus: Sequence[float]) -> Layer:
+        """Params (features, P), taken from these rows, -1 for a zero, each param p by times[p], plus plus[p]."""
+        weight, bias = F.pad(self.masked(), (0, 0, 0, 1)), F.pad(self.bias, (0, 1))
+        factors, terms = (weight.new_tensor(v).repeat(len(rows)) for v in (times, plus))
+        chosen = rows.flatten().to(weight.device)
+        mask = None if self.mask is None else F.pad(self.mask, (0, 0, 0, 1))[chosen]
+        return Layer(weight[chosen] * factors[:, None], bias[chosen] * factors + terms, mask)
+
+
+def linear_layer(module: Any, **more: Any) -> Layer:
+    """Of an nn.Linear or any other module with a weight, a bias and maybe a mask."""
+    weight = module.weight.detach()
+    bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
+    mask = getattr(module, "mask", None)
+    return Layer(weight, bias, None if mask is None else mask.bool(), **more)
+
+
+def activated(layer: Layer) -> Layer:
+    """The layer fed on through its activation."""
+    return replace(layer, linear=False)
+
+
+def split(layer: Layer, features: int, first: int = 0) -> Layer:
+    """The layer, of whose inputs all but `features` from number `first` on are the context."""
+    inputs = torch.arange(layer.weight.shape[1])
+    is_feature = (inputs >= first) & (inputs < first + features)
+    if is_feature.all():
+        return layer
+    mask = None if layer.mask is None else layer.mask[:, is_feature]
+    return replace(layer, weight=layer.weight[:, is_feature], mask=mask, context=layer.masked()[:, ~is_feature])
+
+
+def batch_norm(module: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
+    """Scale and shift of a batch norm in eval mode."""
+    if module.running_mean is None or module.running_var is None:
+        raise ValueError("expected batch norm with running statistics, got track_running_stats=False; train with them")
+    scale = (module.running_var + module.eps).rsqrt()
+    scale = scale if module.weight is None else scale * module.weight.detach()
+    shift = -module.running_mean * scale
+    return scale, shift if module.bias is None else shift + module.bias.detach()
+
+
+def autoregressive(
+    degrees: Sequence[int],
+    layers: Sequence[Layer],
+    last: Layer,
+    univariate: Univariate,
+    activation: str,
+    direct: Layer | None = None,
+) -> Autoregressive:
+    """Ours, from a masked network.
+
+    Args:
+        degrees: of the features.
+        layers: the hidden ones. A unit's degree is the highest among the features that reach it.
+        last: gives the params, (features P, H), P rows for each feature.
+        univariate: the map of one feature.
+        activation: its name.
+        direct: what the features, and the context, add to the params without a hidden layer.
+    """
+    if any(layer.gate is not None for layer in layers):
+        raise ValueError(
+            "expected a context that is added to a masked network, got one that gates its layers (GLU), so that each "
+            "row has weights of its own; train coupling layers for a context, or nflows' masked ones, which add it"
+        )
+    known, before = torch.tensor(degrees), torch.tensor(degrees)
+    order = torch.argsort(known, stable=True)
+    of: list[Tensor] = []
+    for layer in layers:
+        before = (_mask(layer) * before).amax(1) if layer.weight.shape[1] else before.new_zeros(len(layer.weight))
+        before = before if layer.skip is None else torch.maximum(before, of[layer.skip])
+        of.append(before)
+    outputs = known.repeat_interleave(univariate.parameters)
+    for seen, by in ((before, last), *([(known, direct)] if direct else [])):
+        if (_mask(by) & (outputs[:, None] <= seen)).any():
+            raise ValueError(
+                "expected params of a feature to depend on features before it alone, got masks that differ"
+            )
+    places = [torch.argsort(e, stable=True) for e in of]
+    contexts = [k for k, layer in enumerate(layers) if layer.context is not None]
+    C = {layer.context.shape[1] for layer in (*layers, direct) if layer and layer.context is not None}
+    activated = tuple(k for k in contexts if layers[k].context_bias is not None)
+    architecture = Architecture(
+        hidden_degrees=tuple(tuple(e[place].tolist()) for e, place in zip(of, places, strict=True)),
+        skips=tuple(layer.skip for layer in layers) if any(layer.skip is not None for layer in layers) else (),
+        linear=tuple(layer.linear for layer in layers) if any(layer.linear for layer in layers) else (),
+        contexts=tuple(contexts) if C else (0,),
+        activated_contexts=activated,
+        direct=direct is not None,
+    )
+    t = Autoregressive(
+        len(degrees),
+        C.pop() if C else 0,
+        [len(e) for e in of],
+        univariate,
+        degrees,
+        activation,
+        architecture=architecture,
+    ).to(last.weight)
+    made: Any = t.made
+    rows = (order[:, None] * univariate.parameters + torch.arange(univariate.parameters)).flatten()
+    columns = order
+    for ours, theirs, place in zip(made.layers, (*layers, last), (*places, rows), strict=True):
+        _copy(ours, theirs.masked()[place][:, columns], theirs.bias[place])
+        columns = place
+    for k, layer in enumerate(layers):
+        if layer.context is not None:
+            bias = None if layer.context_bias is None else layer.context_bias[places[k]]
+            _copy(made.contexts[str(k)], layer.context[places[k]], bias)
+    if direct is not None:
+        _copy(made.direct, direct.masked()[rows][:, order], None)
+        if direct.context is not None:
+            _copy(made.direct_context, direct.context[rows], None)
+    return t
+
+
+def _mask(layer: Layer) -> Tensor:
+    return torch.ones(layer.weight.shape, dtype=torch.bool) if layer.mask is None else layer.mask.cpu()
+
+
+@torch.no_grad()
+def _copy(ours: Any, weight: Tensor, bias: Tensor | None) -> None:
+    ours.weight.copy_(weight)
+    if bias is not None:
+        ours.bias.copy_(bias)
+
+
+def coupling(
+    features: int,
+    moved: Sequence[int],
+    context: int,
+    layers: Sequence[Layer],
+    last: Layer,
+    univariate: Univariate,
+    activation: str,
+) -> CouplingLayer:
+    """Ours, from a dense network that is fed with [features that are not moved, context]."""
+    t = CouplingLayer(
+        features,
+        moved,
+        context,
+        [len(layer.bias) for layer in layers],
+        univariate,
+        activation,
+        skips=[layer.skip for layer in layers] if any(layer.skip is not None for layer in layers) else (),
+        linear=[k for k, layer in enumerate(layers) if layer.linear],
+        gates=[k for k, layer in enumerate(layers) if layer.gate is not None],
+    ).to(last.weight)
+    for ours, theirs in zip((*t.layers, t.last), (*layers, last), strict=True):
+        _copy(ours, theirs.weight, theirs.bias)
+    for k, gating in t.gating.items():
+        _copy(gating, *layers[int(k)].gate)  # type: ignore[misc]  # gates are those that have one
+    return t
+
+
+def constant(params: Tensor, univariate: Univariate, features: int, moved: Sequence[int]) -> CouplingLayer:
+    """A map of each moved feature whose params (moved, P) are numbers."""
+    t = CouplingLayer(features, moved, 0, (), univariate).to(params)
+    if t.constant is None:  # features that are kept have no effect
+        t.last.weight.data.zero_()  # type: ignore[union-attr]  # one of both is there
+        t.last.bias.data.copy_(params.flatten())  # type: ignore[union-attr]
+    else:
+        t.constant.data.copy_(params.flatten())
+    return t
+
+
+def pointwise(scale: Tensor, shift: Tensor, features: int) -> Transform:
+    """y = scale * x + shift, by constants (D,) or ()."""
+    scale, shift = (v.detach().expand(features) if v.dim() == 0 else v.detach().flatten() for v in (scale, shift))
+    if not (scale > 0).all():
+        raise ValueError("expected positive scales, got a negative one; put the sign into the data")
+    return Standardize(-shift / scale, 1 / scale)
+
+
+def lower_upper(module: Any) -> Transform:
+    """y = L U x + b of an LULinear of Durkan et al., whose diagonals are positive: triangular both ways."""
+    lower, upper = (matrix.detach() for matrix in module._create_lower_upper())
+    bias, backwards = module.bias.detach(), range(module.features)[::-1]
+    first = Inverse(Whiten(torch.zeros_like(bias), upper.flip(0, 1)))
+    return Compose([Permute(backwards), first, Permute(backwards), Inverse(Whiten(bias, lower))])
+
+
+def flow_of(to_data: Transform, features: int, like: nn.Module) -> Flow:
+    """A flow whose transform leads from standard normal noise to the data, with the dtype and device of the module."""
+    tensors = [t for t in (*like.parameters(), *like.buffers()) if t.is_floating_point()]
+    weights = [t for t in tensors if t.dim()] or tensors  # nflows keeps a number in float64
+    flow = Flow(StandardNormal(features), to_data)
+    return flow.to(weights[0].device, weights[0].dtype) if weights else flow
+
+
+def composed(layers: Sequence[Transform]) -> Transform:
+    """The one, or all of them."""
+    return layers[0] if len(layers) == 1 else Compose(layers)
+
+
+def normal_base(mean: Tensor, std: Tensor, features: int) -> list[Transform]:
+    """What leads from standard normal noise to this normal: nothing where it is standard already."""
+    if (mean == 0).all() and (std == 1).all():
+        return []
+    return [Inverse(Standardize(*(v.detach().expand(features).clone() for v in (mean, std))))]
+
+
+def conditional_normal(encoder: Any, features: int) -> Transform:
+    """x = mean + exp(s) eps; a network gives (mean, s), each (features,), for the context, or that is both."""
+    if encoder is None:
+        encoder = nn.Linear(2 * features, 2 * features, bias=False)
+        nn.init.eye_(encoder.weight)
+    layers, last, activation = sequential(encoder)
+    rows = torch.arange(2 * features).reshape(2, features).T
+    C = (layers[0] if layers else last).weight.shape[1]
+    last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
+    return coupling(features, range(features), C, layers, last, ForeignAffine("softclip", 0.0), activation)
+
+
+def sequential(net: Any) -> tuple[list[Layer], Layer, str]:
+    """Hidden layers, last layer and activation of a Linear, or of Linears and activations in a Sequential."""
+    layers: list[Layer] = []
+    names: set[str] = set()
+    modules: list[Any] = list(net) if isinstance(net, nn.Sequential) else [net]
+    for module in modules:
+        if type(module) is nn.Linear or (of_library(module, "zuko", "Linear") and module.weight.dim() == 2):
+            layers.append(linear_layer(module, linear=True))
+        elif isinstance(module, nn.Identity | nn.Dropout):
+            continue
+        elif layers and layers[-1].linear:
+            names.add(name_of(module))
+            layers[-1] = replace(layers[-1], linear=False)
+        else:
+            raise TypeError(f"expected linear layers, each with at most one activation, got {type(module).__name__}")
+    if not layers or not layers[-1].linear or len(names) > 1:
+        raise TypeError(f"expected linear layers with one kind of activation between them, got {net}")
+    return layers[:-1], layers[-1], names.pop() if names else "relu"  # which nothing uses then
+
+
+def embedded(t: Transform, net: Any) -> Transform:
+    """The transform with what the embedding net does to the context, which may standardize it."""
+    found = [module for module in net.modules() if not isinstance(module, nn.Identity | nn.Sequential)]
+    others = [module for module in found if not of_library(module, "sbi", "Standardize")]
+    if others or len(found) > 1:
+        kinds = ", ".join(type(module).__name__ for module in others or found)
+        raise TypeError(
+            f"expected no embedding of the context, or one that standardizes it, got {kinds}; set it to "
+            "torch.nn.Identity() in a copy of the flow, convert that, and call the result with the embedded context"
+        )
+    if not found or not t.context:
+        return t
+    mean, std = (v.expand(t.context) if v.dim() == 0 else v for v in (found[0]._mean, found[0]._std))
+    if mean.dim() != 1 or std.dim() != 1:
+        raise ValueError(
+            f"expected a context of one dimension, got one of {tuple(mean.shape)}; flatten it before training"
+        )
+    return StandardizedContext(t, mean, std.expand(len(mean)))

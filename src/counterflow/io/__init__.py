@@ -1,0 +1,1 @@
+"""Files: atomic writes, serialization, limits on untrusted files, export, data."""

@@ -1,0 +1,1 @@
+"""Masked networks (MADE): degrees, staircase-masked linear layers, activations."""

@@ -1,0 +1,65 @@
+"""Activations and their derivatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Activation(NamedTuple):
+    """An elementwise function and its derivative, both of the value before activation."""
+
+    f: Callable[[Tensor], Tensor]
+    df: Callable[[Tensor], Tensor]
+
+
+def _df_relu(a: Tensor) -> Tensor:
+    return (a > 0).to(a.dtype)
+
+
+def _df_leaky_relu(a: Tensor) -> Tensor:
+    return torch.where(a > 0, torch.ones_like(a), 0.01)
+
+
+def _df_elu(a: Tensor) -> Tensor:
+    return torch.exp(a.clamp_max(0))
+
+
+def _df_tanh(a: Tensor) -> Tensor:
+    return 1 - torch.tanh(a).square()
+
+
+def _df_sigmoid(a: Tensor) -> Tensor:
+    return torch.sigmoid(a) * torch.sigmoid(-a)
+
+
+def _df_silu(a: Tensor) -> Tensor:
+    s = torch.sigmoid(a)
+    return s * (1 + a * (1 - s))
+
+
+def _df_softplus(a: Tensor) -> Tensor:
+    return torch.where(a > 20, torch.ones_like(a), torch.sigmoid(a))  # torch's softplus is linear above 20
+
+
+# Named functions, no lambdas: modules that hold them are pickled by whoever starts worker processes.
+ACTIVATIONS: dict[str, Activation] = {
+    "relu": Activation(F.relu, _df_relu),
+    "leaky_relu": Activation(F.leaky_relu, _df_leaky_relu),
+    "elu": Activation(F.elu, _df_elu),
+    "tanh": Activation(torch.tanh, _df_tanh),
+    "sigmoid": Activation(torch.sigmoid, _df_sigmoid),
+    "silu": Activation(F.silu, _df_silu),
+    "softplus": Activation(F.softplus, _df_softplus),
+}
+
+
+def activation_named(name: str) -> Activation:
+    """The activation of that name, or an error that lists all."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"expected activation as one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+    return ACTIVATIONS[name]

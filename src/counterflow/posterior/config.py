@@ -1,0 +1,74 @@
+"""Configuration of a posterior fit, and the stages it plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from counterflow import objectives
+from counterflow.diagnostics.importance import CLOSE, USABLE
+
+Estimator = Literal["reparameterised", "path", "dreg", "forward_kl", "renyi"]
+ESTIMATORS: dict[str, Callable[..., Tensor]] = {
+    "reparameterised": objectives.elbo,
+    "path": objectives.path_elbo,
+    "dreg": objectives.dreg_elbo,
+    "forward_kl": objectives.forward_kl,
+    "renyi": objectives.renyi_elbo,
+}
+
+
+@dataclass(frozen=True)
+class PosteriorConfig:
+    """How to fit a posterior. The defaults are meant for every model."""
+
+    layers: int = 4  # of the flow at first; a stage may add as many
+    hidden: tuple[int, ...] = ()  # sizes of each layer's network; empty takes two of 2 D, at least 32 and at most 256
+    activation: str = "elu"  # smooth, since the path gradient takes the derivative of the flow's density
+    df: float = 25.0  # at most, of the Student t base: tails heavier than normal ones bound the importance weights
+    starts: int = 8  # points to climb from; as many again, far around the best, look for other modes
+    estimator: Estimator = "path"  # of the gradient; the path derivative's variance is 0 where the flow is exact
+    draws: int = 256  # a step
+    steps: int = 250  # of the first stage; the later ones take more
+    learning_rate: float = 1e-2  # of the first stage, falling to a hundredth; half of it in the later ones
+    stages: int = 4  # at most; a good verdict ends them sooner
+    seconds: float = 200.0  # no stage starts that is expected to end later
+    verdict_draws: int = 10_000  # which judge each stage, and which are resampled in the end
+    seed: int = 0  # of starting points, initial weights and all noise
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "starts", "draws", "steps", "stages"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
+        for name in ("df", "learning_rate", "seconds"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"expected {name} above 0, got {getattr(self, name)}")
+        if self.verdict_draws < 1000:
+            raise ValueError(f"expected verdict_draws of at least 1000, got {self.verdict_draws}; k-hat needs a tail")
+        if self.estimator not in ESTIMATORS:
+            raise ValueError(f"expected estimator as one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a stage will do."""
+
+    estimator: Estimator
+    draws: int  # a step
+    steps: int
+    more_layers: bool = False
+    enough: float = USABLE  # the k-hat below which, with a large effective size, no further stage is needed
+
+
+def plans(config: PosteriorConfig) -> tuple[Plan, ...]:
+    """The stages that a fit may go through: longer, then deeper, then over all of the target."""
+    S, n = config.draws, config.steps
+    return (
+        Plan(config.estimator, S, n, enough=CLOSE),
+        Plan(config.estimator, S, 2 * n),
+        Plan(config.estimator, S, 4 * n, more_layers=True),
+        Plan("forward_kl", 4 * S, 2 * n),
+    )[: config.stages]

@@ -1,0 +1,38 @@
+"""Invertible maps of D features, with their log-determinants."""
+
+from counterflow.made.architecture import Architecture
+from counterflow.transforms.autoregressive import Autoregressive
+from counterflow.transforms.base import Transform
+from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.constant import Linear, Permute, Standardize, Whiten
+from counterflow.transforms.context import StandardizedContext
+from counterflow.transforms.coupling import CouplingLayer
+from counterflow.transforms.quantile_spline import QuantileSpline
+from counterflow.transforms.table.columns import Column, TableTransform
+from counterflow.univariate.affine import Affine, ForeignAffine, Gated
+from counterflow.univariate.base import Univariate
+from counterflow.univariate.sinh_arcsinh import SinhArcsinh
+from counterflow.univariate.spline import RationalQuadraticSpline
+
+__all__ = [
+    "Affine",
+    "Architecture",
+    "Autoregressive",
+    "Column",
+    "Compose",
+    "CouplingLayer",
+    "ForeignAffine",
+    "Gated",
+    "Inverse",
+    "Linear",
+    "Permute",
+    "QuantileSpline",
+    "RationalQuadraticSpline",
+    "SinhArcsinh",
+    "Standardize",
+    "StandardizedContext",
+    "TableTransform",
+    "Transform",
+    "Univariate",
+    "Whiten",
+]

@@ -1,0 +1,214 @@
+"""Autoregressive: MADE computes the parameters, a univariate map uses them, substitution undoes both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from counterflow.checks import positive
+from counterflow.engine.contract import Body, Layout, Solution, System
+from counterflow.engine.solve import body_for, check_solver, solve, without_autocast
+from counterflow.made.architecture import Architecture
+from counterflow.made.network import MADE
+from counterflow.made.staircase import Staircase
+from counterflow.transforms.base import Transform, prepare
+from counterflow.univariate.affine import Affine
+from counterflow.univariate.base import Univariate
+
+
+class Autoregressive(Transform):
+    """An invertible map whose Jacobian is triangular, y_i = g(x_i; params_i(x_j with d_j < d_i, c)).
+
+    Forward is one pass through a masked network, log_det = sum_i log dy_i/dx_i. Inverse is forward substitution:
+    feature by feature, each weight read once, about the cost of one pass as well. Both have gradients
+    for x or y, the context and every weight; those of the inverse cannot be differentiated a second time.
+
+    Args:
+        features: D.
+        context: C; 0 for none.
+        hidden: sizes of the hidden layers.
+        univariate: the map of one feature; Affine() when not given.
+        degrees: D degrees that use every number of 1..G; 1, 2, ..., D when not given. Features of one degree do
+            not see each other, so that degrees (1, 1, 2, 2) make a coupling layer.
+        activation: of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
+        architecture: how the hidden layers are joined, such as a residual network; a chain when not given.
+
+    Attributes:
+        solver: which body solves: "auto", "cpu" (compiled; the maps of this library), "sliced" (torch operations, any
+            device) or "reference" (D passes, the definition).
+
+    Raises:
+        ValueError: sizes below 1, degrees with gaps, names that do not exist.
+
+    Source: Kingma et al. 2016, section 3; Papamakarios et al. 2017, section 3. The solve is
+    described in `counterflow.substitution`.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> t = cf.Autoregressive(features=3, hidden=(16, 16))
+        >>> y, log_det = t(torch.randn(5, 3))
+        >>> x, inverse_log_det = t.inverse(y)
+        >>> torch.allclose(t(x)[0], y, atol=1e-6), torch.allclose(log_det, -inverse_log_det, atol=1e-6)
+        (True, True)
+    """
+
+    inverse_cost = "forward substitution"
+
+    order: Tensor
+    places: Tensor
+
+    def __init__(
+        self,
+        features: int,
+        context: int = 0,
+        hidden: Sequence[int] = (256, 256),
+        univariate: Univariate | None = None,
+        degrees: Sequence[int] | None = None,
+        activation: str = "relu",
+        *,
+        architecture: Architecture | None = None,
+    ) -> None:
+        super().__init__()
+        self.features = positive(features, "features")
+        self.context = positive(context, "context") if context else 0
+        self.univariate = Affine() if univariate is None else univariate
+        if not isinstance(self.univariate, Univariate):
+            raise TypeError(f"expected univariate as an instance such as cf.Affine(), got {univariate!r}")
+        self.degrees = _check_degrees(degrees, features)
+        self.activation = activation
+        # The network and the solve see the features sorted by degree; x and y keep their order.
+        order = torch.argsort(torch.tensor(self.degrees), stable=True)
+        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("places", torch.argsort(order), persistent=False)
+        self._sorted = order.tolist() == list(range(features))
+        ascending = sorted(self.degrees)
+        self.made = MADE(ascending, self.univariate.parameters, hidden, activation, self.context, architecture)
+        self.hidden, self.architecture = tuple(hidden), architecture
+        self._layout = Layout(self.made.ends, self.made.activation, self.univariate, self.made.chain)
+        self.solver = "auto"
+
+    @property
+    def solver(self) -> str:
+        """The name of the body that solves."""
+        return self._solver
+
+    @solver.setter
+    def solver(self, name: str) -> None:
+        self._solver = check_solver(name)
+
+    @property
+    def _staircases(self) -> tuple[Staircase, ...]:
+        return tuple(layer.staircase for layer in self.made.masked_layers())
+
+    def _body(self, y: Tensor) -> Body:
+        return body_for(self._solver, self._layout, y.device)
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return y (..., D) and log|det dy/dx| (...). One pass."""
+        y, log_slope = self._forward(self._prepare(x, c, "x"), c)
+        return y, log_slope.sum(-1)
+
+    def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Transform.forward_by_feature`."""
+        y, log_slope = self._forward(self._prepare(x, c, "x"), c)
+        return y, total + self._unsort(log_slope)
+
+    def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return x (..., D) with f(x) = y, and log|det dx/dy| (...). One forward substitution.
+
+        Under autocast it runs in float32: an error in an early feature would grow through all that follow.
+        """
+        y = self._prepare(y, c, "y")
+        with without_autocast(y.device.type):
+            y, c = _at_least_float32(y), None if c is None else _at_least_float32(c)
+            flat = self._sort(y).reshape(-1, self.features)
+            x, log_det = solve(self._body(y), self._system(y, c), self._staircases, flat)
+        return self._unsort(x.reshape(y.shape)).contiguous(), log_det.reshape(y.shape[:-1])
+
+    def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """See `Transform.push_score`: one pass, then one back substitution."""
+        x = self._prepare(x, c, "x")
+        flat = self._sort(x).reshape(-1, self.features)
+        rows = None if c is None else c.expand(*x.shape[:-1], self.context).reshape(-1, self.context)
+        params, hidden = self.made.run(flat, rows)
+        params = params.to(flat.dtype)  # lower under autocast, as hidden is
+        y, log_slope = self.univariate.forward(flat, params)
+        log_det = log_slope.sum(1)
+        with torch.no_grad(), without_autocast(x.device.type):
+            solution = Solution(flat, -log_det, params, tuple(a.to(flat.dtype) for a in hidden))
+            v, w = self._sort(score.expand(x.shape)).reshape(flat.shape), torch.ones_like(log_det)
+            u = self._body(x).back_substitution(self._system(flat, rows), solution, v, w).u
+        return self._unsort(y.reshape(x.shape)), log_det.reshape(x.shape[:-1]), self._unsort(u.reshape(x.shape))
+
+    def _prepare(self, x: Tensor, c: Tensor | None, name: str) -> Tensor:
+        """`prepare`, and a clear word when NumPy's float64 meets float32 weights."""
+        expanded = prepare(self, x, c, name)
+        dtype = self.made.dtype
+        for label, value in ((name, x), ("c", c)):
+            if value is not None and value.dtype != dtype and not torch.is_autocast_enabled(value.device.type):
+                raise TypeError(
+                    f"expected {label} of {dtype}, got {value.dtype}; convert it with .to({dtype}), or the flow"
+                )
+        return expanded
+
+    def _forward(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        x = self._sort(x)
+        y, log_slope = self.univariate.forward(x, self.made(x, c).to(x.dtype))
+        return self._unsort(y), log_slope
+
+    def _system(self, like: Tensor, c: Tensor | None) -> System:
+        """The system for the rows of `like` (..., D), its batch shape flattened."""
+        layers = self.made.masked_layers()
+        biases: list[Tensor] = [layer.bias for layer in layers]
+        if self.made.direct is not None:  # the direct layer ends where the last one does
+            biases[-2:] = [biases[-2] + biases[-1]]
+        for k, shift in self.made.shifts(c).items():
+            bias = biases[k] + shift
+            biases[k] = bias.expand(*like.shape[:-1], -1).reshape(-1, bias.shape[-1])
+        return System(self._layout, tuple(layer.weight for layer in layers), tuple(biases))
+
+    def _sort(self, x: Tensor) -> Tensor:
+        return x if self._sorted else x[..., self.order]
+
+    def _unsort(self, x: Tensor) -> Tensor:
+        return x if self._sorted else x[..., self.places]
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        natural = self.degrees == tuple(range(1, self.features + 1))
+        return {
+            "features": self.features,
+            "context": self.context,
+            "hidden": list(self.hidden),
+            "univariate": self.univariate,
+            "degrees": None if natural else list(self.degrees),
+            "activation": self.activation,
+            "architecture": self.architecture,
+        }
+
+    def __repr__(self) -> str:
+        groups = self._layout.groups
+        degrees = "" if groups == self.features else f", degrees 1..{groups}"
+        return (
+            f"Autoregressive(features={self.features}, context={self.context}, hidden={self.hidden}, "
+            f"univariate={self.univariate}, activation={self.activation!r}{degrees}, solver={self._solver!r})"
+        )
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _check_degrees(degrees: Sequence[int] | None, features: int) -> tuple[int, ...]:
+    if degrees is None:
+        return tuple(range(1, features + 1))
+    given = tuple(degrees)
+    if any(d != int(d) for d in given) or len(given) != features or min(given) < 1 or len(set(given)) != max(given):
+        raise ValueError(
+            f"expected {features} degrees that use every number of 1..G, got {given}; "
+            "for example (1, 1, 2, 2) for a coupling layer of four features"
+        )
+    return given

@@ -1,0 +1,147 @@
+"""Invertible maps. Each returns its value and its log-determinant together.
+
+Six letters are used everywhere: B batch, S samples, D features, C context, H hidden units, P parameters
+per feature. A value is (..., D), a context (..., C), and log_det (...), in nats.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+Cost = Literal["one pass", "forward substitution", "mixed"]
+
+
+class Transform(nn.Module, ABC):
+    """An invertible map of D features that may depend on a context of C numbers.
+
+    Calling the transform is `forward`. Every argument may have any batch shape; the batch shapes of the
+    value and of the context broadcast against each other.
+
+    Attributes:
+        features: D, the size of the last axis of x and y.
+        context: C, the size of the last axis of c; 0 means that c must be None.
+        forward_cost, inverse_cost: what each direction takes: "one pass" through the network, or
+            "forward substitution", which solves a triangular system and costs about as much.
+    """
+
+    features: int
+    context: int = 0
+    forward_cost: Cost = "one pass"
+    inverse_cost: Cost = "one pass"
+
+    @abstractmethod
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return y = f(x; c) and log|det df/dx|."""
+
+    @abstractmethod
+    def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return x with f(x; c) = y, and log|det dx/dy|, the log-determinant of the inverse map."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, from which a saved transform is built again."""
+
+    def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Like `forward`, but log_det is kept by feature and added to `total` (..., D).
+
+        Each term stays with the feature that it belongs to when features change places, as the free bits of
+        Kingma et al. 2016 need it. The sum of the terms over features is log_det.
+        """
+        raise _without_terms(type(self).__name__)
+
+    def inverse_by_feature(self, y: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Like `inverse`, with log_det by feature added to `total` (..., D); see `forward_by_feature`."""
+        raise _without_terms("Inverse")
+
+    def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Carry a score through the map: y, log_det and, without a graph, the gradient of log q_y at y.
+
+            score_y = J^-T (score_x - d log_det / dx),     score_x = d log q_x(x) / dx,  J = dy/dx
+
+        Source: Vaitl et al. 2024, "Fast and unified path gradient estimators for normalizing flows".
+        """
+        return _carry_score(self.forward, self.inverse, x, score, c)
+
+    def pull_score(self, y: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Carry a score through the inverse map: x, its log_det and the gradient of log q_x at x. See `push_score`."""
+        return _carry_score(self.inverse, self.forward, y, score, c)
+
+
+def _without_terms(kind: str) -> TypeError:
+    return TypeError(
+        f"expected a transform with a log-determinant by feature, got {kind}; free bits need a flow that samples in one "
+        "pass, such as an IAF"
+    )
+
+
+Direction = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
+
+
+def _carry_score(
+    f: Direction, f_inverse: Direction, x: Tensor, score: Tensor, c: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return f(x), its log_det and the score there: the vector-Jacobian product of f_inverse with (score, 1)."""
+    y, log_det = f(x, c)
+    with torch.enable_grad():
+        leaf = y.detach().requires_grad_()
+        back, inverse_log_det = f_inverse(leaf, None if c is None else c.detach())
+        (score_y,) = torch.autograd.grad((back * score).sum() + inverse_log_det.sum(), leaf)
+    return y, log_det, score_y
+
+
+def prepare(transform: Transform, x: Tensor, c: Tensor | None, name: str = "x", kind: str | None = None) -> Tensor:
+    """Check x (..., D) and c (..., C) against the transform and expand x to their common batch shape.
+
+    name and kind are what the messages call x and the transform.
+
+    Raises:
+        TypeError: x or c is not a floating-point tensor.
+        ValueError: a wrong number of features, or a context that is missing, not wanted or of a wrong shape.
+    """
+    kind, D = kind or type(transform).__name__, transform.features
+    _check_tensor(x, name)
+    check_context(c, transform.context, kind)
+    if x.dim() == 0 or x.shape[-1] != D:
+        raise ValueError(
+            f"expected {name} of shape (..., {D}), got {tuple(x.shape)}; this {kind} was built with features={D}"
+        )
+    if c is None:
+        return x
+    try:
+        batch = torch.broadcast_shapes(x.shape[:-1], c.shape[:-1])
+    except RuntimeError:
+        raise ValueError(
+            f"expected batch shapes that broadcast, got {name} {tuple(x.shape)} and c {tuple(c.shape)}; "
+            f"give c the batch shape of {name}, or one that torch broadcasts to it"
+        ) from None
+    return x.expand(*batch, D)
+
+
+def check_context(c: Tensor | None, context: int, kind: str) -> None:
+    """Raise unless c is (..., context), or None for context=0."""
+    if c is not None:
+        _check_tensor(c, "c")
+    if (c is None) != (context == 0) or (c is not None and (c.dim() == 0 or c.shape[-1] != context)):
+        wanted = f"a context c of shape (..., {context})" if context else "no context"
+        came = "None" if c is None else f"c of shape {tuple(c.shape)}"
+        raise ValueError(f"expected {wanted}, got {came}; this {kind} was built with context={context}")
+
+
+def _check_tensor(value: Tensor, name: str) -> None:
+    if not (isinstance(value, Tensor) and value.is_floating_point()):
+        came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
+        how = ".float()" if isinstance(value, Tensor) else "torch.as_tensor(...).float()"
+        raise TypeError(f"expected {name} as a floating-point tensor, got {came}; convert it with {how}")
+
+
+def rank(x: Tensor, edges: Tensor) -> Tensor:
+    """How many of the ascending edges (..., K) each x (..., N) has reached: x >= edge. (..., N), whole numbers."""
+    if is_compiling():  # ONNX has no search
+        return (x[..., None] >= edges[..., None, :]).sum(-1)
+    return torch.searchsorted(edges.contiguous(), x.contiguous(), right=True)

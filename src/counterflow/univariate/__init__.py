@@ -1,0 +1,1 @@
+"""Monotone maps of one feature, given its parameters."""

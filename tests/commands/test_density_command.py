@@ -1,0 +1,363 @@
+"""counterflow density, and score and sample of its runs: tables in, tables out, and what bad input leaves behind."""
+
+import json
+import math
+import re
+import shlex
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pytest
+from command_line import everything, files, real
+from PIL import Image
+from pyarrow import parquet
+
+import counterflow as cf
+
+RNG = np.random.default_rng(0)
+TINY = shlex.split("--layers 1 --hidden 8 --epochs 2")
+FILES = {
+    *("config.json", "density.json", "metrics.jsonl", "model.safetensors", "summary.json"),
+    *("plots/calibration.png", "plots/learning_curve.png", "plots/pairs.png", "plots/scores.png"),
+}
+N = 120
+COLOUR = RNG.choice(["red", "light, blue"], N)
+TABLE = pd.DataFrame(
+    {
+        "id": [f"r{k}" for k in range(N)],
+        "x": RNG.normal(size=N) + 3 * (COLOUR == "red"),
+        "colour": COLOUR,
+        "count": RNG.poisson(20, N),
+        "income": RNG.lognormal(10, 1, N),
+    }
+)
+NUMBERS = TABLE[["x", "count", "income"]]
+SUFFIXES = ("csv", "parquet", "npy", "npz")
+
+
+def write(table, path):
+    match path.suffix:
+        case ".csv":
+            table.to_csv(path, index=False)
+        case ".parquet":
+            table.to_parquet(path)
+        case ".npy":
+            np.save(path, table.to_numpy(float))
+        case ".npz":
+            np.savez_compressed(path, rows=table.to_numpy(float), more=np.ones((2, 2)))
+
+
+def read(path, names=()):
+    match path.suffix:
+        case ".csv":
+            return pd.read_csv(path)
+        case ".parquet":
+            return pd.read_parquet(path)
+        case ".npy":
+            return pd.DataFrame(np.load(path), columns=names)
+    with np.load(path) as arrays:
+        return pd.DataFrame(arrays["rows"], columns=names)
+
+
+# -- from a table to a run, to scores and samples ----------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with tables, the run `plain` of numbers and the run `given` with a context, both made by processes."""
+    folder = tmp_path_factory.mktemp("density")
+    write(TABLE, folder / "table.csv")
+    write(TABLE, folder / "table.parquet")
+    for suffix in SUFFIXES:
+        write(NUMBERS, folder / f"numbers.{suffix}")
+    ran = real(folder, "density", "table.csv", "--drop", "id", "colour", *TINY, "--out", "plain")
+    assert ran.returncode == 0, ran.stderr
+    arguments = ["--context", "colour", "--drop", "id", *TINY, "--out", "given"]
+    assert real(folder, "density", "table.parquet", *arguments).returncode == 0
+    return folder, ran
+
+
+def test_a_run_leaves_its_folder(runs):
+    folder, ran = runs
+    assert files(folder / "plain") == FILES
+    assert "Traceback" not in ran.stderr and "warn" not in ran.stderr.lower()
+    assert "3 columns; 96 rows to train and validate, 24 to test" in ran.stderr
+    for word in ("flow", "Gaussian mixture", "by BIC", "difference", "plain/plots"):
+        assert word in ran.stdout
+    for path in (folder / "plain" / "plots").iterdir():
+        with Image.open(path) as picture:
+            assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 1
+    config = json.loads((folder / "plain" / "config.json").read_text())
+    assert (config["command"], config["data"], config["fit"]["hidden"]) == ("density", "table.csv", [8])
+    metrics = [json.loads(line) for line in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
+    assert [(m["training"], m["epoch"]) for m in metrics] == [(k, epoch) for k in range(4) for epoch in (1, 2)]
+
+
+def test_the_summary_is_that_of_the_test_rows(runs):
+    folder, _ = runs
+    summary = json.loads((folder / "plain" / "summary.json").read_text())
+    test = np.random.default_rng(0).permutation(N)[:24]
+    scores = cf.FlowDensity.load(folder / "plain").score_samples(NUMBERS.iloc[test])
+    assert summary["test_log_density"] == pytest.approx(scores.mean(), rel=1e-9)
+    assert summary["standard_error"] == pytest.approx(scores.std(ddof=1) / math.sqrt(24), rel=1e-9)
+    assert summary["rows"] == {"train and validation": 96, "test": 24}
+    assert summary["columns"] == {"x": "linear", "count": "linear", "income": "log"}
+    mixture, difference = summary["gaussian_mixture"], summary["difference"]
+    gap = summary["test_log_density"] - mixture["test_log_density"]
+    assert difference["log_density"] == pytest.approx(gap) and difference["standard_error"] > 0
+    given = json.loads((folder / "given" / "summary.json").read_text())
+    assert given["context"] == ["colour"] and "gaussian_mixture" not in given
+
+
+@pytest.mark.slow
+def test_the_bundled_table_beats_a_gaussian_mixture(here, tmp_path):
+    assert here("density", "--epochs", 8, "--out", "run")[0] == 0
+    difference = json.loads((tmp_path / "run" / "summary.json").read_text())["difference"]
+    assert difference["log_density"] > 0
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_score_adds_a_column(suffix, runs, here, tmp_path):
+    folder, _ = runs
+    out = f"new/scores.{'npy' if suffix == 'npz' else suffix}"
+    key = ["--key", "rows"] if suffix == "npz" else []
+    code, told, err = here("score", folder / "plain", folder / f"numbers.{suffix}", *key, "--out", out)
+    assert (code, err) == (0, "") and out in told and "120 rows: mean log density" in told
+    scored = read(tmp_path / out, [*NUMBERS, "log_density"])
+    expected = cf.FlowDensity.load(folder / "plain").score_samples(NUMBERS)
+    np.testing.assert_allclose(scored.pop("log_density"), expected, rtol=1e-9)
+    np.testing.assert_allclose(scored.to_numpy(float), NUMBERS.to_numpy(float), rtol=1e-15)
+    assert f"{expected.mean():.3f}" in told
+    assert files(tmp_path) == {out}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_score_matches_columns_by_name_and_carries_others(suffix, runs, here, tmp_path):
+    folder, _ = runs
+    shuffled = TABLE[["income", "colour", "id", "count", "x"]]
+    write(shuffled, tmp_path / f"in.{suffix}")
+    assert here("score", folder / "given", f"in.{suffix}", "--out", f"out.{suffix}")[0] == 0
+    scored = read(tmp_path / f"out.{suffix}")
+    assert list(scored) == [*shuffled, "log_density"]
+    assert scored[["id", "colour"]].equals(shuffled[["id", "colour"]])
+    expected = cf.FlowDensity.load(folder / "given").score_samples(NUMBERS, TABLE[["colour"]])
+    np.testing.assert_allclose(scored.log_density, expected, rtol=1e-9)
+
+
+def test_score_streams_in_batches(runs, here, tmp_path, monkeypatch):
+    """Many batches, of many row groups, score as one does, in the order of the file."""
+    folder, _ = runs
+    big = pd.concat([NUMBERS] * 9, ignore_index=True)
+    parquet.write_table(pa.Table.from_pandas(big), tmp_path / "big.parquet", row_group_size=100)
+    write(big, tmp_path / "big.csv")
+    expected = np.tile(cf.FlowDensity.load(folder / "plain").score_samples(NUMBERS), 9)
+    monkeypatch.setattr("counterflow.commands.tables.ROWS", 64)
+    monkeypatch.setattr("counterflow.io.data.streams.BLOCK", 4096)
+    for suffix in ("csv", "parquet"):
+        assert here("score", folder / "plain", f"big.{suffix}", "--out", f"out.{suffix}")[0] == 0
+        np.testing.assert_allclose(read(tmp_path / f"out.{suffix}").log_density, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_sample_draws_a_table(suffix, runs, here, tmp_path):
+    folder, _ = runs
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        code, told, err = here("sample", folder / "plain", "-n", 50, "--seed", seed, "--out", f"{name}.{suffix}")
+        assert (code, err) == (0, "") and "50 rows" in told
+    a, b, c = (read(tmp_path / f"{name}.{suffix}", list(NUMBERS)) for name in "abc")
+    assert list(a) == list(NUMBERS) and len(a) == 50 and a.equals(b) and not a.equals(c)
+    assert (a["count"] == a["count"].round()).all() and (a.income > 0).all()
+
+
+def test_sample_given_a_context(runs, here, tmp_path):
+    folder, _ = runs
+    write(TABLE[["id", "colour"]].head(5), tmp_path / "given.csv")
+    for suffix in ("csv", "parquet"):
+        arguments = ["-n", 3, "--context", "given.csv", "--out", f"out.{suffix}"]
+        assert here("sample", folder / "given", *arguments)[0] == 0
+        drawn = read(tmp_path / f"out.{suffix}")
+        assert list(drawn) == ["colour", *NUMBERS] and drawn.colour.tolist() == np.repeat(TABLE.colour[:5], 3).tolist()
+    assert here("sample", folder / "given", "--context", "given.csv", "--out", "one.csv")[0] == 0
+    assert len(read(tmp_path / "one.csv")) == 5
+
+
+def test_without_out_the_results_join_the_run(here, tmp_path):
+    write(NUMBERS, tmp_path / "numbers.csv")
+    assert here("density", "numbers.csv", *TINY, "--out", "run")[0] == 0
+    assert here("score", "run/model.safetensors", "numbers.csv")[0] == 0
+    assert here("sample", "run")[0] == 0
+    assert files(tmp_path / "run") == FILES | {"scores.csv", "samples.csv"}
+    assert len(read(tmp_path / "run" / "samples.csv")) == 64
+
+
+# -- shapes ------------------------------------------------------------------------------------------
+
+
+def test_one_column_and_no_names(here, tmp_path):
+    np.savetxt("rows.csv", NUMBERS[["x"]])
+    assert here("density", "rows.csv", *TINY, "--out", "run")[0] == 0
+    assert here("score", "run", "rows.csv", "--out", "out.csv")[0] == 0
+    assert list(read(tmp_path / "out.csv")) == ["f0", "log_density"]
+    assert (tmp_path / "run" / "plots" / "pairs.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_thousand_columns(here, tmp_path):
+    np.save("wide.npy", RNG.normal(size=(40, 1000)))
+    assert here("density", "wide.npy", "--layers", 1, "--hidden", 4, "--epochs", 1, "--out", "run")[0] == 0
+    assert here("score", "run", "wide.npy", "--out", "out.npy")[0] == 0
+    assert np.load("out.npy").shape == (40, 1001)
+
+
+# -- bad input ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def material(runs, tmp_path):
+    """All that the table below speaks of, in tmp_path."""
+    for run in ("plain", "given"):
+        (tmp_path / run).symlink_to(runs[0] / run)
+    for name in ("table.csv", "numbers.csv", "numbers.parquet", "numbers.npy", "numbers.npz"):
+        (tmp_path / name).symlink_to(runs[0] / name)
+    for name in ("empty.csv", "empty.parquet", "empty.npy", "empty.npz", "old.csv"):
+        (tmp_path / name).touch()
+    (tmp_path / "header.csv").write_text("x,count,income\n")
+    (tmp_path / "ragged.csv").write_text("x,count,income\n1,2,3\n4,5\n6,7,8\n")
+    (tmp_path / "twice.csv").write_text("x,count,income,x\n1,2,3,4\n")
+    (tmp_path / "other.csv").write_text("x,count,salary\n1,2,3\n")
+    (tmp_path / "scored.csv").write_text("x,count,income,log_density\n1,2,3,4\n")
+    (tmp_path / "pink.csv").write_text("x,count,income,colour\n1,2,3,red\n1,2,3,pink\n")
+    rows = "".join(f"{k},{k * k % 7},{k + 0.5}\n" for k in range(20_000))  # the bad cell is in a later batch
+    for name, cell in (("text", "high"), ("gap", ""), ("inf", "inf"), ("nan", "nan")):
+        (tmp_path / f"{name}.csv").write_text(f"x,count,income\n{rows}1,{cell},3\n")
+    parquet.write_table(pa.table({"x": [1.0, 2], "count": ["5", "many"], "income": [1, 2]}), tmp_path / "text.parquet")
+    parquet.write_table(pa.table({"x": [1.0, None], "count": [5, 6], "income": [1, 2]}), tmp_path / "gap.parquet")
+    good = (tmp_path / "numbers.parquet").read_bytes()
+    (tmp_path / "footer.parquet").write_bytes(good[:-60] + bytes(52) + good[-8:])
+    (tmp_path / "cut.parquet").write_bytes(good[: len(good) // 2])
+    (tmp_path / "one.csv").write_text("x,count,income\n1,2,3\n")
+    same = NUMBERS.assign(copy=2 * NUMBERS.x, still=1)
+    write(same, tmp_path / "same.csv")
+    np.save(tmp_path / "cube.npy", np.ones((3, 4, 5)))
+    for name, config in (
+        ("posterior", '{"command": "posterior"}'),
+        ("broken", "{"),
+        ("bare", '{"command": "density"}'),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    return tmp_path
+
+
+BAD = {
+    "no table": ("density nowhere.csv", "expected a table, .csv, .parquet, .npy, .npz; got 'nowhere.csv', where nothi"),
+    "no such format": ("density table.xlsx", "expected a table, .csv, .parquet, .npy, .npz, got table.xlsx; convert"),
+    "empty csv": ("density empty.csv", "expected empty.csv to be a CSV table .* does not read: Empty CSV file"),
+    "empty parquet": ("density empty.parquet", "expected empty.parquet to be a Parquet file, but it does not read"),
+    "empty npy": ("density empty.npy", "expected empty.npy to be a NumPy .npy file, but it does not read"),
+    "empty npz": ("density empty.npz", "expected empty.npz to be a NumPy .npz file, but it does not read"),
+    "header alone": ("density header.csv", "expected at least 10 rows in header.csv, got 0"),
+    "one row": ("density one.csv", "expected at least 10 rows in one.csv, got 1; bring more data"),
+    "ragged": ("density ragged.csv", "expected ragged.csv to be a CSV table .*Row #3: Expected 3 columns, got 2"),
+    "names twice": ("density twice.csv", r"expected a name of its own .* got \['x'\] more than once"),
+    "text": ("density table.csv", "expected numbers in column 'id' of table.csv, got 'r0' in row 0 .* name it as cont"),
+    "late text": ("density text.csv", "expected numbers in column 'count' of text.csv, got 'high' in row 20000"),
+    "late gap": ("density gap.csv", "a number in every cell of column 'count' of gap.csv, got a missing one in row 20"),
+    "late nan": ("density nan.csv", "in column 'count' of nan.csv, got (nan|a missing one) in row 20000"),
+    "late inf": ("density inf.csv", "expected finite numbers in column 'count' of inf.csv, got inf in row 20000"),
+    "text in parquet": ("density text.parquet", "expected numbers in column 'count' of text.parquet, got 'many' in ro"),
+    "gap in parquet": ("density gap.parquet", "every cell of column 'x' of gap.parquet, got a missing one in row 1"),
+    "corrupt footer": ("density footer.parquet", "expected footer.parquet to be a Parquet file, but it does not read"),
+    "cut parquet": ("density cut.parquet", "expected cut.parquet to be a Parquet file, but it does not read"),
+    "cube": ("density cube.npy", r"expected rows \(N, D\) in cube.npy, got shape \(3, 4, 5\)"),
+    "no key": ("density numbers.npz", "expected a key that names one array of numbers.npz, got no key"),
+    "key elsewhere": ("density numbers.csv --key a", "expected a key only with an .npz file, got 'a'"),
+    "copies": ("density same.csv", "expected columns that vary and differ, got constant: 'still'; copies: 'copy' of '"),
+    "strange context": ("density numbers.csv --context hue", r"expected names of columns \(x, count, income\), got hu"),
+    "all dropped": ("density numbers.csv --drop x count income", "expected a column that is neither --context nor --d"),
+    "old run": ("density numbers.csv --out plain", "expected a new folder for the run, got plain, which exists"),
+    "test part": ("density numbers.csv --test 1", r"expected test in \(0, 1\), got 1"),
+    "epochs": ("density numbers.csv --epochs 0", "expected epochs of at least 1, got 0"),
+    "device": ("density numbers.csv --device toaster", "expected device as one that is here, .* got 'toaster'"),
+    "score nothing": ("score plain nowhere.csv", "got 'nowhere.csv', where nothing is"),
+    "score no rows": ("score plain header.csv --out new/a.csv", "expected at least one row in header.csv, got none"),
+    "score empty": ("score plain empty.csv --out new/a.csv", "does not read: Empty CSV file"),
+    "score ragged": ("score plain ragged.csv --out new/a.csv", "Expected 3 columns, got 2"),
+    "score other columns": (
+        "score plain other.csv --out new/a.csv",
+        "expected the columns that were trained on in other.csv, got none called income; .* not trained on: salary",
+    ),
+    "score late text": ("score plain text.csv --out new/a.csv", "column 'count' of text.csv, got 'high' in row 20000"),
+    "score late inf": ("score plain inf.csv --out new/a.csv", "column 'count' of inf.csv, got inf in row 20000"),
+    "score corrupt": ("score plain footer.parquet --out new/a.parquet", "expected footer.parquet to be a Parquet file"),
+    "score scored": ("score plain scored.csv --out new/a.csv", "a table without a column 'log_density'"),
+    "score over a file": ("score plain numbers.csv --out old.csv", "expected a new file, got old.csv, which exists"),
+    "score to another format": ("score plain numbers.csv --out a.npy", "expected --out to end in .csv, as numbers.csv"),
+    "score without context": ("score given numbers.csv --out new/a.csv", "got none called colour"),
+    "score unseen": ("score given pink.csv --out new/a.csv", "that training saw .*, got 'pink' in row 1"),
+    "score by a posterior": ("score posterior numbers.csv", "a run folder of counterflow vae or density, got posterio"),
+    "score by a broken run": ("score broken numbers.csv", "expected broken/config.json to be what a run of counter"),
+    "score by a bare run": ("score bare numbers.csv", "expected bare/density.json, which FlowDensity.save writes"),
+    "score by a missing run": ("score nowhere numbers.csv", "expected a run folder .* got nowhere, which does not exi"),
+    "sample nothing": ("sample plain -n 0", "expected n of at least 1, got 0"),
+    "sample by a posterior": ("sample posterior -n 3", "a run folder of counterflow vae or density, got posterior"),
+    "sample to a picture": ("sample plain --out a.png", "expected --out to end in one of .csv, .parquet, .npy, .npz, "),
+    "sample over a file": ("sample plain --out old.csv", "expected a new file, got old.csv, which exists"),
+    "sample without context": ("sample given --out a.csv", r"expected --context FILE with \['colour'\], .* got none"),
+    "sample with context": ("sample plain --context table.csv --out a.csv", "expected no --context, as this run was t"),
+    "sample of other context": ("sample given --context numbers.csv --out new/a.csv", "got none called colour"),
+    "sample of unseen": ("sample given --context pink.csv --out new/a.csv", "got 'pink' in row 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), BAD.values(), ids=BAD)
+def test_bad_input_ends_in_one_line(line, message, material, here):
+    before = everything(material)
+    command, *rest = shlex.split(line)
+    code, out, err = here(command, *rest, *(TINY if command == "density" and "--epochs" not in rest else []))
+    assert (code, out) == (2, "")
+    assert err.count("\n") == 1 and err.startswith("counterflow: ")
+    assert re.search(message, err), err
+    assert everything(material) == before
+
+
+def test_bad_input_of_a_real_process(material):
+    before = everything(material)
+    ran = real(material, "score", "plain", "text.csv", "--out", "new/a.csv")
+    assert (ran.returncode, ran.stdout, ran.stderr.count("\n")) == (2, "", 1) and "row 20000" in ran.stderr
+    assert everything(material) == before
+
+
+def test_ctrl_c_while_scoring_leaves_no_file(runs, here, tmp_path, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cf.FlowDensity, "score_checked", interrupt)
+    code, _, err = here("score", runs[0] / "plain", runs[0] / "numbers.csv", "--out", "new/a.csv")
+    assert code == 130 and "interrupted" in err and not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_keeps_the_best_weights(here, tmp_path, monkeypatch):
+    fit = cf.FlowDensity.fit
+
+    def interrupted(self, *arguments, on_epoch, **more):
+        def stop(training, row):
+            on_epoch(training, row)
+            raise KeyboardInterrupt
+
+        return fit(self, *arguments, on_epoch=stop, **more)
+
+    monkeypatch.setattr(cf.FlowDensity, "fit", interrupted)
+    write(NUMBERS, tmp_path / "numbers.csv")
+    code, out, err = here("density", "numbers.csv", *TINY, "--out", "run")
+    assert code == 130 and "interrupted; these are the best weights so far" in err and "flow" in out
+    assert files(tmp_path / "run") == FILES
+
+
+def test_help(here):
+    for command in ("density", "score", "sample"):
+        code, out, err = here(command, "--help")
+        assert (code, err) == (0, "")
+        words = {"density": "DATA --context --drop --key --test --out --epochs --hidden --flow", "score": "RUN DATA"}
+        assert [word for word in words.get(command, "--context").split() if word not in out] == []

@@ -1,0 +1,233 @@
+"""What every flow of the registry obeys as a distribution."""
+
+from copy import deepcopy
+
+import pytest
+import torch
+from registry import FLOWS, close, inputs, over, stir
+from torch.distributions import Distribution, Normal
+
+import counterflow as cf
+
+ONE_PASS = [name for name in FLOWS if name.startswith(("IAF", "diagonal alone", "permuted")) or name == "diagonal"]
+
+
+def flow_and_context(name, *batch, features=3):
+    flow = FLOWS[name](features)
+    c = inputs(flow, *batch)[1]
+    return flow, c if c is None else c.requires_grad_()
+
+
+def leaves(flow, c):
+    return [*flow.parameters()] + ([] if c is None else [c])
+
+
+def held(flow, c):
+    """The same distribution, through whose parameters and context no gradient flows."""
+    return deepcopy(flow).requires_grad_(False)(None if c is None else c.detach())
+
+
+def again(method, *args):
+    """The same random numbers each time."""
+    torch.manual_seed(7)
+    return method(*args)
+
+
+@over(FLOWS)
+@over([1, 2], "features")
+def test_log_prob_integrates_to_one_and_samples_follow_it(name, features):
+    flow, c = flow_and_context(name, features=features)
+    with torch.no_grad():
+        q = flow(c)
+        z, _ = q.rsample_and_log_prob((20_000,))
+        low, high = z.amin(0) - 3 * z.std(0), z.amax(0) + 3 * z.std(0)
+        ends = zip(low.tolist(), high.tolist(), strict=True)
+        axes = [torch.linspace(*pair, 10_001 if features == 1 else 501, dtype=z.dtype) for pair in ends]
+        grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), -1)
+        density = q.log_prob(grid).exp()
+
+        def integral(values):
+            for axis in reversed(axes):
+                values = torch.trapezoid(values, axis)
+            return values.item()
+
+        assert integral(density) == pytest.approx(1, abs=2e-3)
+        normal = torch.randn(features, dtype=z.dtype)
+        middle = (z @ normal).median()
+        for f in (lambda v: v.sum(-1), lambda v: v.square().sum(-1), lambda v: (v @ normal < middle).double()):
+            error = (f(z).std() / len(z) ** 0.5).item()
+            assert integral(f(grid) * density) == pytest.approx(f(z).mean().item(), abs=4 * error + 2e-3)
+
+
+@over(FLOWS)
+def test_every_way_to_sample_agrees(name):
+    flow, c = flow_and_context(name, 4)
+    q = flow(c)
+    z, log_q = again(q.rsample_and_log_prob, (5,))
+    assert torch.equal(again(q.rsample, (5,)), z) and torch.equal(again(q.sample, (5,)), z)
+    close(q.log_prob(z), log_q)
+    z_too, path = again(q.rsample_and_path_log_prob, (5,))
+    assert torch.equal(z_too, z)
+    close(path, log_q)
+
+
+@over(FLOWS)
+def test_a_perfect_fit_has_no_variance_and_no_path_gradient(name):
+    """With p = q every term log p - log q is log Z = 0. Only the plain gradient is noise around zero."""
+    flow, c = flow_and_context(name, 4)
+    p = held(flow, c)
+    for kind in ("plain", "path"):
+        q = flow(c)
+        z, log_q = q.rsample_and_log_prob((8,)) if kind == "plain" else q.rsample_and_path_log_prob((8,))
+        terms = p.log_prob(z) - log_q
+        close(terms, torch.zeros_like(terms))
+        noise = max(grad.abs().max() for grad in torch.autograd.grad(terms.mean(), leaves(flow, c)))
+        assert noise > 1e-2 if kind == "plain" else noise < 1e-11
+
+
+@over(FLOWS)
+def test_path_gradient_is_that_of_log_q_with_parameters_held(name):
+    flow, c = flow_and_context(name, 4)
+    _, path = again(flow(c).rsample_and_path_log_prob, (5,))
+    log_q = held(flow, c).log_prob(again(flow(c).rsample, (5,)))
+    weights = torch.randn_like(path)
+    came, expected = (torch.autograd.grad((weights * v).sum(), leaves(flow, c)) for v in (path, log_q))
+    for one, other in zip(came, expected, strict=True):
+        close(one, other)
+
+
+@over(FLOWS)
+def test_log_prob_and_sampling_reach_every_parameter_and_the_context(name):
+    flow, c = flow_and_context(name, 16)
+    q = flow(c)
+    z, log_q = q.rsample_and_log_prob((16,))
+    for loss in (q.log_prob(3 * torch.randn_like(z)).sum(), z.square().sum(), log_q.sum()):
+        for grad in torch.autograd.grad(loss, leaves(flow, c), retain_graph=True):
+            assert torch.isfinite(grad).all()
+
+
+@over(FLOWS)
+@over([torch.float32, torch.float64], "dtype")
+def test_dtype_and_device_are_kept(name, dtype):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    flow = FLOWS[name]().to(device, dtype)
+    c = inputs(flow, 4, dtype=dtype)[1]
+    q = flow(c if c is None else c.to(device))
+    z, log_q = q.rsample_and_log_prob((5,))
+    results = z, log_q, q.log_prob(z), *q.rsample_and_path_log_prob((5,))
+    assert {(v.dtype, v.device.type) for v in results} == {(dtype, device)}
+    close(q.log_prob(z), log_q, 1e-3 if dtype == torch.float32 else 1e-10)
+
+
+@over(FLOWS)
+@over([(), (4,), (2, 3), (0,)], "batch")
+@over([(), (1,), (5, 2), (0,)], "samples")
+def test_shapes(name, batch, samples):
+    flow, c = flow_and_context(name, *batch)
+    q = flow(c)
+    batch = batch if flow.context else ()
+    assert (q.batch_shape, q.event_shape) == (batch, (3,))
+    z, log_q = q.rsample_and_log_prob(samples)
+    assert z.shape == q.sample(samples).shape == samples + batch + (3,)
+    assert log_q.shape == q.log_prob(z).shape == samples + batch
+    assert [v.shape for v in q.rsample_and_path_log_prob(samples)] == [z.shape, log_q.shape]
+
+
+@over(FLOWS)
+def test_it_is_a_torch_distribution(name, monkeypatch):
+    monkeypatch.setattr(Distribution, "_validate_args", True)  # torch.compile turns it off for the whole process
+    flow, c = flow_and_context(name, 2)
+    q = flow(c)
+    assert isinstance(q, Distribution) and q.has_rsample
+    assert q.support is torch.distributions.constraints.real_vector
+    assert q.rsample((3,)).requires_grad and not q.sample((3,)).requires_grad
+    assert "FlowDistribution" in repr(q)
+    z = q.sample((3,))
+    if flow.context:
+        close(q.log_prob(z[0, 0]), q.log_prob(z[0, 0].expand(2, 3)))  # a value broadcasts to the contexts
+    for value, message in ((z * torch.nan, "support"), (z[..., :2], r"expected value of shape \(\.\.\., 3\)")):
+        with pytest.raises(ValueError, match=message):
+            q.log_prob(value)
+    trusting = cf.flows.FlowDistribution(q.base, q.transform, q.context, validate_args=False)
+    assert trusting.log_prob(z * torch.nan).isnan().all()
+    close(trusting.log_prob(z), q.log_prob(z))
+
+
+@over(FLOWS)
+def test_expand(name):
+    flow, c = flow_and_context(name, 2)
+    q = flow(c)
+    wide = q.expand((3, *(q.batch_shape or (2,))))
+    assert wide.batch_shape == (3, 2) and wide.event_shape == (3,)
+    z, log_q = wide.rsample_and_log_prob((4,))
+    assert z.shape == (4, 3, 2, 3) and (z[0, 0] != z[0, 1]).all()
+    assert [v.shape for v in wide.rsample_and_path_log_prob((4,))] == [z.shape, log_q.shape]
+    close(wide.log_prob(z), log_q)
+    close(q.log_prob(z), log_q)
+
+
+@over(ONE_PASS)
+def test_log_prob_by_feature_sums_to_log_prob(name):
+    flow, c = flow_and_context(name, 4)
+    z, log_q = again(flow(c).rsample_and_log_prob, (5,))
+    z_too, by_feature = again(flow(c).rsample_and_log_prob_by_feature, (5,))
+    assert torch.equal(z_too, z) and by_feature.shape == z.shape
+    close(by_feature.sum(-1), log_q)
+
+
+def test_log_prob_by_feature_of_a_diagonal_normal_is_each_features_own():
+    base, order = stir(cf.bases.DiagonalNormal(4, 2)), [2, 0, 3, 1]
+    c = torch.randn(6, 2, dtype=torch.float64)
+    z, by_feature = cf.Flow(base, cf.Permute(order))(c).rsample_and_log_prob_by_feature((5,))
+    own = base(c).base_dist
+    close(by_feature, Normal(own.mean[:, order], own.stddev[:, order]).log_prob(z))
+
+
+def test_diagonal_normal_is_its_formula():
+    for base, c in (
+        (stir(cf.bases.DiagonalNormal(3)), None),
+        (stir(cf.bases.DiagonalNormal(3, 2)), torch.randn(4, 2).double()),
+    ):
+        both = base.constant if c is None else c @ base.linear.weight.T + base.linear.bias
+        own = base(c).base_dist
+        close(own.mean, both[..., :3])
+        close(own.stddev, (7 * torch.tanh(both[..., 3:] / 7)).exp())
+    fresh = cf.bases.DiagonalNormal(3)().base_dist
+    assert (fresh.mean == 0).all() and (fresh.stddev == 1).all()
+
+
+def test_the_student_base_is_its_formula():
+    base = stir(cf.bases.StudentT(3, most=12.0))
+    x = torch.randn(9, 3, dtype=torch.float64)
+    df = 1 / (1 / 12 + (base.a - 4).exp())
+    assert (df < 12).all()
+    close(base().log_prob(x), torch.distributions.StudentT(df).log_prob(x).sum(-1))
+    with pytest.raises(ValueError, match="expected most, the highest degrees of freedom, as a positive number, got 0"):
+        cf.bases.StudentT(3, most=0)
+
+
+@over(FLOWS)
+def test_a_copy_and_a_loaded_state_give_the_same_numbers(name):
+    flow, c = flow_and_context(name, 4)
+    z = flow(c).sample((3,))
+    loaded = stir(FLOWS[name](), seed=5)
+    assert not torch.allclose(loaded(c).log_prob(z), flow(c).log_prob(z))
+    loaded.load_state_dict(flow.state_dict())
+    for other in (deepcopy(flow), loaded):
+        assert torch.equal(other(c).log_prob(z), flow(c).log_prob(z))
+
+
+def test_repr_names_sizes_and_which_direction_is_solved():
+    solved = "forward substitution: solved exactly, about the work of one pass"
+    words = {
+        "IAF context": ("one pass", solved),
+        "MAF": (solved, "one pass"),
+        "permuted diagonal": ("one pass", "one pass"),
+        "both ways": ("some layers one pass, others forward substitution",) * 2,
+    }
+    for name, (sample, log_prob) in words.items():
+        flow = FLOWS[name]()
+        text = repr(flow)
+        parameters = sum(p.numel() for p in flow.parameters())
+        assert f"Flow(features=3, context={flow.context}, parameters={parameters:,})" in text
+        assert f"  sample    {sample}\n  log_prob  {log_prob}\n" in text

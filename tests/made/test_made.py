@@ -1,0 +1,89 @@
+"""Degrees, masks and activations."""
+
+import pickle
+
+import pytest
+import torch
+from registry import over, stir
+
+from counterflow.made.activations import ACTIVATIONS
+from counterflow.made.architecture import hidden_degrees
+from counterflow.made.network import MADE
+
+TOPS = [(top, lowest) for top in (0, 1, 2, 6, 63) for lowest in (0, 1) if top >= lowest]
+
+
+@over(ACTIVATIONS)
+@over([torch.float32, torch.float64], "dtype")
+def test_df_is_autograds(name, dtype):
+    f, df = ACTIVATIONS[name]
+    a = torch.cat([torch.linspace(-30, 30, 1001, dtype=dtype), torch.randn(1000, dtype=dtype)]).requires_grad_()
+    (expected,) = torch.autograd.grad(f(a).sum(), a)
+    torch.testing.assert_close(df(a).detach(), expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+
+
+@over([1, 2, 3, 7, 64], "size")
+@pytest.mark.parametrize(("top", "lowest"), TOPS)
+def test_hidden_degrees_are_sorted_spread_and_keep_the_top(size, top, lowest):
+    degrees = hidden_degrees(size, top, lowest)
+    assert len(degrees) == size and degrees == sorted(degrees)
+    assert degrees[-1] == top and degrees[0] >= lowest
+    counts = [degrees.count(d) for d in range(lowest, top + 1)]
+    assert max(counts) - min(counts) <= 1
+    if size > 1:
+        assert degrees[0] == lowest
+
+
+@over([((1, 2, 3), (4, 6), 2), ((1,), (3,), 0), ((1, 1, 2, 2, 2), (5, 2), 0), (range(1, 10), (4, 7, 3), 1)], "sizes")
+def test_masks_are_staircases_that_ends_describe(sizes):
+    degrees, hidden, context = sizes
+    made = MADE(degrees, 2, hidden, "tanh", context)
+    levels = [[g for g in range(1, len(ends)) for _ in range(ends[g] - ends[g - 1])] for ends in made.ends]
+    levels = [[0] * ends[0] + level for ends, level in zip(made.ends, levels, strict=True)]
+    assert levels[0] == list(degrees) and [len(level) for level in levels[1:]] == list(hidden)
+    for layer, before, after in zip(made.layers, levels, [*levels[1:], None], strict=True):
+        if after is None:  # two parameters for each feature
+            expected = [[e < d for e in before] for d in degrees for _ in range(2)]
+        else:
+            expected = [[e <= unit for e in before] for unit in after]
+        assert torch.equal(layer.mask.bool(), torch.tensor(expected))
+        assert (layer.masked_weight()[~layer.mask.bool()] == 0).all()
+
+
+def test_units_of_degree_0_are_there_for_a_context_alone():
+    assert MADE((1, 2, 3), 2, (9,), "tanh", 0).ends[1][0] == 0
+    assert MADE((1, 2, 3), 2, (9,), "tanh", 4).ends[1][0] == 3
+
+
+def test_what_a_forbidden_weight_holds_does_not_matter():
+    made = stir(MADE((1, 2, 3), 2, (5, 4), "tanh", 0))
+    x = torch.randn(6, 3, dtype=torch.float64)
+    expected = made(x)
+    with torch.no_grad():
+        for layer in made.layers:
+            assert (layer.weight[~layer.mask.bool()] != 0).any()
+            layer.weight[~layer.mask.bool()] = 1e6
+    assert torch.equal(made(x), expected)
+
+
+def test_weights_of_a_fresh_network_vary_by_how_many_inputs_their_row_sees():
+    """So that early features are not drowned. The last layer is a thousand times smaller, or more."""
+    made = MADE(range(1, 65), 2, (512, 512), "relu", 3)
+    for layer, context in zip(made.layers[:-1], (3, 0), strict=True):
+        seen = layer.mask.sum(1, keepdim=True) + context
+        standard = (layer.weight * seen.sqrt())[layer.mask.bool()]
+        assert standard.var().item() == pytest.approx(1, abs=0.02)
+        assert standard.abs().max() <= 3**0.5 + 1e-6
+        assert (layer.bias == 0).all()
+        assert (layer.weight[~layer.mask.bool()] == 0).all()
+    last = made.layers[-1]
+    assert last.weight.abs().max() <= 1e-3 * 3**0.5 and (last.bias == 0).all()
+    assert (last.weight[~last.mask.bool()] == 0).all()
+
+
+@over(ACTIVATIONS, "activation")
+def test_a_network_goes_to_another_process(activation):
+    """Whoever starts worker processes pickles what they get."""
+    network = stir(MADE((1, 2), 2, (3,), activation, 0))
+    x = torch.randn(4, 2, dtype=torch.float64)
+    assert torch.equal(pickle.loads(pickle.dumps(network))(x), network(x))
