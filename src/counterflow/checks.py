@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,3 +52,27 @@ def positive_number(value: float, name: str) -> None:
     """Raise ValueError unless value is positive and finite."""
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"expected {name} as a positive number, got {value!r}")
+
+
+def require(module: str, extra: str, purpose: str) -> Any:
+    """Import an optional package, or say which extra brings it.
+
+    Args:
+        module: the import name, such as "pyarrow.parquet".
+        extra: the extra of counterflow that installs it, such as "data".
+        purpose: the rest of "expected PACKAGE for ...".
+
+    Raises:
+        ImportError: the package does not import.
+
+    Example:
+        >>> require("math", "data", "sums").sqrt(4.0)
+        2.0
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise ImportError(
+            f"expected {package} for {purpose}, got: {error}; pip install 'counterflow[{extra}]'"
+        ) from error
