@@ -1,22 +1,55 @@
-"""What holds for every test: the same seed, one thread, no window."""
+"""Fixtures and rules for every test: one seed, one thread, tiers by folder, a limit on time."""
 
 import os
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from numba.core.event import install_timer
 
 from counterflow.cli import main
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # also for the processes that a test starts
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those alone: torch has been imported here
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those only: torch is imported already
+
+HERE = Path(__file__).parent
+TIERS = ("tools", "system")  # folders of tests that run on request; see CONTRIBUTING.md
+MAX_SECONDS = 10.0  # of CPU time in the test's own process, without compilation
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test in tests/tools and tests/system by its folder."""
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            tier = item.path.relative_to(HERE).parts[0]
+            if tier in TIERS:
+                item.add_marker(tier)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that takes too long and has no marker: the default tier is one that people wait for.
+
+    CPU time does not depend on what else runs on the machine. Compilation by Numba happens once on a machine and does
+    not count.
+    """
+    compiling: list[float] = []
+    started = time.process_time()
+    with install_timer("numba:compile", compiling.append):
+        result = yield
+    seconds = time.process_time() - started - sum(compiling)
+    if seconds > MAX_SECONDS and not any(item.get_closest_marker(name) for name in ("slow", *TIERS)):
+        pytest.fail(f"expected at most {MAX_SECONDS:.0f} s of CPU time, got {seconds:.1f}; make the test faster or mark it slow")
+    return result
 
 
 @pytest.fixture(autouse=True)
 def same_start_for_every_test() -> Iterator[None]:
-    """Seed 0 and one thread: on tensors this small a second thread only costs, and sums keep their order.
+    """Set seed 0 and one thread: on tensors this small a second thread only costs, and sums keep their order.
 
-    The default dtype is nobody's to change: a test that wants float64 says so where it makes its tensors.
+    No test changes the default dtype: one that needs float64 says so where it makes its tensors.
     """
     torch.manual_seed(0)
     torch.set_num_threads(1)
@@ -26,7 +59,7 @@ def same_start_for_every_test() -> Iterator[None]:
 
 @pytest.fixture
 def here(tmp_path, monkeypatch, capsys):
-    """The command in this process, in tmp_path: arguments -> exit code, stdout, stderr."""
+    """Return a function that runs the command in this process, in tmp_path: arguments -> exit code, stdout, stderr."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments):

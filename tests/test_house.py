@@ -136,3 +136,23 @@ def test_errors_are_raised_not_asserted():
 def test_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert counterflow.__version__ == project["version"]
+
+
+# A docstring begins with a verb or a noun phrase. Sentences that begin with these words leave out their subject.
+NOT_FIRST = ("What", "Whether", "Those", "That", "How", "Which", "Where", "By", "Of", "As", "So", "It", "Its", "The same")
+
+
+def test_docstrings_begin_with_a_verb_or_a_noun_phrase():
+    offences = []
+    for module, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                text = ast.get_docstring(node) or ""
+                if text.startswith(tuple(f"{word} " for word in NOT_FIRST)):
+                    offences.append(f"{module}:{getattr(node, 'lineno', 1)}: {text.splitlines()[0]}")
+    assert not offences, "expected a verb or a noun phrase first, got\n" + "\n".join(offences)
+
+
+def test_at_most_35_names_at_the_top():
+    assert len(counterflow.__all__) <= 35
+    assert all(hasattr(counterflow, name) for name in counterflow.__all__)
