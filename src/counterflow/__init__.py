@@ -28,7 +28,7 @@ from counterflow.vae.vae import VAE
 if TYPE_CHECKING:
     from counterflow.density.estimator import FlowDensity as FlowDensity
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     # flows
