@@ -136,6 +136,7 @@ def test_errors_are_raised_not_asserted():
 def test_one_version():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     assert counterflow.__version__ == project["version"]
+    assert f"version: {project['version']}" in (ROOT / "CITATION.cff").read_text("utf-8").splitlines()
 
 
 # A docstring begins with a verb or a noun phrase. Sentences that begin with these words leave out their subject.
