@@ -41,7 +41,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
         result = yield
     seconds = time.process_time() - started - sum(compiling)
     if seconds > MAX_SECONDS and not any(item.get_closest_marker(name) for name in ("slow", *TIERS)):
-        pytest.fail(f"expected at most {MAX_SECONDS:.0f} s of CPU time, got {seconds:.1f}; make the test faster or mark it slow")
+        pytest.fail(
+            f"expected at most {MAX_SECONDS:.0f} s of CPU time, got {seconds:.1f}; make the test faster or mark it slow"
+        )
     return result
 
 

@@ -15,6 +15,7 @@ SRC = ROOT / "src" / "counterflow"
 # From the mathematics to the command line. A floor is a file or a folder and imports only floors before its own; the
 # files of one folder may import each other.
 FLOORS = (
+    "lazy",
     "checks",
     "random",
     "univariate",
@@ -108,7 +109,8 @@ def test_imports_point_up_the_list():
 
 
 def test_importing_counterflow_imports_nothing_heavy_but_torch():
-    code = f"import counterflow, sys; print(*set({LAZY}) & set(sys.modules))"
+    names = [name for name in counterflow.__all__ if name != "FlowDensity"]  # whose base classes are scikit-learn's
+    code = f"from counterflow import {', '.join(names)}; import sys; print(*set({LAZY}) & set(sys.modules))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not ran.stdout.split()
 
@@ -140,7 +142,22 @@ def test_one_version():
 
 
 # A docstring begins with a verb or a noun phrase. Sentences that begin with these words leave out their subject.
-NOT_FIRST = ("What", "Whether", "Those", "That", "How", "Which", "Where", "By", "Of", "As", "So", "It", "Its", "The same")
+NOT_FIRST = (
+    "What",
+    "Whether",
+    "Those",
+    "That",
+    "How",
+    "Which",
+    "Where",
+    "By",
+    "Of",
+    "As",
+    "So",
+    "It",
+    "Its",
+    "The same",
+)
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun_phrase():

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # the configurations import this module, and a command's help should not wait for torch
+    from torch import Tensor
 
 
 def check_finite(values: Tensor, what: str) -> None:
@@ -20,7 +20,7 @@ def check_finite(values: Tensor, what: str) -> None:
         ValueError: expected finite numbers in table.csv, got 1 non-finite of 4, the first (nan) at row 1, column 0 \
 (counted from 0); drop or impute the 1 of 2 rows that hold them
     """
-    bad = ~torch.isfinite(values)
+    bad = ~values.isfinite()
     if not bad.any():
         return
     row, *rest = bad.nonzero()[0].tolist()
@@ -35,6 +35,10 @@ def check_finite(values: Tensor, what: str) -> None:
 
 def check_device(name: str) -> None:
     """Raise ValueError unless tensors can be made on the device of that name."""
+    if name == "cpu":
+        return
+    import torch
+
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):  # torch asserts that it was built with CUDA

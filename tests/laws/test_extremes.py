@@ -13,7 +13,7 @@ from registry import SPLINE, over
 from test_properties import DTYPES, LARGE, LARGEST, MODERATE, dtypes, laws, normal, rows
 
 import counterflow as cf
-from counterflow.posterior.config import ESTIMATORS
+from counterflow.posterior.plans import ESTIMATORS
 
 SMALLEST = {torch.float32: [1e-45, -1e-45, 1e-39, 1.2e-38], torch.float64: [5e-324, -5e-324, 1e-310, 2.3e-308]}
 REPEATED = [0.0, 1.0, 1.0, 1.0, -1.0, -1.0]

@@ -11,7 +11,7 @@ from registry import close, over
 from torch.distributions import Distribution, Normal, constraints
 
 import counterflow as cf
-from counterflow.posterior.config import ESTIMATORS, Plan, plans
+from counterflow.posterior.plans import ESTIMATORS, Plan, plans
 from counterflow.posterior.stages import TargetModel
 from counterflow.posterior.starts import (
     Gaussians,
@@ -456,7 +456,7 @@ CONFIGS = {
     "learning_rate": (math.nan, "expected learning_rate above 0, got nan"),
     "seconds": (-1.0, "expected seconds above 0, got -1"),
     "verdict_draws": (10, "expected verdict_draws of at least 1000, got 10; k-hat needs a tail"),
-    "estimator": ("score", "expected estimator as one of reparameterised, path, dreg, .* got 'score'"),
+    "estimator": ("score", "expected estimator to be one of reparameterised, path, dreg, .* got 'score'"),
 }
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import counterflow as cf
-from counterflow.posterior.config import ESTIMATORS
+from counterflow.posterior.plans import ESTIMATORS
 from counterflow.posterior.stages import TargetModel
 from counterflow.training.checkpoints import Checkpoint
 

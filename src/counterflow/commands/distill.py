@@ -18,7 +18,8 @@ from counterflow.commands import console, training
 from counterflow.commands.model import trained
 from counterflow.density.config import DESCRIPTION
 from counterflow.diagnostics.agreement import Agreement, agreement
-from counterflow.distill.distill import EPOCH, DistillConfig, Distilled, distilled
+from counterflow.distill.config import EPOCH, DistillConfig
+from counterflow.distill.distill import Distilled, distilled
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
 from counterflow.io.json import write_json

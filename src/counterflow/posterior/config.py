@@ -1,24 +1,11 @@
-"""Configuration of a posterior fit, and the stages it plans."""
+"""Configuration of a posterior fit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import Tensor
-
-from counterflow import objectives
-from counterflow.diagnostics.importance import CLOSE, USABLE
+from typing import Literal, get_args
 
 Estimator = Literal["reparameterised", "path", "dreg", "forward_kl", "renyi"]
-ESTIMATORS: dict[str, Callable[..., Tensor]] = {
-    "reparameterised": objectives.elbo,
-    "path": objectives.path_elbo,
-    "dreg": objectives.dreg_elbo,
-    "forward_kl": objectives.forward_kl,
-    "renyi": objectives.renyi_elbo,
-}
 
 
 @dataclass(frozen=True)
@@ -48,27 +35,6 @@ class PosteriorConfig:
                 raise ValueError(f"expected {name} above 0, got {getattr(self, name)}")
         if self.verdict_draws < 1000:
             raise ValueError(f"expected verdict_draws of at least 1000, got {self.verdict_draws}; k-hat needs a tail")
-        if self.estimator not in ESTIMATORS:
-            raise ValueError(f"expected estimator as one of {', '.join(ESTIMATORS)}, got {self.estimator!r}")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a stage will do."""
-
-    estimator: Estimator
-    draws: int  # a step
-    steps: int
-    more_layers: bool = False
-    enough: float = USABLE  # the k-hat below which, with a large effective size, no further stage is needed
-
-
-def plans(config: PosteriorConfig) -> tuple[Plan, ...]:
-    """The stages that a fit may go through: longer, then deeper, then over all of the target."""
-    S, n = config.draws, config.steps
-    return (
-        Plan(config.estimator, S, n, enough=CLOSE),
-        Plan(config.estimator, S, 2 * n),
-        Plan(config.estimator, S, 4 * n, more_layers=True),
-        Plan("forward_kl", 4 * S, 2 * n),
-    )[: config.stages]
+        known = get_args(Estimator)
+        if self.estimator not in known:
+            raise ValueError(f"expected estimator to be one of {', '.join(known)}, got {self.estimator!r}")

@@ -23,7 +23,8 @@ from counterflow.flows.bases import StudentT
 from counterflow.flows.flow import Flow
 from counterflow.flows.recipes import stack
 from counterflow.objectives import Density, Draws, draw_from
-from counterflow.posterior.config import ESTIMATORS, Estimator, Plan, PosteriorConfig, plans
+from counterflow.posterior.config import Estimator, PosteriorConfig
+from counterflow.posterior.plans import ESTIMATORS, Plan, plans
 from counterflow.posterior.starts import Gaussians, LogDensity, log_density, log_density_and_score
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig

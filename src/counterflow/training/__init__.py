@@ -1,8 +1,22 @@
-"""Training: configuration, the loop, its history, checkpoints, and several processes."""
+"""Training: configuration, the loop (`counterflow.fit`), its history, checkpoints, and several processes."""
 
-from counterflow.training.checkpoints import Checkpoint, Checkpoints
-from counterflow.training.config import FitConfig
-from counterflow.training.fit import fit
-from counterflow.training.history import Epoch, History
+from typing import TYPE_CHECKING
 
-__all__ = ["Checkpoint", "Checkpoints", "Epoch", "FitConfig", "History", "fit"]
+from counterflow.lazy import on_first_use
+
+if TYPE_CHECKING:
+    from counterflow.training.checkpoints import Checkpoint as Checkpoint
+    from counterflow.training.checkpoints import Checkpoints as Checkpoints
+    from counterflow.training.config import FitConfig as FitConfig
+    from counterflow.training.history import Epoch as Epoch
+    from counterflow.training.history import History as History
+
+_NAMES = {
+    "Checkpoint": "counterflow.training.checkpoints:Checkpoint",
+    "Checkpoints": "counterflow.training.checkpoints:Checkpoints",
+    "Epoch": "counterflow.training.history:Epoch",
+    "FitConfig": "counterflow.training.config:FitConfig",
+    "History": "counterflow.training.history:History",
+}
+__all__ = list(_NAMES)
+__getattr__, __dir__ = on_first_use(__name__, _NAMES)

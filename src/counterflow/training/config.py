@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-from torch import Tensor
-
 from counterflow.checks import check_device
-
-Objective = Callable[..., Tensor]  # (model, batch, **annealed) -> terms in nats; the loss is their negative mean
 
 
 @dataclass(frozen=True)
@@ -51,6 +45,6 @@ class FitConfig:
         check_device(self.device)
 
 
-OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
+OPTIMIZERS = ("adam", "adamax", "adamw")
 SCHEDULES = ("cosine", "constant")
 PRECISIONS = ("float32", "bf16")

@@ -14,10 +14,10 @@ from torch import nn
 from counterflow.random import seeded
 from counterflow.training.batches import Batch, check_rows, fingerprint_of, in_order, moved
 from counterflow.training.checkpoints import Checkpoints
-from counterflow.training.config import FitConfig, Objective
+from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch, History
-from counterflow.training.trainer import NotFiniteError, Trainer, mean_term
+from counterflow.training.trainer import NotFiniteError, Objective, Trainer, mean_term
 
 
 def fit(

@@ -16,9 +16,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from counterflow.training.batches import Batch, parts_of
 from counterflow.training.checkpoints import Checkpoint
-from counterflow.training.config import OPTIMIZERS, FitConfig, Objective
+from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch, History, Stopped
+
+Objective = Callable[..., Tensor]  # (model, batch, **annealed) -> terms in nats; the loss is their negative mean
+OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
 
 
 class Trainer:
