@@ -608,7 +608,7 @@ MODELS: tuple[Callable[[], torch.nn.Module], ...] = (
     ),
     lambda: cf.Flow(
         cf.bases.DiagonalNormal(2, 1),
-        cf.Autoregressive(2, 1, (4, 4), architecture=cf.transforms.Architecture(skips=(None, 0), direct=True)),
+        cf.Autoregressive(2, 1, (4, 4), architecture=cf.transforms.Architecture(skips=(None, 0), skip_to_output=True)),
     ),
     lambda: cf.Flow(
         cf.bases.StandardNormal(3), cf.transforms.CouplingLayer(3, [1], 0, (4,), cf.RationalQuadraticSpline(bins=3))

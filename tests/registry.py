@@ -11,20 +11,19 @@ import counterflow as cf
 
 M = TypeVar("M", bound=nn.Module)
 SPLINE = cf.RationalQuadraticSpline(bins=5, bound=5.0)
-RESIDUAL = cf.transforms.Architecture(skips=(None, None, 0, None, 2), linear=(False,) * 4 + (True,), contexts=(0, 1, 3))
 ARCHITECTURES = {  # for hidden layers of these sizes, four features or more
-    "residual": ((6,) * 5, RESIDUAL),
-    "residual, unactivated": ((7, 5, 7), cf.transforms.Architecture(skips=(None, None, 0), linear=(True, False, True))),
-    "direct": ((9, 8), cf.transforms.Architecture(direct=True)),
+    "residual": ((6,) * 5, cf.transforms.Architecture.residual(blocks=2)),
+    "residual, unactivated": ((7, 5, 7), cf.transforms.Architecture(skips=(None, None, 0), linear=(0, 2))),
+    "skip to output": ((9, 8), cf.transforms.Architecture(skip_to_output=True)),
     "all": (
         (5, 4, 5, 5),
         cf.transforms.Architecture(
             hidden_degrees=[[0, 1, 1, 2, 3], [1, 2, 3, 3], [0, 1, 1, 2, 3], [0, 1, 1, 2, 3]],
             skips=(None, None, 0, 0),
-            linear=(False, False, True, False),
+            linear=(2,),
             contexts=(0, 2, 1),
             activated_contexts=(0,),
-            direct=True,
+            skip_to_output=True,
         ),
     ),
 }
@@ -173,7 +172,7 @@ FLOWS: dict[str, Callable[..., cf.Flow]] = {
     "diagonal alone with context": lambda D=3: stir(
         cf.Flow(cf.bases.DiagonalNormal(D, 2), cf.IAF(D, **MORE).transform)
     ),
-    "student": lambda D=3: stir(cf.Flow(cf.bases.StudentT(D, most=9.0), cf.IAF(D, **MORE).transform)),
+    "student": lambda D=3: stir(cf.Flow(cf.bases.StudentT(D, max_df=9.0), cf.IAF(D, **MORE).transform)),
     "kernels": lambda D=3: stir(cf.Flow(kernels(D), cf.MAF(D, **MORE).transform)),
     "permuted diagonal": lambda D=3: stir(cf.Flow(cf.bases.DiagonalNormal(D, 2), cf.Permute(range(D)[::-1]))),
     "both ways": lambda D=3: stir(

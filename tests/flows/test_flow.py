@@ -197,13 +197,13 @@ def test_diagonal_normal_is_its_formula():
 
 
 def test_the_student_base_is_its_formula():
-    base = stir(cf.bases.StudentT(3, most=12.0))
+    base = stir(cf.bases.StudentT(3, max_df=12.0))
     x = torch.randn(9, 3, dtype=torch.float64)
     df = 1 / (1 / 12 + (base.a - 4).exp())
     assert (df < 12).all()
     close(base().log_prob(x), torch.distributions.StudentT(df).log_prob(x).sum(-1))
-    with pytest.raises(ValueError, match="expected most, the highest degrees of freedom, as a positive number, got 0"):
-        cf.bases.StudentT(3, most=0)
+    with pytest.raises(ValueError, match="expected max_df to be a positive number, got 0"):
+        cf.bases.StudentT(3, max_df=0)
 
 
 @over(FLOWS)

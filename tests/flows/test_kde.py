@@ -20,7 +20,7 @@ def spiked(rows: int = 600) -> torch.Tensor:
 def test_marginals_of_a_spike_give_new_rows_nearly_their_own_density():
     rows = spiked()
     train, test = rows[:400], rows[400:]
-    y, log_det = cf.transforms.QuantileSpline.of(train)(test)
+    y, log_det = cf.transforms.QuantileSpline.from_data(train)(test)
     reached = (log_det - y[:, 0].square() / 2 - math.log(2 * math.pi) / 2).mean()
     truth = math.log(0.5) + 0.5 * -math.log(1e-3) + 0.5 * -1.0  # half of them uniform on 1e-3, half exponential
     best_normal = -math.log(train.std()) - 0.5 - math.log(2 * math.pi) / 2
@@ -29,7 +29,7 @@ def test_marginals_of_a_spike_give_new_rows_nearly_their_own_density():
 
 def test_marginals_carry_the_levels_to_those_of_a_normal():
     rows = torch.randn(5000, 2, generator=torch.Generator().manual_seed(1)).double().exp()
-    y, _ = cf.transforms.QuantileSpline.of(rows)(rows)
+    y, _ = cf.transforms.QuantileSpline.from_data(rows)(rows)
     for level in (0.1, 0.25, 0.5, 0.75, 0.9):
         expected = torch.special.ndtri(torch.tensor(level, dtype=torch.float64))
         assert (y.quantile(level, dim=0) - expected).abs().max() < 0.02
@@ -37,7 +37,7 @@ def test_marginals_carry_the_levels_to_those_of_a_normal():
 
 def test_marginals_take_repeated_values_and_features_of_few_knots():
     rows = torch.stack([torch.arange(200) % 3, torch.arange(200)], 1).double()
-    t = cf.transforms.QuantileSpline.of(rows)
+    t = cf.transforms.QuantileSpline.from_data(rows)
     x = torch.linspace(-5, 300, 40, dtype=torch.float64)[:, None].expand(-1, 2)
     y, log_det = t(x)
     assert (y.diff(dim=0) > 0).all() and log_det.isfinite().all()
@@ -52,8 +52,14 @@ def test_marginals_take_repeated_values_and_features_of_few_knots():
             lambda: cf.transforms.QuantileSpline([[0.0, 0.0]], [[0.0, 1.0]], [[1.0, 1.0]]),
             "others at feature 0; merge knots",
         ),
-        (lambda: cf.transforms.QuantileSpline.of(torch.zeros(1, 2)), r"at least two rows \(N, D\), got shape \(1, 2\)"),
-        (lambda: cf.transforms.QuantileSpline.of(torch.ones(9, 1)), "two values at least, got 1.0 in all 9 rows"),
+        (
+            lambda: cf.transforms.QuantileSpline.from_data(torch.zeros(1, 2)),
+            r"at least two rows \(N, D\), got shape \(1, 2\)",
+        ),
+        (
+            lambda: cf.transforms.QuantileSpline.from_data(torch.ones(9, 1)),
+            "two values at least, got 1.0 in all 9 rows",
+        ),
         (lambda: cf.bases.KernelMixture(2, torch.zeros(4, 3)), r"points of shape \(N, 2\), got \(4, 3\)"),
         (lambda: cf.bases.KernelMixture(2, 4, width=0.0), "got width=0.0 and share=0.3"),
         (lambda: cf.bases.KernelMixture(2, 4, share=1.0), "got width=0.3 and share=1.0"),
@@ -124,10 +130,10 @@ def test_what_is_saved_is_loaded_with_the_same_numbers(build, tmp_path):
 def test_features_whose_curve_gains_little_are_standardised():
     normal = 3 + 2 * torch.randn(600, 1, generator=torch.Generator().manual_seed(4)).double()
     rows = torch.cat([spiked(), normal], 1)
-    t = cf.transforms.QuantileSpline.of(rows, least_gain=0.5)
+    t = cf.transforms.QuantileSpline.from_data(rows, min_gain=0.5)
     y, _ = t(rows)
     close(y[:, 1], (normal[:, 0] - normal.mean()) / normal.std(correction=0), 1e-9)
-    close(y[:, :1], cf.transforms.QuantileSpline.of(rows[:, :1])(rows[:, :1])[0])
+    close(y[:, :1], cf.transforms.QuantileSpline.from_data(rows[:, :1])(rows[:, :1])[0])
 
 
 def blobs(rows: int, seed: int) -> torch.Tensor:
@@ -152,7 +158,7 @@ def test_kernels_of_a_conditional_flow_see_rows_through_their_context():
     flow = stir(cf.MAF(2, 1, 2, (9,), activation="tanh"))
     c = torch.randn(60, 1, dtype=torch.float64)
     x = flow(c).sample()
-    kept = cf.flows.with_kernel_base(flow, (x[:40], c[:40]), (x[40:], c[40:]), most=30)
+    kept = cf.flows.with_kernel_base(flow, (x[:40], c[:40]), (x[40:], c[40:]), max_points=30)
     close(kept.base.points, flow.transform.inverse(x[:30], c[:30])[0])
     assert kept(c).log_prob(x).mean() > -math.inf
 

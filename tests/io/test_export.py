@@ -16,7 +16,7 @@ pytest.importorskip("onnxscript")
 pytest.importorskip("onnxruntime")
 
 CURVES = cf.Inverse(
-    cf.transforms.QuantileSpline.of(torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).square())
+    cf.transforms.QuantileSpline.from_data(torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).square())
 )
 CORRELATED = cf.Inverse(cf.transforms.Whiten([1.0, 2.0], [[2.0, 0.0], [1.0, 0.5]]))
 SMALL = {"hidden": (8,), "context": 6, "posterior_layers": 2, "posterior_hidden": (9,)}

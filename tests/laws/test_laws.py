@@ -63,10 +63,10 @@ def test_jacobian_is_exactly_zero_where_degrees_forbid(name, direction):
 def test_jacobian_is_nonzero_where_the_masks_connect(name):
     t = TRANSFORMS[name]()
     paths, found = torch.eye(t.features), []
-    for layer, skip in zip(t.made.layers, (*t.made.chain.skips, None), strict=True):
+    for layer, skip in zip(t.made.layers, (*t.made.links.skips, None), strict=True):
         paths = layer.mask.to(paths) @ paths
         found.append(paths := paths if skip is None else paths + found[skip])
-    paths = paths if t.made.direct is None else paths + t.made.direct.mask
+    paths = paths if t.made.skip_to_output is None else paths + t.made.skip_to_output.mask
     connected = paths.unflatten(0, (t.features, -1)).sum(1)[t.places][:, t.places] > 0
     J, _ = jacobian(name, "forward")
     found, expected = (J != 0).any(0), connected | torch.eye(t.features, dtype=torch.bool)
@@ -142,12 +142,12 @@ def test_gradients_are_nonzero_where_the_masks_connect_and_zero_elsewhere(name, 
     heard = {len(t.hidden): all_heard}
     for k in reversed(range(len(t.made.layers))):
         mask = t.made.layers[k].mask.bool() & heard[k][:, None]
-        heard[k - 1] = torch.stack([mask.any(0), *(heard[later] for later in t.made.chain.added_to(k - 1))]).any(0)
+        heard[k - 1] = torch.stack([mask.any(0), *(heard[later] for later in t.made.links.added_to(k - 1))]).any(0)
         assert torch.equal(grads.pop(f"made.layers.{k}.bias") != 0, heard[k])
         assert torch.equal(grads.pop(f"made.layers.{k}.weight") != 0, mask)
-    if t.made.direct is not None:
-        assert torch.equal(grads.pop("made.direct.bias") != 0, all_heard)
-        assert torch.equal(grads.pop("made.direct.weight") != 0, t.made.direct.mask.bool())
+    if t.made.skip_to_output is not None:
+        assert torch.equal(grads.pop("made.skip_to_output.bias") != 0, all_heard)
+        assert torch.equal(grads.pop("made.skip_to_output.weight") != 0, t.made.skip_to_output.mask.bool())
     for key, grad in grads.items():
         unit = heard[int(key.split(".")[2])] if "contexts" in key else all_heard  # or the direct context
         assert torch.equal(grad != 0, unit.view(-1, *[1] * (grad.dim() - 1)).expand_as(grad))

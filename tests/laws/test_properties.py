@@ -43,9 +43,9 @@ MAPS = (
         "sinh-arcsinh, tight": cf.transforms.SinhArcsinh(bound=0.2),
         "spline, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0),
         "spline, 30 bins": cf.RationalQuadraticSpline(bins=30, bound=8.0),
-        "clipped spline, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0, least=1e-2, clipped=True),
-        "sigmoid, no least": cf.transforms.ForeignAffine("sigmoid", least=0.0),
-        "exp": cf.transforms.ForeignAffine("softclip", least=0.0),
+        "clipped spline, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0, min_slope=1e-2, clipped=True),
+        "sigmoid, min_scale 0": cf.transforms.ForeignAffine("sigmoid", min_scale=0.0),
+        "exp": cf.transforms.ForeignAffine("softclip", min_scale=0.0),
     }
 )
 SPLINES = [name for name, g in MAPS.items() if isinstance(g, cf.RationalQuadraticSpline)]

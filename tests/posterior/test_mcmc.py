@@ -73,7 +73,7 @@ def imperfect(target="banana"):
     with torch.no_grad():
         for p in first.parameters():
             p += 0.03 * torch.randn_like(p)
-    return cf.Flow(cf.bases.StudentT(last.features, most=5.0), cf.Compose([first, last]))
+    return cf.Flow(cf.bases.StudentT(last.features, max_df=5.0), cf.Compose([first, last]))
 
 
 def standard(z):
@@ -118,7 +118,7 @@ def test_neutra_of_a_target_that_computes_in_jax_itself():
 
 
 def test_metropolis_has_the_whole_distribution_of_its_target():
-    wide = cf.Flow(cf.bases.StudentT(1, most=3.0), cf.IAF(1, layers=1, hidden=(4,)).transform)
+    wide = cf.Flow(cf.bases.StudentT(1, max_df=3.0), cf.IAF(1, layers=1, hidden=(4,)).transform)
     found = independence_metropolis(wide, standard, chains=64, draws=2_000)
     thinned = found.draws[:, ::20, 0].flatten().numpy()
     assert stats.kstest(thinned, "norm").pvalue > 1e-3

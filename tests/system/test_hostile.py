@@ -337,14 +337,14 @@ SIZES_BEYOND = {
         "Autoregressive",
         features=100_000,
         hidden=[1000],
-        univariate=of("RationalQuadraticSpline", bins=500, least=1e-4),
+        univariate=of("RationalQuadraticSpline", bins=500, min_slope=1e-4),
     ),
     "many modules": of("Compose", transforms=[MAF] * 500),
     "many large ones": of("FlowMixture", flows=[of("StandardNormal", features=30_000)] * 5000),
     "degrees": of("Autoregressive", features=300_000, hidden=[1], degrees=[1] * 300_000),
     "a degree": of("Autoregressive", features=2, hidden=[4], degrees=[1, 10**12]),
     "architecture": of(
-        "Autoregressive", features=500_000, hidden=[500_000], architecture=of("Architecture", direct=True)
+        "Autoregressive", features=500_000, hidden=[500_000], architecture=of("Architecture", skip_to_output=True)
     ),
     "coupling": of("CouplingLayer", features=10**12, moved=[0]),
     "points": of("KernelMixture", features=1000, points=10**9),

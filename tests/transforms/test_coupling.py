@@ -78,15 +78,19 @@ WRONG = {
     ),
     "a layer that does not exist": (
         lambda: cf.transforms.CouplingLayer(3, [0], linear=[2]),
-        r"expected linear and gates in 0\.\.1, got \(2,\) and \(\)",
+        r"expected linear to hold indices of the 2 hidden layers, got \(2,\)",
+    ),
+    "a gate that does not exist": (
+        lambda: cf.transforms.CouplingLayer(3, [0], 1, gates=[2]),
+        r"expected gates to hold indices of the 2 hidden layers, got \(2,\)",
     ),
     "skips of another size": (
         lambda: cf.transforms.CouplingLayer(3, [0], hidden=(4, 5), skips=(None, 0)),
-        r"expected for each of 2 hidden layers None or an earlier one of its size, got \(None, 0\)",
+        r"expected skips\[1\] to be None or an earlier hidden layer of the same size, got 0",
     ),
     "too few skips": (
         lambda: cf.transforms.CouplingLayer(3, [0], skips=(None,)),
-        "expected for each of 2 hidden layers",
+        r"expected skips to have an entry for each of the 2 hidden layers, got 1: \(None,\)",
     ),
     "an activation": (
         lambda: cf.transforms.CouplingLayer(3, [0], activation="cube"),

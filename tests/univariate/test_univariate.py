@@ -18,14 +18,14 @@ MAPS = {
     "spline": cf.RationalQuadraticSpline(),
     "spline, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0),
     "spline, 30 bins": cf.RationalQuadraticSpline(bins=30, bound=8.0),
-    "spline, another least": cf.RationalQuadraticSpline(bins=4, bound=3.0, least=1e-2),
+    "spline, another min_slope": cf.RationalQuadraticSpline(bins=4, bound=3.0, min_slope=1e-2),
     "spline, clipped": cf.RationalQuadraticSpline(clipped=True),
-    "spline, clipped, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0, least=1e-2, clipped=True),
+    "spline, clipped, 2 bins": cf.RationalQuadraticSpline(bins=2, bound=1.0, min_slope=1e-2, clipped=True),
     "softplus": cf.transforms.ForeignAffine("softplus"),
     "sigmoid": cf.transforms.ForeignAffine("sigmoid"),
-    "sigmoid, no least": cf.transforms.ForeignAffine("sigmoid", least=0.0),
+    "sigmoid, min_scale 0": cf.transforms.ForeignAffine("sigmoid", min_scale=0.0),
     "softclip": cf.transforms.ForeignAffine("softclip"),
-    "exp": cf.transforms.ForeignAffine("softclip", least=0.0),
+    "exp": cf.transforms.ForeignAffine("softclip", min_scale=0.0),
     "clamp": cf.transforms.ForeignAffine("clamp", low=-2.0, high=1.0),
 }
 SPLINES = [name for name in MAPS if "spline" in name]
@@ -82,7 +82,7 @@ def test_zero_parameters(name, dtype):
     g = MAPS[name]
     x = torch.linspace(-9, 9, 1001, dtype=dtype)
     y, log_slope = g.forward(x, x.new_zeros(1001, g.parameters))
-    slope = 1 / (1 + math.exp(-2)) + getattr(g, "least", 0.0) if "gated" in name or "sigmoid" in name else 1.0
+    slope = 1 / (1 + math.exp(-2)) + getattr(g, "min_scale", 0.0) if "gated" in name or "sigmoid" in name else 1.0
     close(y, slope * x, 1e-6)
     close(log_slope.exp(), torch.full_like(x, slope), 1e-5)
 
@@ -126,7 +126,7 @@ def test_scaled_affine_is_its_formulas():
         cf.transforms.ForeignAffine("softplus"): 1e-3 + (1 + (a + math.log(math.exp(1 - 1e-3) - 1)).exp()).log(),
         cf.transforms.ForeignAffine("sigmoid"): 1e-3 + 1 / (1 + (-a - 2).exp()),
         cf.transforms.ForeignAffine("softclip"): (a / (1 + a.abs() / b)).exp(),
-        cf.transforms.ForeignAffine("softclip", least=0.0): a.exp(),
+        cf.transforms.ForeignAffine("softclip", min_scale=0.0): a.exp(),
         cf.transforms.ForeignAffine("clamp", low=-1.0, high=0.5): a.exp().clamp(math.exp(-1), math.exp(0.5)),
     }
     for g, scale in scales.items():
@@ -139,8 +139,8 @@ def test_scaled_affine_is_its_formulas():
     ("wrong", "message"),
     [
         (("cube",), "expected scale as one of softplus, sigmoid, softclip, clamp, got 'cube'"),
-        (("softplus", 1.0), "expected least in 0..1 and low below high, got least=1.0"),
-        (("clamp", 1e-3, 3.0, -5.0), "got least=0.001, low=3.0, high=-5.0"),
+        (("softplus", 1.0), "expected 0 <= min_scale < 1 and low < high, got min_scale=1.0"),
+        (("clamp", 1e-3, 3.0, -5.0), "got min_scale=0.001, low=3.0, high=-5.0"),
     ],
 )
 def test_scaled_affine_says_what_it_expects(wrong, message):
@@ -175,13 +175,13 @@ def test_spline_is_its_formula(name):
     for here, raw, y, log_slope in zip(x, params, *g.forward(x, params), strict=True):
         w, h, d = raw.split([g.bins, g.bins, g.bins - 1])
         if g.clipped:
-            b = -math.log(g.least)
+            b = -math.log(g.min_slope)
             w, h, d = (v / (1 + v.abs() / most) for v, most in ((w, b / 2), (h, b / 2), (d, b)))
             widths, heights = (2 * g.bound * v.softmax(0) for v in (w, h))
             slopes = [1.0, *d.exp().tolist(), 1.0]
         else:
-            widths, heights = (2 * g.bound * (g.least + (1 - g.least * g.bins) * v.softmax(0)) for v in (w, h))
-            slopes = [1.0, *(g.least + (1 + (d + math.log(math.expm1(1 - g.least))).exp()).log()).tolist(), 1.0]
+            widths, heights = (2 * g.bound * (g.min_slope + (1 - g.min_slope * g.bins) * v.softmax(0)) for v in (w, h))
+            slopes = [1.0, *(g.min_slope + (1 + (d + math.log(math.expm1(1 - g.min_slope))).exp()).log()).tolist(), 1.0]
         xs, ys = (-g.bound + torch.cat([v.new_zeros(1), v.cumsum(0)]) for v in (widths, heights))
         k = int((here >= xs).sum()) - 1
         t, s, d0, d1 = (here - xs[k]) / widths[k], heights[k] / widths[k], slopes[k], slopes[k + 1]

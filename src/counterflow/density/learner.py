@@ -44,7 +44,7 @@ def preprocessing(columns: TableTransform, x: Tensor, weights: Array | None, see
     z = _noisy(columns, x, seed)
     if len(z) < 2:  # nothing to draw a curve through
         return _gaussian(z.numpy(), weights, correlated)
-    curves = QuantileSpline.of(z, least_gain=CURVED)
+    curves = QuantileSpline.from_data(z, min_gain=CURVED)
     return Compose([_gaussian(curves(z)[0].numpy(), weights, correlated), Inverse(curves)])
 
 
@@ -70,7 +70,7 @@ def with_kernels(learner: Flow, columns: TableTransform, train: Tensor, validati
     if len(train) > KNOWN or not isinstance(learner.base, StandardNormal):
         return learner
     train, validation = (_noisy(columns, x, seed).float() for x in (train, validation))
-    known = with_kernel_base(learner, train, validation, most=KNOWN)
+    known = with_kernel_base(learner, train, validation, max_points=KNOWN)
     gain = (known().log_prob(validation) - learner().log_prob(validation)).mean().item()
     return known if gain > KERNELLED else learner
 

@@ -105,7 +105,8 @@ def _mirrored(layer: Autoregressive, trace: Trace, hidden: tuple[int, ...]) -> T
         # The teacher's parameters are linear in its last hidden units: these know what matters in u, and after the
         # linear map the student sees nearly u. What leads to the parameters themselves starts anew.
         last = f"layers.{len(layer.hidden)}."
-        theirs = {k: v for k, v in layer.made.state_dict().items() if not k.startswith((last, "direct"))}
+        anew = (last, "skip_to_output", "context_to_output")
+        theirs = {k: v for k, v in layer.made.state_dict().items() if not k.startswith(anew)}
         made.made.load_state_dict(theirs, strict=False)
     if list(layer.degrees) != sorted(layer.degrees):
         return made

@@ -23,7 +23,7 @@ class Layout:
     ends: tuple[tuple[int, ...], ...]
     activation: Activation
     univariate: Univariate
-    chain: Links
+    links: Links
 
     @property
     def groups(self) -> int:
@@ -32,19 +32,19 @@ class Layout:
 
     def fed(self, k: int, hidden: Tensor) -> Tensor:
         """What hidden layer k feeds the next one with, from what it holds before its activation."""
-        return hidden if self.chain.linear[k] else self.activation.f(hidden)
+        return hidden if k in self.links.linear else self.activation.f(hidden)
 
     def slope(self, k: int, hidden: Tensor) -> Tensor:
         """The derivative of `fed` by it."""
-        return torch.ones_like(hidden) if self.chain.linear[k] else self.activation.df(hidden)
+        return torch.ones_like(hidden) if k in self.links.linear else self.activation.df(hidden)
 
 
 @dataclass(frozen=True)
 class System:
     """y = g(x; params(x)), for N rows of D features sorted by degree.
 
-    weights: (H1, D), (H2, H1), ..., (D P, HL), of which only what the degrees allow is read, and (D P, D) where the
-    chain is direct. biases: (H1,), ..., (D P,), or (N, H) for what a context enters.
+    weights: (H1, D), (H2, H1), ..., (D P, HL), of which only what the degrees allow is read, and (D P, D) with
+    skip_to_output. biases: (H1,), ..., (D P,), or (N, H) for what a context enters.
     """
 
     layout: Layout

@@ -85,7 +85,7 @@ def _map_code(univariate: Univariate) -> int:
 
 def _constants(univariate: Univariate) -> list[float]:
     """By BOUND, LEAST, ...: FLOOR is the least share of a bin, and LEAST + softplus(UNIT) = 1, LEAST = exp(-MOST)."""
-    least = getattr(univariate, "least", 0.0)
+    least = getattr(univariate, "min_slope", getattr(univariate, "min_scale", 0.0))
     floor = 0.0 if _map_code(univariate) == CLIPPED_SPLINE else least
     unit, most = math.log(math.expm1(1 - least)), -math.log(least) if least else math.inf
     bound, low, high = (getattr(univariate, name, 0.0) for name in ("bound", "low", "high"))
@@ -144,8 +144,9 @@ def _plan(layout: Layout, dtype: torch.dtype) -> _Plan:
     # The degree where each block begins, and G + 1: degrees are 0..G.
     blocks = torch.tensor([*range(0, G + 1, max(1, BLOCK * (G + 1) // max(sizes))), G + 1])
     constants = torch.tensor([_constants(layout.univariate)], dtype=dtype)
-    added = [0, *(0 if skip is None else skip + 1 for skip in layout.chain.skips)]
-    links = torch.tensor([added, [0, *layout.chain.linear]])
+    added = [0, *(0 if skip is None else skip + 1 for skip in layout.links.skips)]
+    linear = [k in layout.links.linear for k in range(len(hidden))]
+    links = torch.tensor([added, [0, *linear]])
     tables = (below, starts[None], blocks[None], constants, links)
     return _Plan(
         tables,

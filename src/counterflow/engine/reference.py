@@ -13,17 +13,13 @@ from counterflow.engine.contract import Adjoints, Layout, Solution, System
 
 def network(system: System, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """One pass through the masked network: params (N, D, P), and each hidden layer before activation."""
-    hidden: list[Tensor] = []
-    layout, fed = system.layout, x
+    layout = system.layout
     masked = [weight * mask.to(weight.device) for weight, mask in zip(system.weights, _masks(layout), strict=True)]
-    for k, skip in enumerate(layout.chain.skips):
-        a = fed @ masked[k].T + system.biases[k]
-        hidden.append(a if skip is None else a + hidden[skip])
-        fed = layout.fed(k, hidden[k])
-    params = fed @ masked[len(hidden)].T + system.biases[-1]
-    if layout.chain.direct:
+    hidden, last = layout.links.propagate(lambda k, v: v @ masked[k].T + system.biases[k], x, layout.activation.f)
+    params = last @ masked[len(hidden)].T + system.biases[-1]
+    if layout.links.skip_to_output:
         params = params + x @ masked[-1].T
-    return params.unflatten(-1, (x.shape[-1], system.layout.univariate.parameters)), tuple(hidden)
+    return params.unflatten(-1, (x.shape[-1], layout.univariate.parameters)), hidden
 
 
 def _masks(layout: Layout) -> Iterator[Tensor]:
@@ -35,7 +31,7 @@ def _masks(layout: Layout) -> Iterator[Tensor]:
         yield torch.tensor(after)[:, None] >= torch.tensor(before)
     params = torch.tensor(features).repeat_interleave(layout.univariate.parameters)
     yield params[:, None] > torch.tensor(hidden[-1])
-    if layout.chain.direct:
+    if layout.links.skip_to_output:
         yield params[:, None] > torch.tensor(features)
 
 

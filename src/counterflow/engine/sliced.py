@@ -17,7 +17,7 @@ from counterflow.engine.contract import Adjoints, Solution, System
 def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
     """For degree g = 1..G: params of the features of degree g, these features, the hidden units of degree g."""
     layout, weights = system.layout, system.weights
-    (N, D), P, skips = y.shape, layout.univariate.parameters, layout.chain.skips
+    (N, D), P, skips = y.shape, layout.univariate.parameters, layout.links.skips
     features, *units = layout.ends
     biases = [b.T if b.dim() == 2 else b[:, None] for b in system.biases]
     y, x, log_det = y.T, y.new_empty(D, N), y.new_zeros(N)
@@ -41,7 +41,7 @@ def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Sol
         new, seen = slice(features[g - 1], features[g]), units[-1][g - 1]
         rows = slice(new.start * P, new.stop * P)
         torch.addmm(biases[-1][rows], weights[len(units)][rows, :seen], after[-1][:seen], out=params[rows])
-        if layout.chain.direct:
+        if layout.links.skip_to_output:
             params[rows] += weights[-1][rows, : new.start] @ x[: new.start]
         x[new], log_slope = layout.univariate.inverse(y[new], _by_feature(params[rows], P))
         log_det += log_slope.sum(0)
@@ -74,7 +74,7 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
                     seen_by, received = slice(units[k + 1][g - 1] if g else 0, None), hidden[k + 1]
                 torch.mm(weights[k + 1][seen_by, new].T, received[seen_by], out=hidden[k][new])
                 hidden[k][new] *= slopes[k][new]
-                for later in layout.chain.added_to(k):
+                for later in layout.links.added_to(k):
                     hidden[k][new] += hidden[later][new]
 
     for g in range(layout.groups, 0, -1):
@@ -82,7 +82,7 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
             retreat(g)
         new, seen_by = slice(features[g - 1], features[g]), slice(units[0][g - 1], None)
         sent_back = weights[0][seen_by, new].T @ hidden[0][seen_by]
-        if layout.chain.direct:
+        if layout.links.skip_to_output:
             sent_back += weights[-1][new.stop * P :, new].T @ flat[new.stop * P :]
         u[new] = (target[new] - sent_back) / partials.dy_dx[new]
         theta = u[new, :, None] * partials.dy_dparams[new] + w[:, None] * partials.dl_dparams[new]

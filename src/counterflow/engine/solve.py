@@ -139,7 +139,7 @@ class _SolveBackward(torch.autograd.Function):
             if needed[L + k]:
                 fed = x if k == 0 else layout.fed(k - 1, hidden[k - 1])
                 grads[L + k] = weight_gradient(staircases[k], into[k], fed)
-        if layout.chain.direct and needed[2 * L]:
+        if layout.links.skip_to_output and needed[2 * L]:
             grads[2 * L] = weight_gradient(staircases[L], into[-1], x)
         return -minus.u, *grads
 

@@ -44,7 +44,7 @@ class Traced:
 def _name(layout: Layout) -> str:
     """A name for the layout, the same in every process."""
     f = layout.activation.f
-    name = f"{f.__module__}.{f.__qualname__} {layout.univariate!r} {layout.ends} {layout.chain}"
+    name = f"{f.__module__}.{f.__qualname__} {layout.univariate!r} {layout.ends} {layout.links}"
     LAYOUTS[name] = layout
     return name
 

@@ -64,9 +64,9 @@ class StandardNormal(Base):
 class StudentT(Base):
     """D independent Student t variables of location 0 and scale 1, whose degrees of freedom are trained: df = 1 / u.
 
-        u = 1 / most + exp(a - 4)
+        u = 1 / max_df + exp(a - 4)
 
-    a starts at 0 and is free for each feature; no feature gets lighter tails than `most` degrees of freedom have. A
+    a starts at 0 and is free for each feature; no feature gets lighter tails than `max_df` degrees of freedom have. A
     flow of affine maps keeps the tails of its base, and importance weights are bounded only where those of the
     approximation are no lighter than the target's.
 
@@ -74,22 +74,23 @@ class StudentT(Base):
 
     Example:
         >>> import counterflow as cf
-        >>> base = cf.bases.StudentT(3, most=25.0)
+        >>> base = cf.bases.StudentT(3, max_df=25.0)
         >>> base().event_shape, round(base.df[0].item(), 1)
         (torch.Size([3]), 17.1)
     """
 
-    def __init__(self, features: int, most: float = 25.0) -> None:
+    def __init__(self, features: int, max_df: float = 25.0) -> None:
         super().__init__()
-        if not (math.isfinite(most) and most > 0):
-            raise ValueError(f"expected most, the highest degrees of freedom, as a positive number, got {most}")
-        self.features, self.most = positive(features, "features"), float(most)
+        if not (math.isfinite(max_df) and max_df > 0):
+            raise ValueError(f"expected max_df to be a positive number, got {max_df}")
+        self.features = positive(features, "features")
+        self.max_df = float(max_df)
         self.a = nn.Parameter(torch.zeros(features))
 
     @property
     def df(self) -> Tensor:
         """The degrees of freedom (D,)."""
-        return 1 / (1 / self.most + torch.exp(self.a - 4))
+        return 1 / (1 / self.max_df + torch.exp(self.a - 4))
 
     def forward(self, c: Tensor | None = None) -> Distribution:
         """The same for every context."""
@@ -99,10 +100,10 @@ class StudentT(Base):
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""
-        return {"features": self.features, "most": self.most}
+        return {"features": self.features, "max_df": self.max_df}
 
     def __repr__(self) -> str:
-        return f"StudentT(features={self.features}, most={self.most:g})"
+        return f"StudentT(features={self.features}, max_df={self.max_df:g})"
 
 
 class DiagonalNormal(Base):

@@ -26,7 +26,7 @@ def with_kernel_base(
     *,
     widths: Sequence[float] = WIDTHS,
     shares: Sequence[float] = SHARES,
-    most: int = 20_000,
+    max_points: int = 20_000,
 ) -> Flow:
     """The trained flow with a `KernelMixture` for its base, whose points are the training rows seen through the flow.
 
@@ -43,7 +43,7 @@ def with_kernel_base(
         train: rows x (N, D), or (x, c).
         validation: rows that were not trained on, alike.
         widths, shares: what is tried.
-        most: of the training rows become points, the first of them.
+        max_points: number of training rows that become points, the first of them.
 
     Raises:
         ValueError: a flow with another base, no rows, or numbers that are not finite.
@@ -60,7 +60,8 @@ def with_kernel_base(
     """
     if not isinstance(flow.base, StandardNormal):
         raise ValueError(f"expected a flow that starts from StandardNormal, got {flow.base!r}")
-    points, checked = _seen(flow, train, "the training rows")[:most], _seen(flow, validation, "the validation rows")
+    points = _seen(flow, train, "the training rows")[:max_points]
+    checked = _seen(flow, validation, "the validation rows")
     D = flow.features
     normal = flow.base().base_dist.log_prob(checked).sum(-1)
     near = _kernels(checked, points, widths)

@@ -195,10 +195,10 @@ def autoregressive(
     architecture = Architecture(
         hidden_degrees=tuple(tuple(e[place].tolist()) for e, place in zip(of, places, strict=True)),
         skips=tuple(layer.skip for layer in layers) if any(layer.skip is not None for layer in layers) else (),
-        linear=tuple(layer.linear for layer in layers) if any(layer.linear for layer in layers) else (),
+        linear=tuple(k for k, layer in enumerate(layers) if layer.linear),
         contexts=tuple(contexts) if C else (0,),
         activated_contexts=activated,
-        direct=direct is not None,
+        skip_to_output=direct is not None,
     )
     t = Autoregressive(
         len(degrees),
@@ -220,9 +220,9 @@ def autoregressive(
             bias = None if layer.context_bias is None else layer.context_bias[places[k]]
             _copy(made.contexts[str(k)], layer.context[places[k]], bias)
     if direct is not None:
-        _copy(made.direct, direct.masked()[rows][:, order], None)
+        _copy(made.skip_to_output, direct.masked()[rows][:, order], None)
         if direct.context is not None:
-            _copy(made.direct_context, direct.context[rows], None)
+            _copy(made.context_to_output, direct.context[rows], None)
     return t
 
 

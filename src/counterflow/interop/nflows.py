@@ -71,7 +71,7 @@ def _affine_autoregressive(t: Any, D: int) -> Transform:
     layers, last, activation = nsf.made(t.autoregressive_net, "activated", "added")
     univariate = ForeignAffine("softplus", t._epsilon)
     rows = torch.arange(2 * D).reshape(D, 2).flip(1)  # theirs are (scale, shift)
-    last = last.rows(rows, [1.0, 1.0], [0.0, -univariate.unit])
+    last = last.rows(rows, [1.0, 1.0], [0.0, -univariate.softplus_offset])
     return common.autoregressive(range(1, D + 1), layers, last, univariate, activation)
 
 

@@ -113,10 +113,11 @@ def spline_params(last: Layer, spline: RationalQuadraticSpline, net: Any) -> Lay
     size = getattr(net, "hidden_features", None)  # both libraries divide shares by its root, where there is one
     shares, inner = [1 / size**0.5 if size else 1.0] * (2 * spline.bins), spline.bins - 1
     rows = torch.arange(len(last.bias)).reshape(-1, spline.parameters)
-    return last.rows(rows, shares + [1.0] * inner, [0.0] * (2 * spline.bins) + [-spline.unit] * inner)
+    return last.rows(rows, shares + [1.0] * inner, [0.0] * (2 * spline.bins) + [-spline.softplus_offset] * inner)
 
 
 def unconditional_spline(module: Any, spline: RationalQuadraticSpline) -> torch.Tensor:
     """Our params (features, P) of a spline whose params are trained numbers."""
-    raw = (module.unnormalized_widths, module.unnormalized_heights, module.unnormalized_derivatives - spline.unit)
+    slopes = module.unnormalized_derivatives - spline.softplus_offset
+    raw = (module.unnormalized_widths, module.unnormalized_heights, slopes)
     return torch.cat(raw, -1).detach()

@@ -21,28 +21,32 @@ from torch import Tensor, nn
 
 from counterflow.checks import positive
 from counterflow.made.activations import activation_named
-from counterflow.made.architecture import Architecture, Links
+from counterflow.made.architecture import Architecture
 from counterflow.made.masked_linear import MaskedLinear
 
 
 class MADE(nn.Module):
-    """A masked network: features x (..., D), sorted by degree, and a context c (..., C) to parameters (..., D, P).
+    """Masked network: features x (..., D), sorted by degree, and a context c (..., C) to parameters (..., D, P).
 
-    The context enters the first hidden layer unmasked, or as the architecture says. The output layer starts at 3e-4 of the
-    others' size, so that a flow of five layers starts within 1e-2 of what its univariate map does with zero parameters.
+    By default the context enters the first hidden layer, unmasked. The weights of the output layer start 3e-4 times as
+    large as those of the others, so that a flow of five layers starts within 1e-2 of its univariate map with zero
+    parameters.
 
     Args:
         degrees: D degrees in ascending order.
         parameters: P, the number of parameters per feature.
-        hidden: the sizes of the hidden layers.
-        activation: a name from ACTIVATIONS.
+        hidden: sizes of the hidden layers.
+        activation: a name in ACTIVATIONS.
         context: C.
-        architecture: how the layers are joined; a chain when not given.
+        architecture: connections between the layers; a plain sequence of layers when not given.
 
     Attributes:
-        ends: for the features and for each hidden layer, how many units have a degree of at most g, for
-            g = 0..G. This is all that substitution has to know about the masks.
-        chain: what it has to know about the architecture.
+        ends: for the features and for each hidden layer, the number of units of degree g or less, for g = 0..G. This
+            is all that substitution needs to know about the masks.
+        links: connections between the hidden layers.
+
+    Raises:
+        ValueError: no hidden layers, a size below 1, an unknown activation, or an architecture that does not fit.
     """
 
     def __init__(
@@ -60,72 +64,72 @@ class MADE(nn.Module):
         if isinstance(hidden, int) or not hidden:
             raise ValueError(f"expected the sizes of the hidden layers, such as hidden=(64, 64), got hidden={hidden!r}")
         sizes = [positive(size, f"hidden[{k}]") for k, size in enumerate(hidden)]
-        G, architecture = max(degrees), Architecture() if architecture is None else architecture
-        # Units of degree 0 see the context alone: without one they would be constants.
+        if architecture is None:
+            architecture = Architecture()
+        G = max(degrees)
+        # Units of degree 0 see only the context: without a context they would be constants.
         lowest = 0 if context or G == 1 else 1
-        levels = [list(degrees), *architecture.degrees(sizes, G, lowest)]
+        hidden_levels = architecture.degrees(sizes, G, lowest)
+        self.links = architecture.links(hidden_levels)
+        levels = [list(degrees), *hidden_levels]
         self.ends = tuple(tuple(bisect_right(level, g) for g in range(G + 1)) for level in levels)
-        self.chain = Links(
-            tuple(architecture.skips) or (None,) * len(sizes),
-            tuple(architecture.linear) or (False,) * len(sizes),
-            architecture.direct,
-        )
 
         d = [torch.tensor(level) for level in levels]
         masks = [after[:, None] >= before[None, :] for before, after in pairwise(d)]
         outputs = [(d[0][:, None] > seen[None, :]).repeat_interleave(parameters, dim=0) for seen in (d[-1], d[0])]
-        heard = {k: k in architecture.activated_contexts for k in architecture.contexts if context}
+        contexts = architecture.contexts if context else ()
         self.layers = nn.ModuleList(
-            MaskedLinear(mask, more_inputs=context if k in heard else 0) for k, mask in enumerate(masks)
+            MaskedLinear(mask, more_inputs=context if k in contexts else 0) for k, mask in enumerate(masks)
         )
         self.layers.append(MaskedLinear(outputs[0], gain=3e-4))
-        self.direct = MaskedLinear(outputs[1], gain=3e-4) if architecture.direct else None
-        self.contexts = nn.ModuleDict({str(k): nn.Linear(context, sizes[k], bias=own) for k, own in heard.items()})
+        self.skip_to_output = MaskedLinear(outputs[1], gain=3e-4) if self.links.skip_to_output else None
         self.activated_contexts = architecture.activated_contexts
-        self.direct_context = (
-            nn.Linear(context, len(outputs[0]), bias=False) if architecture.direct and context else None
+        # The bias of the hidden layer serves as v in V c + v, unless f(V c + v) is what is added.
+        self.contexts = nn.ModuleDict(
+            {str(k): nn.Linear(context, sizes[k], bias=k in self.activated_contexts) for k in contexts}
         )
-        if self.direct_context is not None:
-            nn.init.zeros_(self.direct_context.weight)
+        self.context_to_output: nn.Linear | None = None
+        if self.links.skip_to_output and context:
+            self.context_to_output = nn.Linear(context, len(outputs[0]), bias=False)
+            nn.init.zeros_(self.context_to_output.weight)
 
     @property
     def dtype(self) -> torch.dtype:
-        """That of the weights."""
+        """Dtype of the weights."""
         return self.masked_layers()[0].weight.dtype
 
     def masked_layers(self) -> list[MaskedLinear]:
-        """The layers in order, the last one giving the parameters, and the direct one, if there is one."""
-        layers = list(self.layers) if self.direct is None else [*self.layers, self.direct]
-        return layers  # type: ignore[return-value]  # that is all that it holds
+        """Return the layers in order, the output layer last, followed by `skip_to_output` if there is one."""
+        layers = list(self.layers) if self.skip_to_output is None else [*self.layers, self.skip_to_output]
+        return layers  # type: ignore[return-value]  # a ModuleList does not state the type of its entries
 
     def shifts(self, c: Tensor | None) -> dict[int, Tensor]:
-        """What the context adds to the hidden layers, and to the parameters under the number after theirs."""
+        """Return the terms that the context adds to the layers, {index of the layer: (..., units)}."""
         if c is None:
             return {}
-        found = {int(k): layer(c) for k, layer in self.contexts.items()}
-        found |= {k: self.activation.f(found[k]) for k in self.activated_contexts}
-        return found if self.direct_context is None else found | {len(self.layers) - 1: self.direct_context(c)}
+        terms = {int(k): layer(c) for k, layer in self.contexts.items()}
+        for k in self.activated_contexts:
+            terms[k] = self.activation.f(terms[k])
+        if self.context_to_output is not None:
+            terms[len(self.layers) - 1] = self.context_to_output(c)
+        return terms
 
     def run(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Parameters (..., D, P), and what each hidden layer holds before its activation, (..., H) each."""
-        before: list[Tensor] = []
-        fed, shifts = x, self.shifts(c)
-        *layers, last = self.layers  # a slice would build another ModuleList
-        for k, (layer, skip) in enumerate(zip(layers, self.chain.skips, strict=True)):
-            a = layer(fed)
-            if k in shifts:
-                a = a + shifts[k]
-            if skip is not None:
-                a = a + before[skip]
-            before.append(a)
-            fed = a if self.chain.linear[k] else self.activation.f(a)
-        params = last(fed)
-        if self.direct is not None:
-            params = params + self.direct(x)
-        if self.direct_context is not None:
-            params = params + shifts[len(layers)]
-        return params.reshape(*x.shape, self.parameters_per_feature), tuple(before)
+        """Return the parameters (..., D, P) and the hidden layers before their activation, (..., H) each."""
+        shifts = self.shifts(c)
+
+        def affine(k: int, v: Tensor) -> Tensor:
+            out: Tensor = self.layers[k](v)
+            return out + shifts[k] if k in shifts else out
+
+        hidden, last = self.links.propagate(affine, x, self.activation.f)
+        params = self.layers[len(hidden)](last)
+        if self.skip_to_output is not None:
+            params = params + self.skip_to_output(x)
+        if self.context_to_output is not None:
+            params = params + shifts[len(hidden)]
+        return params.reshape(*x.shape, self.parameters_per_feature), hidden
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> Tensor:
-        """Parameters (..., D, P)."""
+        """Return the parameters (..., D, P)."""
         return self.run(x, c)[0]

@@ -77,7 +77,7 @@ def independence_metropolis(
 
     Example:
         >>> import torch, counterflow as cf
-        >>> wide = cf.Flow(cf.bases.StudentT(2, most=3.0), cf.IAF(2, layers=1, hidden=(8,)).transform)
+        >>> wide = cf.Flow(cf.bases.StudentT(2, max_df=3.0), cf.IAF(2, layers=1, hidden=(8,)).transform)
         >>> found = independence_metropolis(wide, lambda z: -z.square().sum(-1) / 2, chains=4, draws=500)
         >>> found.draws.shape, found.acceptance > 0.5, found.convergence.r_hat.max().item() < 1.05
         (torch.Size([4, 500, 2]), True, True)

@@ -87,7 +87,7 @@ class Autoregressive(Transform):
         ascending = sorted(self.degrees)
         self.made = MADE(ascending, self.univariate.parameters, hidden, activation, self.context, architecture)
         self.hidden, self.architecture = tuple(hidden), architecture
-        self._layout = Layout(self.made.ends, self.made.activation, self.univariate, self.made.chain)
+        self._layout = Layout(self.made.ends, self.made.activation, self.univariate, self.made.links)
         self.solver = "auto"
 
     @property
@@ -163,7 +163,7 @@ class Autoregressive(Transform):
         """The system for the rows of `like` (..., D), its batch shape flattened."""
         layers = self.made.masked_layers()
         biases: list[Tensor] = [layer.bias for layer in layers]
-        if self.made.direct is not None:  # the direct layer ends where the last one does
+        if self.made.skip_to_output is not None:  # the direct layer ends where the last one does
             biases[-2:] = [biases[-2] + biases[-1]]
         for k, shift in self.made.shifts(c).items():
             bias = biases[k] + shift

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from counterflow.checks import positive
 from counterflow.made.activations import activation_named
+from counterflow.made.architecture import check_links
 from counterflow.transforms.base import Transform, prepare
 from counterflow.univariate.affine import Affine
 from counterflow.univariate.base import Univariate
@@ -86,6 +87,7 @@ class CouplingLayer(Transform):
         self.hidden = tuple(positive(size, f"hidden[{k}]") for k, size in enumerate(hidden))
         self.skips, self.linear, self.gates = tuple(skips), tuple(sorted(linear)), tuple(sorted(gates))
         self._check(len(kept) + self.context)
+        self._links = check_links(self.hidden, self.skips, self.linear, alike="size")
         self.register_buffer("moves", torch.tensor(self.moved), persistent=False)
         self.register_buffer("stays", torch.tensor(kept, dtype=torch.long), persistent=False)
         self._f = activation_named(activation).f
@@ -101,21 +103,14 @@ class CouplingLayer(Transform):
             nn.init.zeros_(self.last.bias)
 
     def _check(self, inputs: int) -> None:
-        layers = range(len(self.hidden))
         activation_named(self.activation)
         if self.hidden and not inputs:
             raise ValueError(f"expected hidden=() where nothing is kept and there is no context, got {self.hidden}")
         if self.gates and not self.context:
             raise ValueError(f"expected gates=() without a context, got {self.gates}")
-        if not {*self.linear, *self.gates} <= set(layers):
-            raise ValueError(f"expected linear and gates in 0..{len(layers) - 1}, got {self.linear} and {self.gates}")
-        fits = all(
-            s is None or (0 <= s < k < len(layers) and self.hidden[s] == self.hidden[k])
-            for k, s in enumerate(self.skips)
-        )
-        if self.skips and not (fits and len(self.skips) == len(layers)):
+        if not set(self.gates) <= set(range(len(self.hidden))):
             raise ValueError(
-                f"expected for each of {len(layers)} hidden layers None or an earlier one of its size, got {self.skips}"
+                f"expected gates to hold indices of the {len(self.hidden)} hidden layers, got {self.gates}"
             )
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -148,16 +143,13 @@ class CouplingLayer(Transform):
         if c is not None:
             c = c.expand(*x.shape[:-1], self.context)
             h = torch.cat([h, c], -1)
-        before: list[Tensor] = []
-        for k, layer in enumerate(self.layers):
-            a = layer(h)
-            if k in self.gates:
-                a = a * torch.sigmoid(self.gating[str(k)](c))
-            if self.skips and (skip := self.skips[k]) is not None:
-                a = a + before[skip]
-            before.append(a)
-            h = a if k in self.linear else self._f(a)
-        return self.last(h).to(x.dtype).reshape(shape)  # lower under autocast
+
+        def affine(k: int, v: Tensor) -> Tensor:
+            out: Tensor = self.layers[k](v)
+            return out * torch.sigmoid(self.gating[str(k)](c)) if k in self.gates else out
+
+        _, out = self._links.propagate(affine, h, self._f)
+        return self.last(out).to(x.dtype).reshape(shape)  # lower under autocast
 
     def config(self) -> dict[str, Any]:
         """The constructor's arguments."""

@@ -31,7 +31,7 @@ class QuantileSpline(Transform):
         y = y_k + h (s t^2 + d_k t (1 - t)) / (s + (d_k + d_k+1 - 2 s) t (1 - t)),    t = (x - x_k) / w,  s = h / w
 
     with w and h the width and height of piece k. x, y and slopes are (D, K), ascending along K, slopes positive; they
-    are constants, saved with the transform and never trained. `QuantileSpline.of` finds them from data.
+    are constants, saved with the transform and never trained. `QuantileSpline.from_data` finds them from data.
 
     Raises:
         ValueError: three shapes that differ, fewer than two knots, or curves that do not increase.
@@ -73,12 +73,12 @@ class QuantileSpline(Transform):
             self.register_buffer(name, value.detach().clone())
 
     @classmethod
-    def of(cls, rows: Tensor, least_gain: float = -math.inf) -> QuantileSpline:
+    def from_data(cls, rows: Tensor, min_gain: float = -math.inf) -> QuantileSpline:
         """The curves that make each feature of rows (N, D) about standard normal: y = Phi^-1(F(x)) at its quantiles.
 
         F is the empirical distribution function at about sqrt(N) levels, 8 to 64, from 1 / 2N to 1 - 1 / 2N; the
         slope at an inner knot is the harmonic mean of those of its two chords. Features whose curve gains fewer than
-        least_gain nats a row over a normal fitted to them are standardised instead: a curve through quantiles
+        min_gain nats a row over a normal fitted to them are standardised instead: a curve through quantiles
         is jagged, and only spikes and long tails are worth that.
 
         Raises:
@@ -87,17 +87,17 @@ class QuantileSpline(Transform):
         Example:
             >>> import torch, counterflow as cf
             >>> rows = torch.rand(1000, 1, generator=torch.Generator().manual_seed(0)).square()
-            >>> y, log_det = cf.transforms.QuantileSpline.of(rows)(rows)
+            >>> y, log_det = cf.transforms.QuantileSpline.from_data(rows)(rows)
             >>> [round(y.quantile(p).item(), 1) for p in (0.25, 0.5, 0.75)]
             [-0.7, 0.0, 0.7]
         """
         if rows.dim() != 2 or len(rows) < 2:
             raise ValueError(f"expected at least two rows (N, D), got shape {tuple(rows.shape)}")
         curves = [_through_quantiles(column) for column in rows.double().T]
-        if least_gain > -math.inf:
+        if min_gain > -math.inf:
             gains = [_gain(column, curve) for column, curve in zip(rows.double().T, curves, strict=True)]
             curves = [
-                curve if gain >= least_gain else _straight(column, curve)
+                curve if gain >= min_gain else _straight(column, curve)
                 for column, curve, gain in zip(rows.double().T, curves, gains, strict=True)
             ]
         K = max(len(x) for x, _, _ in curves)

@@ -106,16 +106,16 @@ class ForeignAffine(Univariate):
 
         y = x * s + m,    log dy/dx = log s
 
-        softplus    s = least + softplus(a + log(exp(1 - least) - 1))    nflows
-        sigmoid     s = least + sigmoid(a + 2)                           nflows' coupling layers, normflows
-        softclip    log s = a / (1 + |a| / log(1 / least))               zuko; with least = 0 it is s = exp(a)
+        softplus    s = min_scale + softplus(a + log(exp(1 - min_scale) - 1))    nflows
+        sigmoid     s = min_scale + sigmoid(a + 2)                           nflows' coupling layers, normflows
+        softclip    log s = a / (1 + |a| / log(1 / min_scale))               zuko; with min_scale = 0 it is s = exp(a)
         clamp       log s = min(max(a, low), high)                       Pyro
 
-    params (..., 2) holds (m, a). With zero parameters y = x, and 0.88 x + least x for "sigmoid". The gradient for a
+    params (..., 2) holds (m, a). With zero parameters y = x, and 0.88 x + min_scale x for "sigmoid". The gradient for a
     is the true one: 0 where "clamp" clips. For new flows take `Affine`, whose clip is smooth.
 
     Raises:
-        ValueError: a scale that is not in the list, least outside of 0..1, or low not below high.
+        ValueError: a scale that is not in the list, min_scale outside of 0..1, or low not below high.
 
     Example:
         >>> import torch, counterflow as cf
@@ -125,7 +125,7 @@ class ForeignAffine(Univariate):
     """
 
     scale: Scale
-    least: float = 1e-3  # what nflows and zuko have
+    min_scale: float = 1e-3  # what nflows and zuko have
     low: float = -5.0  # what Pyro has
     high: float = 3.0
 
@@ -134,9 +134,10 @@ class ForeignAffine(Univariate):
     def __post_init__(self) -> None:
         if self.scale not in get_args(Scale):
             raise ValueError(f"expected scale as one of {', '.join(get_args(Scale))}, got {self.scale!r}")
-        if not (0 <= self.least < 1 and self.low < self.high):
+        if not (0 <= self.min_scale < 1 and self.low < self.high):
             raise ValueError(
-                f"expected least in 0..1 and low below high, got least={self.least}, low={self.low}, high={self.high}"
+                f"expected 0 <= min_scale < 1 and low < high, got min_scale={self.min_scale}, low={self.low}, "
+                f"high={self.high}"
             )
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,18 +163,18 @@ class ForeignAffine(Univariate):
     def _scale(self, a: Tensor) -> tuple[Tensor, Tensor]:
         """The scale s, and log s."""
         if self.scale == "softplus":
-            s = self.least + F.softplus(a + self.unit)
+            s = self.min_scale + F.softplus(a + self.softplus_offset)
             return s, s.log()
         if self.scale == "sigmoid":
-            s = self.least + torch.sigmoid(a + 2)
-            return s, s.log() if self.least else F.logsigmoid(a + 2)
+            s = self.min_scale + torch.sigmoid(a + 2)
+            return s, s.log() if self.min_scale else F.logsigmoid(a + 2)
         log_s = _softclip(a, self._most) if self.scale == "softclip" else a.clamp(self.low, self.high)
         return log_s.exp(), log_s
 
     def _slope(self, a: Tensor, s: Tensor) -> Tensor:
         """The derivative of log s by a."""
         if self.scale == "softplus":
-            return torch.sigmoid(a + self.unit) / s
+            return torch.sigmoid(a + self.softplus_offset) / s
         if self.scale == "sigmoid":
             return torch.sigmoid(a + 2) * torch.sigmoid(-a - 2) / s
         if self.scale == "softclip":
@@ -181,13 +182,13 @@ class ForeignAffine(Univariate):
         return ((a >= self.low) & (a <= self.high)).to(a.dtype)
 
     @property
-    def unit(self) -> float:
+    def softplus_offset(self) -> float:
         """What softplus is given at a = 0."""
-        return math.log(math.expm1(1 - self.least))
+        return math.log(math.expm1(1 - self.min_scale))
 
     @property
     def _most(self) -> float:
-        return -math.log(self.least) if self.least else math.inf
+        return -math.log(self.min_scale) if self.min_scale else math.inf
 
 
 def _softclip(a: Tensor, bound: float) -> Tensor:

@@ -28,14 +28,14 @@ class RationalQuadraticSpline(Univariate):
         slope_k  = 1e-3 + softplus(d_k + log(exp(1 - 1e-3) - 1)), and 1 at both ends
         y = y_k + height_k (s t^2 + slope_k t (1 - t)) / (s + (slope_k + slope_k+1 - 2 s) t (1 - t))
 
-    with t = (x - x_k) / width_k and s = height_k / width_k in bin k. With zero parameters y = x. 1e-3 is `least`. With
-    `clipped` it bounds the raw numbers instead, as in zuko:
+    with t = (x - x_k) / width_k and s = height_k / width_k in bin k. With zero parameters y = x. 1e-3 is `min_slope`.
+    With `clipped` it bounds the raw numbers instead, as in zuko:
 
         width_k  = 2 bound softmax(clip(w, b / 2))_k, heights alike
-        slope_k  = exp(clip(d_k, b)),    b = log(1 / least),    clip(a, b) = a / (1 + |a| / b)
+        slope_k  = exp(clip(d_k, b)),    b = log(1 / min_slope),    clip(a, b) = a / (1 + |a| / b)
 
     Raises:
-        ValueError: fewer than 2 bins, bins that least leaves no room for, or a bound that is not positive.
+        ValueError: fewer than 2 bins, bins that min_slope leaves no room for, or a bound that is not positive.
 
     Source: Durkan et al. 2019, "Neural Spline Flows", section 3.1; Rozet et al. 2022, zuko, for `clipped`.
 
@@ -49,15 +49,15 @@ class RationalQuadraticSpline(Univariate):
 
     bins: int = 8
     bound: float = 5.0
-    least: float = 1e-3  # the smallest slope, and the smallest share of a bin; Durkan et al.'s and zuko's own
+    min_slope: float = 1e-3  # the smallest slope, and the smallest share of a bin; Durkan et al.'s and zuko's own
     clipped: bool = False
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bins, int) and 2 <= self.bins <= 500):
             raise ValueError(f"expected bins as a whole number from 2 to 500, got {self.bins!r}")
         positive_number(self.bound, "bound")
-        if not 0 < self.least <= 1 / (2 * self.bins):
-            raise ValueError(f"expected least above 0 and at most 1 / (2 bins), got {self.least!r}")
+        if not 0 < self.min_slope <= 1 / (2 * self.bins):
+            raise ValueError(f"expected min_slope above 0 and at most 1 / (2 bins), got {self.min_slope!r}")
 
     @property
     def parameters(self) -> int:  # type: ignore[override]
@@ -165,7 +165,7 @@ class RationalQuadraticSpline(Univariate):
         inner = slopes[..., 1:-1]
         if self.clipped:
             return by[..., 1:-1] * inner * (1 + raw.abs() / self._most) ** -2
-        return by[..., 1:-1] * -torch.expm1(self.least - inner)  # the sigmoid of what softplus was given
+        return by[..., 1:-1] * -torch.expm1(self.min_slope - inner)  # the sigmoid of what softplus was given
 
     def _log_slope(self, s: Tensor, t: Tensor, u: Tensor, d0: Tensor, d1: Tensor, below: Tensor) -> Tensor:
         above = d1 * t * t + 2 * s * u + d0 * (1 - t) * (1 - t)
@@ -177,7 +177,7 @@ class RationalQuadraticSpline(Univariate):
         if self.clipped:
             w, h, slopes = (*(_softclip(v, self._most / 2) for v in (w, h)), _softclip(d, self._most).exp())
         else:
-            slopes = self.least + F.softplus(d + self.unit)
+            slopes = self.min_slope + F.softplus(d + self.softplus_offset)
         return self._edges(w), self._edges(h), F.pad(slopes, (1, 1), value=1.0)
 
     def _edges(self, raw: Tensor) -> Tensor:
@@ -189,17 +189,17 @@ class RationalQuadraticSpline(Univariate):
         return params.split([self.bins, self.bins, self.bins - 1], -1)
 
     @property
-    def unit(self) -> float:
+    def softplus_offset(self) -> float:
         """What softplus is given at d = 0."""
-        return math.log(math.expm1(1 - self.least))
+        return math.log(math.expm1(1 - self.min_slope))
 
     @property
     def _floor(self) -> float:
-        return 0.0 if self.clipped else self.least
+        return 0.0 if self.clipped else self.min_slope
 
     @property
     def _most(self) -> float:
-        return -math.log(self.least)
+        return -math.log(self.min_slope)
 
 
 def _bin(v: Tensor, edges: Tensor, xs: Tensor, ys: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
