@@ -15,12 +15,12 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # also for the processes that a test
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those only: torch is imported already
 
 HERE = Path(__file__).parent
-TIERS = ("tools", "system")  # folders of tests that run on request; see CONTRIBUTING.md
+TIERS = ("tools", "system", "smoke")  # folders of tests that run on request; see CONTRIBUTING.md
 MAX_SECONDS = 10.0  # of CPU time in the test's own process, without compilation
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test in tests/tools and tests/system by its folder."""
+    """Mark every test in tests/tools, tests/system and tests/smoke by its folder."""
     for item in items:
         if item.path.is_relative_to(HERE):
             tier = item.path.relative_to(HERE).parts[0]
