@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 import counterflow as cf
-from counterflow.objectives import Density, Draws, draw_from
+from counterflow.objectives import DensityMode, Draws, draw_from
 
 HERE = Path(__file__).parent / "results"
 LAYERS = 4
@@ -37,7 +37,7 @@ class Fitting:
     def __init__(self, flow: cf.Flow, log_density: Callable[[Tensor], Tensor]) -> None:
         self.flow, self.log_density = flow, log_density
 
-    def draw(self, x: None = None, samples: int = 1, density: Density = "joint") -> Draws:
+    def draw(self, x: None = None, samples: int = 1, density: DensityMode = "joint") -> Draws:
         z, log_q = draw_from(self.flow(), samples, density)
         return Draws(self.log_density(z), torch.zeros_like(log_q), log_q, z)
 

@@ -1,16 +1,17 @@
-"""What training maximises. An objective takes (model, batch) and returns terms in nats; the loss is -mean(terms).
+"""Training objectives. An objective takes (model, batch) and returns terms in nats; the loss is -mean(terms).
 
-The variational ones take a model with `draw(batch, samples, density) -> Draws`, such as a `VAE`, and return terms
-(S, B), or (1, B) where the S draws of a datum make one term. q = p(z|x) makes every term log p(x), and otherwise they
-are below it in expectation, but for `renyi_elbo` with alpha < 0. Below, w_s = p(x, z_s) / q(z_s|x) are their weights.
+Variational objectives take a model that implements `Variational.draw`, such as a `VAE`. They return terms of shape
+(S, B), or (1, B) if the S draws of a datum are combined into one term. If q = p(z|x), every term equals log p(x);
+otherwise the terms are lower in expectation, except those of `renyi_elbo` with alpha < 0. The weights of the draws are
+w_s = p(x, z_s) / q(z_s|x).
 
-| objective | draws z ~ q towards | its gradient where q is exact |
+| objective | maximising it minimises | its gradient if q is exact |
 |---|---|---|
-| `elbo` | KL(q, p): inside p | zero in the mean, with noise |
+| `elbo` | KL(q, p), which favours the inside of p | zero in the mean, with noise |
 | `path_elbo` | the same | exactly zero |
-| `iw_elbo`, `dreg_elbo` | a wider q as S grows | with noise; exactly zero |
-| `renyi_elbo` | from alpha = 1, the ELBO, to alpha = 0, iw_elbo, and beyond both | with noise |
-| `forward_kl` | KL(p, q): all of p | with noise |
+| `iw_elbo`, `dreg_elbo` | a divergence whose optimal q widens as S grows | with noise; exactly zero |
+| `renyi_elbo` | from alpha = 1, the ELBO, to alpha = 0, `iw_elbo`, and beyond both | with noise |
+| `forward_kl` | KL(p, q), which covers all of p | with noise |
 """
 
 from __future__ import annotations
@@ -23,12 +24,47 @@ from torch import Tensor
 
 from counterflow.flows.flow import Flow, FlowDistribution
 
+DensityMode = Literal["joint", "by_feature", "path", "score"]
+
+
+class Draws(NamedTuple):
+    """Log densities, in nats, of S draws z ~ q(z|x) for each of B data."""
+
+    log_likelihood: Tensor  # log p(x|z), (S, B)
+    log_prior: Tensor  # log p(z), (S, B), or (S, B, D) by feature
+    log_q: Tensor  # log q(z|x), (S, B), or (S, B, D) by feature
+    z: Tensor | None = None  # the draws (S, B, D), the very tensor that the log densities were computed from
+
 
 class Variational(Protocol):
-    """A model that draws from its posterior and gives the three log densities of the ELBO."""
+    """A model that draws from its approximate posterior and returns the three log densities of the ELBO."""
 
-    def draw(self, x: Tensor, samples: int = 1, density: Density = "joint") -> Draws:
-        """S draws for each of B data."""
+    def draw(self, x: Tensor, samples: int = 1, density: DensityMode = "joint") -> Draws:
+        """Draw S times for each of B data."""
+
+
+def draw_from(q: FlowDistribution, samples: int, density: DensityMode = "joint") -> tuple[Tensor, Tensor]:
+    """Draw S times from q, with log densities.
+
+    Args:
+        q: of batch shape (B,).
+        samples: S.
+        density: which log density, and which gradient it carries. "joint": log q(z), reparameterised. "by_feature":
+            the D terms of log q(z), reparameterised. "path": log q(z) without the gradient through q's own parameters
+            at fixed z. "score": log q(z) at draws that are constants.
+
+    Returns:
+        The draws (S, B, D) and their log density, (S, B), or (S, B, D) by feature.
+    """
+    if density == "score":
+        z = q.sample((samples,))
+        return z, q.log_prob(z)
+    run = {
+        "joint": q.rsample_and_log_prob,
+        "by_feature": q.rsample_and_log_prob_by_feature,
+        "path": q.rsample_and_path_log_prob,
+    }
+    return run[density]((samples,))
 
 
 def elbo(
@@ -44,12 +80,20 @@ def elbo(
 
         log p(x|z) - beta (log q(z|x) - log p(z)),    z ~ q(z|x)
 
-    With free bits lambda > 0 the latent features are cut into groups of neighbours (each feature its own when groups is
-    None), and the second part becomes beta sum_g max(lambda, KL_g), KL_g the mean of log q - log p of the group's
-    features over samples and batch: a group that costs less than lambda nats is not pressed any further.
+    With free bits lambda > 0, the latent features are split into equal groups of neighbours, and the second part
+    becomes beta sum_g max(lambda, KL_g). KL_g is the mean of log q - log p of the group's features over samples and
+    batch, so that a group whose KL is below lambda nats receives no gradient from it.
+
+    Args:
+        model: the variational model.
+        x: the batch of B data.
+        samples: S, draws per datum.
+        beta: weight of the KL.
+        free_bits: lambda, in nats per group.
+        groups: number of groups; None makes each latent feature its own group.
 
     Raises:
-        ValueError: samples below 1, or groups that do not divide the latent features.
+        ValueError: samples below 1, free_bits below 0, or groups that do not divide the latent features.
 
     Source: Kingma et al. 2016, section 2, and its appendix for free bits.
 
@@ -69,12 +113,12 @@ def elbo(
     kl = (d.log_q - d.log_prior).mean((0, 1))
     groups = len(kl) if groups is None else groups
     if groups < 1 or len(kl) % groups:
-        raise ValueError(f"expected groups that divide {len(kl)} latent features, got groups={groups}")
+        raise ValueError(f"expected groups to divide {len(kl)} latent features, got groups={groups}")
     return d.log_likelihood - beta * kl.reshape(groups, -1).sum(1).clamp_min(free_bits).sum()
 
 
 def iw_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
-    """Importance-weighted bound, (1, B) terms: log (1/S) sum_s w_s. It grows with S towards log p(x).
+    """Importance-weighted bound, (1, B) terms: log (1/S) sum_s w_s. It increases with S towards log p(x).
 
     Source: Burda et al. 2016, "Importance Weighted Autoencoders", equation 8.
     """
@@ -83,24 +127,24 @@ def iw_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
 
 
 def path_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
-    """The ELBO, (S, B) terms, with the path derivative as its gradient: no score of q, no variance where q is exact.
+    """ELBO, (S, B) terms, whose gradient is the path derivative: it omits the score of q and is zero if q is exact.
 
-    Source: Roeder et al. 2017, "Sticking the Landing"; by back substitution as in Vaitl et al. 2024.
+    Source: Roeder et al. 2017, "Sticking the Landing"; computed by back substitution as in Vaitl et al. 2024.
     """
     _check_samples(samples)
     return _log_weights(model.draw(x, samples, "path"))
 
 
 def dreg_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
-    """The bound of `iw_elbo`, (1, B) terms, with the doubly reparameterised gradient: no score of q.
+    """Bound of `iw_elbo`, (1, B) terms, with the doubly reparameterised gradient, which omits the score of q.
 
         sum_s v_s^2 (d log w_s / dz_s) dz_s/dphi    for q,    v_s = w_s / sum_s w_s
         sum_s v_s d log p(x, z_s) / dtheta          for p
 
-    Its signal does not fade against its noise as S grows, and q = p makes it zero; one sample is `path_elbo`.
+    Its signal-to-noise ratio does not decrease as S grows, and it is zero if q = p. With one sample it is `path_elbo`.
 
     Raises:
-        ValueError: samples below 1, or a model whose draws come without z.
+        ValueError: samples below 1, or a model whose draws lack z.
 
     Source: Tucker et al. 2019, "Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives".
 
@@ -113,19 +157,20 @@ def dreg_elbo(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
     _check_samples(samples)
     d = model.draw(x, samples, "path")
     if d.z is None:
-        raise ValueError("expected draws with their z, got None; the model's draw gives them as Draws(..., z=z)")
+        raise ValueError("expected the model's draw to return z, got None; return Draws(..., z=z)")
     log_w = _log_weights(d)
     v = log_w.detach().softmax(0)
-    if d.z.requires_grad:  # not where the bound is only evaluated
-        d.z.register_hook(lambda gradient: v[..., None] * gradient)  # what passes through z meets v a second time
+    if d.z.requires_grad:  # False under torch.no_grad
+        d.z.register_hook(lambda gradient: v[..., None] * gradient)  # the second factor v_s of the formula
     return _with_gradient(_log_mean(log_w), (v * log_w).sum(0, keepdim=True))
 
 
 def renyi_elbo(model: Variational, x: Tensor, samples: int = 1, *, alpha: float = 0.5) -> Tensor:
-    """Variational Renyi bound, (1, B) terms: 1 / (1 - alpha) log (1/S) sum_s w_s^(1 - alpha). It falls with alpha.
+    """Variational Renyi bound, (1, B) terms: 1 / (1 - alpha) log (1/S) sum_s w_s^(1 - alpha).
 
-    alpha = 1, a limit, is the mean of `elbo`'s terms; alpha = 0 is `iw_elbo`; a large alpha presses q into p, a
-    negative one spreads it over p. It bounds log p(x) from below in expectation where alpha is at least 0.
+    It decreases with alpha. The limit alpha = 1 is the mean of `elbo`'s terms, and alpha = 0 is `iw_elbo`. A large
+    alpha concentrates q inside p, a negative one spreads q over p. For alpha >= 0 it is a lower bound of log p(x) in
+    expectation.
 
     Raises:
         ValueError: samples below 1, or alpha that is not finite.
@@ -140,26 +185,26 @@ def renyi_elbo(model: Variational, x: Tensor, samples: int = 1, *, alpha: float 
     """
     _check_samples(samples)
     if not math.isfinite(alpha):
-        raise ValueError(f"expected alpha as a finite number, got {alpha}")
+        raise ValueError(f"expected alpha to be finite, got {alpha}")
     log_w = _log_weights(model.draw(x, samples))
     if alpha == 1:
         return log_w.mean(0, keepdim=True)
-    # Relative to the weight that counts most, and by expm1 and log1p: nothing overflows, and near alpha = 1 nothing
-    # is lost, where log-sum-exp would divide its rounding by 1 - alpha.
-    most = (log_w.max(0).values if alpha < 1 else log_w.min(0).values).detach()
-    powers = torch.expm1((1 - alpha) * (log_w - most)).mean(0, keepdim=True)
-    return most + torch.log1p(powers) / (1 - alpha)
+    # Dividing by the dominant weight prevents overflow. expm1 and log1p keep full precision near alpha = 1, where
+    # log-sum-exp would divide its rounding error by 1 - alpha.
+    dominant = (log_w.max(0).values if alpha < 1 else log_w.min(0).values).detach()
+    powers = torch.expm1((1 - alpha) * (log_w - dominant)).mean(0, keepdim=True)
+    return dominant + torch.log1p(powers) / (1 - alpha)
 
 
 def forward_kl(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
-    """log p(x) - KL(p(z|x), q(z|x)) by self-normalised importance weights, (1, B) terms, which spreads q over all of p.
+    """Estimate of log p(x) - KL(p(z|x), q(z|x)) by self-normalised importance weights, (1, B) terms.
 
         log Z - sum_s v_s log(S v_s),    Z = (1/S) sum_s w_s,    v_s = w_s / sum_s w_s
 
-    with the gradient sum_s v_s d log q(z_s|x) / dphi for q at draws that are held, and sum_s v_s d log p(x, z_s) /
-    dtheta for p: log p is not differentiated with respect to z. The density of q at given draws is the solved direction
-    of an IAF, one pass here. The weights of few draws are biased, so take tens of them at least. A single one would say
-    nothing: its weight is 1 wherever it fell.
+    Maximising it spreads q over all of p. The gradient is sum_s v_s d log q(z_s|x) / dphi for q, at draws that are
+    constants, and sum_s v_s d log p(x, z_s) / dtheta for p; log p is not differentiated with respect to z. Evaluating
+    an IAF's density at given draws is its solved direction, which costs one pass here. Self-normalised weights are
+    biased: use at least tens of samples. A single sample has weight 1 wherever it lies and carries no information.
 
     Raises:
         ValueError: samples below 2.
@@ -183,13 +228,13 @@ def forward_kl(model: Variational, x: Tensor, samples: int = 1) -> Tensor:
 
 
 def log_likelihood(flow: Flow, batch: Tensor | tuple[Tensor, Tensor]) -> Tensor:
-    """log q(x), or log q(x | c) for a batch (x, c): (B,) terms. For density estimation."""
+    """Log density log q(x), or log q(x | c) for a batch (x, c): (B,) terms. The objective of density estimation."""
     x, c = batch if isinstance(batch, tuple) else (batch, None)
     return flow(c).log_prob(x)
 
 
 def warm_up(epoch: float, epochs: float) -> float:
-    """The weight beta of the KL: 0 at the start, 1 from `epochs` on, linear between.
+    """Linear warm-up of the KL weight beta: min(1, epoch / epochs).
 
     Source: Sonderby et al. 2016, "Ladder Variational Autoencoders".
     """
@@ -197,7 +242,7 @@ def warm_up(epoch: float, epochs: float) -> float:
 
 
 class Evaluation(NamedTuple):
-    """How well a model explains each of N data, in nats."""
+    """Estimates for each of N data, in nats."""
 
     elbo: Tensor  # mean over S draws of log p(x, z) - log q(z|x), (N,)
     log_likelihood: Tensor  # log p(x) by importance sampling: the bound of `iw_elbo` with S draws, (N,)
@@ -206,10 +251,13 @@ class Evaluation(NamedTuple):
 
 @torch.no_grad()
 def evaluate(model: Variational, x: Tensor, samples: int = 500, draws_at_once: int = 4096) -> Evaluation:
-    """ELBO, log-likelihood by importance sampling and KL of each datum.
+    """Estimate the ELBO, the log-likelihood (by importance sampling) and the KL of each datum.
 
-    The draws are made in chunks of at most draws_at_once = rows times samples, so that memory does not grow with
-    the number of data or samples.
+    Args:
+        model: the variational model.
+        x: N data.
+        samples: S, draws per datum.
+        draws_at_once: maximum of rows times samples in one call of the model, which bounds the memory.
     """
     _check_samples(samples)
     parts = []
@@ -233,40 +281,15 @@ def _log_weights(d: Draws) -> Tensor:
 
 
 def _log_mean(log_w: Tensor) -> Tensor:
-    """log (1/S) sum_s w_s, (1, B)."""
+    """Log of the mean weight, log (1/S) sum_s w_s, (1, B)."""
     return torch.logsumexp(log_w, 0, keepdim=True) - math.log(len(log_w))
 
 
 def _with_gradient(value: Tensor, surrogate: Tensor) -> Tensor:
-    """The value of the one with the gradient of the other."""
+    """Return a tensor with the value of `value` and the gradient of `surrogate`."""
     return value.detach() + (surrogate - surrogate.detach())
 
 
-def _check_samples(samples: int, least: int = 1) -> None:
-    if samples < least:
-        raise ValueError(f"expected samples of at least {least}, got {samples}")
-
-
-Density = Literal["joint", "by_feature", "path", "score"]
-
-
-class Draws(NamedTuple):
-    """What an objective needs of S draws z ~ q(z|x) for B data; in nats."""
-
-    log_likelihood: Tensor  # log p(x|z), (S, B)
-    log_prior: Tensor  # log p(z), (S, B), or (S, B, D) by feature
-    log_q: Tensor  # log q(z|x), (S, B), or (S, B, D) by feature
-    z: Tensor | None = None  # the draws that the three were computed from, no view of them, (S, B, D)
-
-
-def draw_from(q: FlowDistribution, samples: int, density: Density = "joint") -> tuple[Tensor, Tensor]:
-    """S draws of q, (S, B, D), with their log density as `VAE.draw` has it."""
-    if density == "score":
-        z = q.sample((samples,))
-        return z, q.log_prob(z)
-    run = {
-        "joint": q.rsample_and_log_prob,
-        "by_feature": q.rsample_and_log_prob_by_feature,
-        "path": q.rsample_and_path_log_prob,
-    }
-    return run[density]((samples,))
+def _check_samples(samples: int, minimum: int = 1) -> None:
+    if samples < minimum:
+        raise ValueError(f"expected samples of at least {minimum}, got {samples}")

@@ -1,4 +1,4 @@
-"""The laws of the objectives: what they are worth where q is the posterior, and how far they are below where not."""
+"""Objectives: equality with the evidence when q is the posterior, the stated bounds and gradients otherwise."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ def log_z(x):
 
 
 class Exact:
-    """A model whose posterior is known: p(x, z) = Z(x) p(z|x), p(z|x) a frozen flow; q is another flow or its twin."""
+    """Model with a known posterior: p(x, z) = Z(x) p(z|x), p(z|x) a frozen flow; q is another flow or a copy of it."""
 
     def __init__(self, truth, q=None):
         self.truth = truth.requires_grad_(False)
@@ -35,7 +35,7 @@ class Exact:
 
 
 class LinearGaussian:
-    """z ~ N(0, I), x|z ~ N(W z, s^2 I), all W's columns orthogonal: the posterior is a diagonal normal, linear in x."""
+    """z ~ N(0, I), x|z ~ N(W z, s^2 I), W with orthogonal columns: the posterior is a diagonal normal, linear in x."""
 
     W = torch.tensor([[1.0, 2.0], [2.0, -1.0], [0.0, 0.0]]).double()
     s = 0.7
@@ -58,7 +58,7 @@ class LinearGaussian:
         return Independent(Normal(self.x @ self.W * self.variance / self.s**2, self.variance.sqrt()), 1)
 
     def worse(self):
-        """The same model with a posterior that is off; returns itself."""
+        """Perturb q, so that it differs from the posterior; return self."""
         with torch.no_grad():
             for p in self.q.parameters():
                 p += 0.15 * torch.randn_like(p)
@@ -71,8 +71,8 @@ class LinearGaussian:
         return Draws(log_p, prior if density == "by_feature" else prior.sum(-1), log_q, z)
 
 
-EACH = {"elbo": cf.objectives.elbo, "path_elbo": cf.objectives.path_elbo}  # a term for each draw
-JOINT = {  # one term for all draws of a datum
+EACH = {"elbo": cf.objectives.elbo, "path_elbo": cf.objectives.path_elbo}  # one term per draw
+JOINT = {  # one term per datum, over all its draws
     "iw_elbo": cf.objectives.iw_elbo,
     "dreg_elbo": cf.objectives.dreg_elbo,
     "renyi_elbo 0.5": partial(cf.objectives.renyi_elbo, alpha=0.5),
@@ -105,12 +105,9 @@ def vae(**more):
 ROWS = torch.randn(6, 3, generator=torch.Generator().manual_seed(1)).double()
 
 
-# -- q = p -------------------------------------------------------------------------------------------
-
-
 @over(CONDITIONAL)
 @over(OBJECTIVES, "objective")
-def test_every_term_is_the_evidence_where_q_is_the_posterior(name, objective):
+def test_every_term_is_the_evidence_if_q_is_the_posterior(name, objective):
     model, x = exact(name)
     terms = OBJECTIVES[objective](model, x, 7)
     close(terms, log_z(x).expand(1 if objective in JOINT else 7, -1), 1e-8)
@@ -122,7 +119,7 @@ def test_every_term_is_the_evidence_where_q_is_the_posterior(name, objective):
     [(cf.objectives.path_elbo, cf.objectives.elbo), (cf.objectives.dreg_elbo, cf.objectives.iw_elbo)],
     ids=["path", "dreg"],
 )
-def test_the_path_gradient_is_zero_where_q_is_the_posterior(name, path, full):
+def test_the_path_gradient_is_zero_if_q_is_the_posterior(name, path, full):
     model, x = exact(name)
     for quiet, noisy in zip(gradient(path, model, x, 4), gradient(full, model, x, 4), strict=True):
         assert quiet.abs().max() < 1e-8
@@ -138,15 +135,12 @@ def test_the_evidence_of_a_linear_gaussian_model(objective):
 
 
 @pytest.mark.parametrize("draws_at_once", [1, 2, 7, 16, 10_000])
-def test_evaluate_is_exact_where_q_is_the_posterior(draws_at_once):
+def test_evaluate_is_exact_if_q_is_the_posterior(draws_at_once):
     model, x = exact("IAF context")
     reached = cf.objectives.evaluate(model, x, samples=9, draws_at_once=draws_at_once)
     close(reached.elbo, log_z(x), 1e-8)
     close(reached.log_likelihood, log_z(x), 1e-8)
     assert reached.kl.shape == (5,) and not reached.elbo.requires_grad
-
-
-# -- q is not p --------------------------------------------------------------------------------------
 
 
 def test_elbo_is_the_evidence_less_the_kl():
@@ -165,7 +159,7 @@ def test_iw_elbo_of_one_sample_is_elbo():
     close(cf.objectives.iw_elbo(model, ROWS, 1), expected)
 
 
-def test_iw_elbo_grows_with_the_samples_up_to_the_evidence():
+def test_iw_elbo_increases_with_the_samples_up_to_the_evidence():
     model = LinearGaussian().worse()
     many = model.x[:1].expand(4_000, -1)
     with torch.no_grad():
@@ -186,7 +180,7 @@ def kl(q, p):
     return kl_divergence(Independent(q, 1), Independent(p, 1))
 
 
-GAPS = {  # objective, samples, what it is below the evidence by with that many
+GAPS = {  # objective, samples, divergence by which its limit is below the evidence
     "elbo": (cf.objectives.elbo, 2_000, kl),
     "path_elbo": (cf.objectives.path_elbo, 2_000, kl),
     "renyi_elbo 0.5": (partial(cf.objectives.renyi_elbo, alpha=0.5), 2_000, partial(renyi_divergence, alpha=0.5)),
@@ -198,7 +192,7 @@ GAPS = {  # objective, samples, what it is below the evidence by with that many
 
 @pytest.mark.parametrize(("objective", "samples", "gap"), GAPS.values(), ids=GAPS)
 def test_value_and_gradient_are_those_of_the_stated_bound(objective, samples, gap):
-    """For normals q and p, whose divergences have a closed form."""
+    """Compare with the closed-form divergences of normals q and p."""
     model, runs = LinearGaussian().worse(), 60
     parameters = list(model.q.parameters())
     bound = model.evidence() - gap(model.q(model.x).base.base_dist, model.posterior().base_dist)
@@ -206,7 +200,7 @@ def test_value_and_gradient_are_those_of_the_stated_bound(objective, samples, ga
     came = [objective(model, model.x, samples).mean() for _ in range(runs)]
     came = torch.stack([flat([one, *torch.autograd.grad(one, parameters)]) for one in came])
     error = came.std(0) / runs**0.5
-    assert ((came.mean(0) - flat(expected)).abs() < 5 * error + 2 / samples).all()  # the bias of ratios falls as 1 / S
+    assert ((came.mean(0) - flat(expected)).abs() < 5 * error + 2 / samples).all()  # ratios have a bias of order 1 / S
     assert flat(expected)[1:].abs().max() > 20 * error.max()
 
 
@@ -228,7 +222,7 @@ class Line:
 
 
 def two_sample_bound(model):
-    """E log (w_1 + w_2) / 2 over two draws of q, by quadrature."""
+    """Compute E log (w_1 + w_2) / 2 over two draws of q by quadrature."""
     z = torch.linspace(-9, 9, 601).double()[:, None]
     log_q = model.q().log_prob(z)
     log_w = model.log_joint(z) - log_q
@@ -262,7 +256,7 @@ def test_dreg_elbo_of_one_sample_is_path_elbo():
         close(dreg, path)
 
 
-def test_dreg_elbo_is_the_quieter_iw_elbo():
+def test_dreg_elbo_has_less_gradient_noise_than_iw_elbo():
     model = LinearGaussian().worse()
     quiet, noisy = (
         torch.stack([flat(gradient(objective, model, model.x, 64)) for _ in range(100)]).std(0)
@@ -273,10 +267,10 @@ def test_dreg_elbo_is_the_quieter_iw_elbo():
 
 @pytest.mark.parametrize("alpha", [1 - 1e-3, 1 - 1e-6, 1 - 1e-12, 1.0, 1 + 1e-12, 1 + 1e-6, 1 + 1e-3])
 @over([torch.float32, torch.float64], "dtype")
-def test_renyi_elbo_passes_through_elbo_without_loss(alpha, dtype):
+def test_renyi_elbo_keeps_its_precision_near_alpha_1(alpha, dtype):
     model = vae().to(dtype)
     terms = same_noise(cf.objectives.elbo, model, ROWS.to(dtype), 50)
-    expected = terms.mean(0) + (1 - alpha) / 2 * terms.var(0, correction=0)  # the cumulants' next term
+    expected = terms.mean(0) + (1 - alpha) / 2 * terms.var(0, correction=0)  # the next term of the cumulant expansion
     close(
         same_noise(cf.objectives.renyi_elbo, model, ROWS.to(dtype), 50, alpha=alpha)[0],
         expected,
@@ -284,7 +278,7 @@ def test_renyi_elbo_passes_through_elbo_without_loss(alpha, dtype):
     )
 
 
-def test_renyi_elbo_of_zero_is_iw_elbo_and_it_falls_with_alpha():
+def test_renyi_elbo_of_zero_is_iw_elbo_and_it_decreases_with_alpha():
     model = vae()
     came = {
         alpha: same_noise(cf.objectives.renyi_elbo, model, ROWS, 9, alpha=alpha)
@@ -297,8 +291,8 @@ def test_renyi_elbo_of_zero_is_iw_elbo_and_it_falls_with_alpha():
     close(came[500][0], terms.min(0).values, 0.01)
 
 
-def test_forward_kl_asks_no_gradient_of_the_target():
-    """Its gradient is that of the weighted log q, and of the weighted log p where p has parameters."""
+def test_forward_kl_takes_no_gradient_of_the_target_in_z():
+    """Its gradient is that of the weighted log q, plus that of the weighted log p if p has parameters."""
     model = vae()
     parameters = list(model.parameters())
     came = torch.autograd.grad(
@@ -322,7 +316,7 @@ def test_forward_kl_outside_the_support_of_the_target():
 
 
 @over(OBJECTIVES, "objective")
-def test_terms_are_the_same_where_no_gradient_is_asked(objective):
+def test_terms_are_the_same_without_gradients(objective):
     model = vae()
     expected = same_noise(OBJECTIVES[objective], model, ROWS, 3)
     with torch.no_grad():
@@ -331,8 +325,8 @@ def test_terms_are_the_same_where_no_gradient_is_asked(objective):
 
 
 @over([*BY_FEATURE, "diagonal context", "NSF context"])
-def test_the_path_gradient_leaves_out_the_score_of_q(name):
-    """Its gradient is that of log p(x, z) - log q(z), with q's own parameters held, through z alone."""
+def test_the_path_gradient_omits_the_score_of_q(name):
+    """Its gradient is that of log p(x, z) - log q(z) through z, with q's own parameters fixed."""
     model, x = Exact(FLOWS[name](), stir(FLOWS[name](), seed=4)), inputs(FLOWS[name](), 5)[1]
     torch.manual_seed(2)
     came = gradient(cf.objectives.path_elbo, model, x, 3)
@@ -376,9 +370,6 @@ def test_the_path_gradient_of_a_decoder_is_the_full_one(posterior, pair):
         close(path, full)
 
 
-# -- free bits, beta, warm-up ------------------------------------------------------------------------
-
-
 @over(BY_FEATURE)
 def test_log_q_by_feature_sums_to_log_q(name):
     model, x = exact(name)
@@ -410,8 +401,8 @@ def same_noise(objective, *args, **more):
 
 
 @over([None, 1, 2, 4], "groups")
-def test_free_bits_that_are_never_reached_cost_nothing(groups):
-    """With a small lambda the mean over terms is the plain ELBO, so long as every group costs more than it."""
+def test_free_bits_below_every_kl_change_nothing(groups):
+    """If every group's KL exceeds lambda, the mean over terms is the plain ELBO."""
     model = vae()
     came = same_noise(cf.objectives.elbo, model, ROWS, 5, free_bits=1e-9, groups=groups)
     assert came.shape == (5, 6)
@@ -419,7 +410,7 @@ def test_free_bits_that_are_never_reached_cost_nothing(groups):
 
 
 @pytest.mark.parametrize(("groups", "count"), [(None, 4), (4, 4), (2, 2), (1, 1)])
-def test_free_bits_that_cover_everything_are_a_constant(groups, count):
+def test_free_bits_above_every_kl_are_a_constant(groups, count):
     model, free = vae(), 1e3
     terms = same_noise(cf.objectives.elbo, model, ROWS, 5, free_bits=free, groups=groups)
     likelihood = same_noise(model.draw, ROWS, 5).log_likelihood
@@ -434,7 +425,7 @@ def test_free_bits_that_cover_everything_are_a_constant(groups, count):
 
 
 @over([None, 1, 2], "groups")
-def test_free_bits_are_their_formula(groups):
+def test_free_bits_follow_their_formula(groups):
     model = vae()
     d = same_noise(model.draw, ROWS, 5, "by_feature")
     kl = (d.log_q - d.log_prior).mean((0, 1)).reshape(groups or 4, -1).sum(1)
@@ -443,7 +434,7 @@ def test_free_bits_are_their_formula(groups):
     close(came, d.log_likelihood - 0.3 * kl.clamp(min=free).sum())
 
 
-def test_beta_weighs_the_kl():
+def test_beta_weights_the_kl():
     model = vae()
     d = same_noise(model.draw, ROWS, 5)
     for beta in (0.0, 0.5, 1.0):
@@ -459,10 +450,7 @@ def test_warm_up(epoch, epochs, beta):
     assert cf.objectives.warm_up(epoch, epochs) == beta
 
 
-# -- evaluation and log-likelihood -------------------------------------------------------------------
-
-
-def test_evaluation_in_chunks_is_the_one_at_once():
+def test_evaluation_does_not_depend_on_the_chunk_size():
     model = vae()
     whole, chunks = (cf.objectives.evaluate(model, ROWS, 3_000, size) for size in (10**6, 200))
     with torch.no_grad():
@@ -491,7 +479,7 @@ def test_evaluation_reaches_the_evidence():
 
 
 @pytest.mark.parametrize("draws_at_once", [1, 50, 1_000])
-def test_evaluation_keeps_to_its_chunks(draws_at_once):
+def test_evaluation_respects_draws_at_once(draws_at_once):
     model, sizes = vae(), []
     draw = model.draw
     model.draw = lambda x, samples: sizes.append(len(x) * samples) or draw(x, samples)
@@ -506,8 +494,6 @@ def test_log_likelihood_takes_rows_or_rows_and_context():
     close(cf.log_likelihood(conditional, (x, c)), conditional(c).log_prob(x))
 
 
-# -- errors ------------------------------------------------------------------------------------------
-
 REFUSED = {
     "elbo": (partial(cf.objectives.elbo, samples=0), "expected samples of at least 1, got 0"),
     "iw_elbo": (partial(cf.objectives.iw_elbo, samples=0), "expected samples of at least 1, got 0"),
@@ -515,15 +501,15 @@ REFUSED = {
     "dreg_elbo": (partial(cf.objectives.dreg_elbo, samples=0), "expected samples of at least 1, got 0"),
     "renyi_elbo": (partial(cf.objectives.renyi_elbo, samples=0), "expected samples of at least 1, got 0"),
     "forward_kl": (partial(cf.objectives.forward_kl, samples=1), "expected samples of at least 2, got 1"),
-    "alpha": (partial(cf.objectives.renyi_elbo, alpha=math.inf), "expected alpha as a finite number, got inf"),
+    "alpha": (partial(cf.objectives.renyi_elbo, alpha=math.inf), "expected alpha to be finite, got inf"),
     "evaluate": (partial(cf.objectives.evaluate, samples=0), "expected samples of at least 1, got 0"),
     "three groups": (
         partial(cf.objectives.elbo, free_bits=0.1, groups=3),
-        "groups that divide 4 latent features, got groups=3",
+        "groups to divide 4 latent features, got groups=3",
     ),
     "no groups": (
         partial(cf.objectives.elbo, free_bits=0.1, groups=0),
-        "groups that divide 4 latent features, got groups=0",
+        "groups to divide 4 latent features, got groups=0",
     ),
     "negative": (partial(cf.objectives.elbo, free_bits=-0.1), "expected free_bits .*got -0.1"),
     "nan": (partial(cf.objectives.elbo, free_bits=math.nan), "expected free_bits .*got nan"),
@@ -536,9 +522,9 @@ def test_errors(objective, message):
         objective(vae(), ROWS)
 
 
-def test_dreg_elbo_needs_the_draws_themselves():
+def test_dreg_elbo_needs_z():
     model = vae()
     draw = model.draw
     model.draw = lambda *args: draw(*args)._replace(z=None)
-    with pytest.raises(ValueError, match=r"expected draws with their z, got None; .* Draws\(..., z=z\)"):
+    with pytest.raises(ValueError, match=r"expected the model.s draw to return z, got None; return Draws\(..., z=z\)"):
         cf.objectives.dreg_elbo(model, ROWS)

@@ -22,7 +22,7 @@ from counterflow.diagnostics.importance import Verdict, diagnose
 from counterflow.flows.bases import StudentT
 from counterflow.flows.flow import Flow
 from counterflow.flows.recipes import stack
-from counterflow.objectives import Density, Draws, draw_from
+from counterflow.objectives import DensityMode, Draws, draw_from
 from counterflow.posterior.config import Estimator, PosteriorConfig
 from counterflow.posterior.plans import ESTIMATORS, Plan, plans
 from counterflow.posterior.starts import Gaussians, LogDensity, log_density, log_density_and_score
@@ -86,7 +86,7 @@ class TargetModel:
     flow: Flow
     target: LogDensity
 
-    def draw(self, x: None = None, samples: int = 1, density: Density = "joint") -> Draws:
+    def draw(self, x: None = None, samples: int = 1, density: DensityMode = "joint") -> Draws:
         """S draws (S, 1), the target in the place of the likelihood and nothing in that of the prior."""
         theta, log_q = draw_from(self.flow().expand((1,)), samples, density)
         value, score = log_density_and_score(self.target, theta)

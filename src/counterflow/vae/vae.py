@@ -14,7 +14,7 @@ from counterflow.checks import positive
 from counterflow.flows.bases import DiagonalNormal
 from counterflow.flows.flow import Flow, FlowDistribution
 from counterflow.flows.recipes import stack
-from counterflow.objectives import Density, Draws, draw_from
+from counterflow.objectives import DensityMode, Draws, draw_from
 from counterflow.transforms.base import Transform
 from counterflow.transforms.constant import Permute
 from counterflow.univariate.affine import Gated
@@ -158,7 +158,7 @@ class VAE(nn.Module):
         zero = next(self.parameters()).new_zeros(self.latent)
         return Normal(zero, torch.ones_like(zero), validate_args=False)
 
-    def draw(self, x: Tensor, samples: int = 1, density: Density = "joint") -> Draws:
+    def draw(self, x: Tensor, samples: int = 1, density: DensityMode = "joint") -> Draws:
         """S draws of z for each x (B, *data_shape), with the three log densities of the ELBO.
 
         density says how log q is given: "joint" (S, B); "by_feature" (S, B, D), with the prior's alike, for free
