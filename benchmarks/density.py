@@ -90,10 +90,10 @@ def run(method: str, name: str, rows: Rows, seed: int, config: cf.FitConfig) -> 
     model = METHODS[method](rows.train.shape[1])
     begun = time.process_time()
 
-    def say(epoch: cf.training.Epoch, _: torch.nn.Module) -> None:
+    def report(task: str, epoch: cf.training.Epoch) -> None:
         print(f"{name} {method} seed {seed} epoch {epoch.epoch} {epoch.validation + rows.shift:.3f}", flush=True)
 
-    record = cf.fit(model, peers.terms, rows.train, rows.validation, config, on_epoch=say)
+    record = cf.fit(model, peers.terms, rows.train, rows.validation, config, on_epoch=report)
     trained = time.process_time()
     with torch.no_grad():
         scores = torch.cat([model(part) for part in rows.test.split(512)]).double() + rows.shift

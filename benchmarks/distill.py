@@ -64,29 +64,29 @@ def trained(train: Tensor, validation: Tensor, args: argparse.Namespace) -> cf.F
         config = cf.FitConfig(
             epochs=epochs, batch_size=BATCH, optimizer="adam", learning_rate=5e-4, weight_decay=1e-6, device=args.device
         )
-        return cf.fit(flow, cf.log_likelihood, train[:rows], validation[:5000], config, on_epoch=told).seconds
+        return cf.fit(flow, cf.log_likelihood, train[:rows], validation[:5000], config, on_epoch=report).seconds
 
-    def told(row: cf.training.Epoch, _: torch.nn.Module) -> None:
-        print(f"teacher, epoch {row.epoch}: {row.train:.2f} train, {row.validation:.2f} validation", flush=True)
+    def report(task: str, epoch: cf.training.Epoch) -> None:
+        print(f"teacher, epoch {epoch.epoch}: {epoch.train:.2f} train, {epoch.validation:.2f} validation", flush=True)
 
     each = fit(1, PILOT * BATCH) / PILOT
     fit(max(1, round(args.teacher_seconds / (each * steps))), len(train))
     return flow
 
 
-def told(stage: str, row: cf.training.Epoch) -> None:
-    if row.epoch % 10 == 0:
-        print(f"{stage}, epoch {row.epoch}: {-row.validation:.3f} nats, {row.seconds:.1f} s", flush=True)
+def report(task: str, epoch: cf.training.Epoch) -> None:
+    if epoch.epoch % 10 == 0:
+        print(f"{task}, epoch {epoch.epoch}: {-epoch.validation:.3f} nats, {epoch.seconds:.1f} s", flush=True)
 
 
 def distilled(flow: cf.Flow, config: cf.DistillConfig, student: cf.Flow | None, args: argparse.Namespace) -> dict:
     begun = time.perf_counter()
-    made = cf.distill(flow, config=config, student=student, on_epoch=told)
+    made = cf.distill(flow, config=config, student=student, on_epoch=report)
     seconds = time.perf_counter() - begun
     if student is None:
         cf.save(made, args.work / "student.safetensors")
     torch.manual_seed(1)
-    agreement = asdict(cf.diagnostics.agreement(flow, made, draws=args.draws))
+    agreement = asdict(cf.diagnostics.agreement(flow, made, samples=args.samples))
     found = {name: value if math.isfinite(value) else None for name, value in agreement.items()}
     print(json.dumps({"seconds": seconds, **found}), flush=True)
     return {"seconds": seconds, "reverse_per_dim": found["reverse"] / flow.features, **found}
@@ -98,11 +98,11 @@ def scratch(flow: cf.Flow, args: argparse.Namespace, seconds: float, config: cf.
     scale = list(flow.transform)[-1]
     student = cf.Flow(iaf.base, cf.Compose([iaf.transform, scale]))
     begun = time.perf_counter()
-    pilot = {**asdict(config), "start": 0, "steps": PILOT}
+    pilot = {**asdict(config), "layer_steps": 0, "flow_steps": PILOT}
     cf.distill(flow, config=cf.DistillConfig(**pilot), student=student)
     each = (time.perf_counter() - begun) / PILOT
-    longer = {**asdict(config), "start": 0, "steps": max(1, round(seconds / each))}
-    return {"steps": longer["steps"], **distilled(flow, cf.DistillConfig(**longer), student, args)}
+    longer = {**asdict(config), "layer_steps": 0, "flow_steps": max(1, round(seconds / each))}
+    return {"steps": longer["flow_steps"], **distilled(flow, cf.DistillConfig(**longer), student, args)}
 
 
 def table(rows: dict[str, dict]) -> str:
@@ -113,7 +113,7 @@ def table(rows: dict[str, dict]) -> str:
     for name, r in rows.items():
         lines.append(
             f"| {name} | {r['reverse']:.3f} ± {r['reverse_error']:.3f} | {r['reverse_per_dim']:.4f} "
-            f"| {r['forward_trimmed']:.3f} | {r['ess']:.3f} | {r['p_value']:.3f} | {r['seconds']:.0f} |"
+            f"| {r['forward_trimmed']:.3f} | {r['ess']:,.0f} | {r['p_value']:.3f} | {r['seconds']:.0f} |"
         )
     return "\n".join(lines)
 
@@ -125,11 +125,11 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=8, help="of the patches, in pixels; a smaller one for a trial")
     parser.add_argument("--hidden", type=int, default=512, help="units of both hidden layers of each network")
     parser.add_argument("--teacher-seconds", type=float, default=900)
-    parser.add_argument("--start", type=int, default=6000, help="steps layer by layer")
-    parser.add_argument("--steps", type=int, default=4000, help="steps of the whole student")
-    parser.add_argument("--forward", type=float, default=0.5, help="weight of KL(teacher || student)")
+    parser.add_argument("--layer-steps", type=int, default=6000, help="steps layer by layer")
+    parser.add_argument("--flow-steps", type=int, default=4000, help="steps of the whole student")
+    parser.add_argument("--forward-kl-weight", type=float, default=0.5, help="weight of KL(teacher || student)")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
-    parser.add_argument("--draws", type=int, default=20_000, help="of each flow, for the comparison")
+    parser.add_argument("--samples", type=int, default=20_000, help="draws of each flow, for the comparison")
     parser.add_argument("--scratch", action=argparse.BooleanOptionalAction, default=True, help="the KL alone as well")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cpu")
@@ -139,9 +139,9 @@ def main() -> None:
     flow, reached = teacher(args)
     print(json.dumps(reached), flush=True)
     config = cf.DistillConfig(
-        start=args.start,
-        steps=args.steps,
-        forward=args.forward,
+        layer_steps=args.layer_steps,
+        flow_steps=args.flow_steps,
+        forward_kl_weight=args.forward_kl_weight,
         learning_rate=args.learning_rate,
         device=args.device,
     )
@@ -153,12 +153,14 @@ def main() -> None:
     best = next(iter(rows.values()))["reverse_per_dim"]
     text = (
         "# Distilling a MAF of image patches into an IAF\n\n"
-        f"`python benchmarks/distill.py --side {args.side} --hidden {args.hidden} --start {args.start} --steps "
-        f"{args.steps} --forward {args.forward}` on {machine}. Teacher: a MAF of 5 layers, {flow.features} numbers, "
-        f"test log-likelihood {reached['test_log_likelihood']:.2f} ± {reached['error']:.2f} nats. KLs in nats from "
-        f"{args.draws:,} draws, with standard errors; KL(t, s) without the largest hundredth of its terms, which a few "
-        "exploding draws of the teacher make up; ESS as a share of the student's draws; p of the energy test of 1,000 "
-        f"draws each.\n\n{table(rows)}\n\nThe mark is {MARK} nats per dimension of KL(student || teacher): "
+        f"`python benchmarks/distill.py --side {args.side} --hidden {args.hidden} --layer-steps {args.layer_steps} "
+        f"--flow-steps {args.flow_steps} --forward-kl-weight {args.forward_kl_weight}` on {machine}. Teacher: a MAF of "
+        f"5 layers, {flow.features} numbers, test log-likelihood {reached['test_log_likelihood']:.2f} ± "
+        f"{reached['error']:.2f} nats. KLs in nats from "
+        f"{args.samples:,} draws, with standard errors; KL(t, s) without the largest hundredth of its terms, which a "
+        "few exploding draws of the teacher make up; ESS of the student's draws, weighted to follow the teacher; p of "
+        f"the energy test of 1,000 draws each.\n\n{table(rows)}\n\nThe mark is {MARK} nats per dimension of "
+        "KL(student || teacher): "
         f"{'reached' if best <= MARK else 'missed'} with {best:.4f}.\n"
     )
     name = "distill" if args.side == 8 else f"distill-{args.side}x{args.side}"

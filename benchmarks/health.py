@@ -3,9 +3,9 @@
     python benchmarks/health.py
 
 Every line is a process of its own, on one thread unless it is about threads: each training for 10,000 steps, with a
-state written every second where the call keeps checkpoints; 40 whole trainings one after another; and 1,000 calls of both
-substitutions (t.inverse, and its gradient) by every body, with batches of many sizes, from many Python threads, with
-other numbers of threads, and of the path gradient. At some forty points, after a garbage collection and after the
+checkpoint every second where the call takes checkpoints; 40 whole trainings one after another; and 1,000 calls of
+both substitutions (t.inverse, and its gradient) by every body, with batches of many sizes, from many Python threads,
+with other numbers of threads, and of the path gradient. At some forty points, after a garbage collection and after the
 allocator has given back what is free, it notes the resident memory, the threads, the open descriptors, the tensors and
 all objects that Python has made since the imports.
 
@@ -148,7 +148,7 @@ def fit_with_states(
     **more: Any,
 ) -> None:
     with states_for(cf.fit) as checkpoints:
-        on_step = lambda done, _: watch(done)  # noqa: E731
+        on_step = lambda _, done, total: watch(done)  # noqa: E731
         cf.fit(model, objective, train, validation, config, on_step=on_step, **more, **checkpoints)
 
 
@@ -168,8 +168,8 @@ def train_density(steps: int, watch: Callable[[int], None]) -> None:
     density = cf.FlowDensity(members=1, layers=2, hidden=(16,), epochs=steps // 20, batch_size=32, patience=0)
     each = 20 if steps >= 20 else steps
 
-    def on_epoch(number: int, epoch: Any) -> None:
-        if number == 1:
+    def on_epoch(task: str, epoch: cf.training.Epoch) -> None:
+        if task == "member 1 without correlations":
             watch(each * epoch.epoch)
 
     with states_for(cf.FlowDensity.fit) as checkpoints:
@@ -178,10 +178,10 @@ def train_density(steps: int, watch: Callable[[int], None]) -> None:
 
 def train_posterior(estimator: str, steps: int, watch: Callable[[int], None]) -> None:
     config = cf.PosteriorConfig(
-        layers=2, hidden=(16,), draws=32, steps=steps, stages=1, verdict_draws=1000, estimator=estimator
+        layers=2, hidden=(16,), samples=32, steps=steps, stages=1, verdict_samples=1000, estimator=estimator
     )
     with states_for(cf.fit_posterior) as checkpoints:
-        cf.fit_posterior(banana, config, dim=4, on_step=lambda step: watch(step.done), **checkpoints)
+        cf.fit_posterior(banana, config, dim=4, on_step=lambda _, done, total: watch(done), **checkpoints)
 
 
 def train_on_target(steps: int, watch: Callable[[int], None]) -> None:
@@ -193,9 +193,9 @@ def train_on_target(steps: int, watch: Callable[[int], None]) -> None:
     fit_with_states(flow(cf.IAF).double(), objective, 50, 4, cf.FitConfig(epochs=math.ceil(steps / 50)), watch)
 
 
-def train_student(stage: str, steps: int, watch: Callable[[int], None]) -> None:
-    counts = {"start": 0, "steps": 0} | {"start" if stage == "start" else "steps": steps}
-    config = cf.DistillConfig(**counts, draws=32)
+def train_student(field: str, steps: int, watch: Callable[[int], None]) -> None:
+    counts = {"layer_steps": 0, "flow_steps": 0} | {field: steps}
+    config = cf.DistillConfig(**counts, samples=32)
     with states_for(cf.distill) as checkpoints:
         told = lambda _, epoch: watch(50 * epoch.epoch)  # noqa: E731
         cf.distill(flow(cf.MAF), config=config, on_epoch=told, **checkpoints)
@@ -210,7 +210,7 @@ def one_after_another(train: Callable[..., None], each: int, times: int, watch: 
 def ended_early(each: int, watch: Callable[[int], None]) -> None:
     """A training that Ctrl-C ends half-way, or faults do."""
 
-    def interrupt(done: int, steps: int) -> None:
+    def interrupt(task: str, done: int, total: int) -> None:
         if done == each // 2:
             raise KeyboardInterrupt
 
@@ -316,15 +316,15 @@ TRAINED: dict[str, Callable[..., None]] = {
     "posterior: `fit_posterior`": partial(train_posterior, "path"),
     "posterior: `fit_posterior` by the forward KL": partial(train_posterior, "forward_kl"),
     "posterior: `fit` with checkpoints": train_on_target,
-    "distillation: `distill`, layer by layer": partial(train_student, "start"),
-    "distillation: `distill`, as a whole": partial(train_student, "whole"),
+    "distillation: `distill`, layer by layer": partial(train_student, "layer_steps"),
+    "distillation: `distill`, as a whole": partial(train_student, "flow_steps"),
 }
 REPEATED: dict[str, Callable[..., None]] = {
     "MAF, `fit` with checkpoints": partial(train_flow, cf.MAF),
     "`fit`, ended by Ctrl-C and by faults": ended_early,
     "`FlowDensity`": train_density,
     "`fit_posterior`": partial(train_posterior, "path"),
-    "`distill`": partial(train_student, "whole"),
+    "`distill`": partial(train_student, "flow_steps"),
 }
 CALLED: dict[str, Callable[..., None]] = {
     **{
@@ -442,9 +442,9 @@ def main() -> None:
         f"Made by `{shlex.join(['python', *sys.argv])}` ({machine()}). Each line is a process of its own, looked at "
         f"{POINTS} times after a garbage collection and `malloc_trim`. All counts are of what was there after a fifth, "
         f"and + what came by the end; MB is resident memory, its slope by least squares ± standard error. Flat: "
-        f"growth below {GROWTH:g} MB, a slope below {SLOPE:g} MB per 1,000 or within two standard errors of 0, and no "
-        "thread, descriptor or tensor more. Trainings keep a state every second where they take `checkpoints`. What grows "
-        "is the course of a training: 0.3 KB for each epoch, and 2 KB where checkpoints are written, which hold it.",
+        f"growth below {GROWTH:g} MB, a slope below {SLOPE:g} MB per 1,000 or within two standard errors of 0, and "
+        "no thread, descriptor or tensor more. Trainings write a checkpoint every second where they take `checkpoints`. "
+        "What grows is the history of a training: 0.3 KB for each epoch, and 2 KB where checkpoints are written, which hold it.",
     ]
     for heading, every in lines.items():
         each = [name for name in every if name.startswith(tuple(arguments.only))]

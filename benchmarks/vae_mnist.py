@@ -51,7 +51,7 @@ def run(posterior: str, seed: int, data: Path, args: argparse.Namespace) -> dict
     def objective(model: cf.VAE, x: torch.Tensor, beta: float = 1.0) -> torch.Tensor:
         return cf.objectives.elbo(model, model.likelihood.observe(x), beta=beta)
 
-    def say(epoch: cf.training.Epoch, _: torch.nn.Module) -> None:
+    def report(task: str, epoch: cf.training.Epoch) -> None:
         print(
             f"{posterior} seed {seed} epoch {epoch.epoch} elbo {epoch.validation:.2f} {epoch.seconds:.0f} s", flush=True
         )
@@ -63,7 +63,7 @@ def run(posterior: str, seed: int, data: Path, args: argparse.Namespace) -> dict
         validation,
         config,
         anneal=lambda epoch: {"beta": cf.objectives.warm_up(epoch, args.warm_up)},
-        on_epoch=say,
+        on_epoch=report,
     )
     torch.manual_seed(0)  # every model is tested on the same binary images
     begun = time.perf_counter()

@@ -88,9 +88,7 @@ def test_the_summary_of_a_run(digits):
 def test_the_metrics_and_configuration_of_a_run(digits):
     run = digits[0] / "digits"
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["posterior"], line["epoch"]) for line in lines] == [
-        (p, k) for p in ("gaussian", "iaf") for k in (1, 2)
-    ]
+    assert [(line["task"], line["epoch"]) for line in lines] == [(p, k) for p in ("gaussian", "iaf") for k in (1, 2)]
     assert all(math.isfinite(line["train"]) and math.isfinite(line["validation"]) for line in lines)
     assert all(line["skipped"] == 0 and line["seconds"] > 0 for line in lines)
     config = json.loads((run / "config.json").read_text())

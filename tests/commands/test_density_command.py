@@ -91,7 +91,8 @@ def test_a_run_leaves_its_folder(runs):
     config = json.loads((folder / "plain" / "config.json").read_text())
     assert (config["command"], config["data"], config["fit"]["hidden"]) == ("density", "table.csv", [8])
     metrics = [json.loads(line) for line in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
-    assert [(m["training"], m["epoch"]) for m in metrics] == [(k, epoch) for k in range(4) for epoch in (1, 2)]
+    tasks = ["member 1", "member 1 without correlations", "member 2", "member 3"]
+    assert [(m["task"], m["epoch"]) for m in metrics] == [(task, epoch) for task in tasks for epoch in (1, 2)]
 
 
 def test_the_summary_is_that_of_the_test_rows(runs):
@@ -342,8 +343,8 @@ def test_ctrl_c_keeps_the_best_weights(here, tmp_path, monkeypatch):
     fit = cf.FlowDensity.fit
 
     def interrupted(self, *arguments, on_epoch, **more):
-        def stop(training, row):
-            on_epoch(training, row)
+        def stop(task, epoch):
+            on_epoch(task, epoch)
             raise KeyboardInterrupt
 
         return fit(self, *arguments, on_epoch=stop, **more)

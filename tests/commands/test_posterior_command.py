@@ -22,7 +22,7 @@ from counterflow.cli import main
 from counterflow.commands.misfit import misfit, noise
 from counterflow.commands.modelling import Tool, find_target, split_name
 
-QUICK = shlex.split("--stages 1 --steps 30 --layers 1 --draws 32 --verdict-draws 1000 --starts 2")
+QUICK = shlex.split("--stages 1 --steps 30 --layers 1 --samples 32 --verdict-samples 1000 --starts 2")
 POSTERIOR = [*COMMAND, "posterior"]
 FILES = {
     *("config.json", "metrics.jsonl", "summary.json", "posterior.nc", "draws.parquet"),
@@ -200,7 +200,7 @@ def rows(run):
 def schools(tmp_path_factory):
     """The process that fitted the bundled model, and its run folder."""
     folder = tmp_path_factory.mktemp("schools")
-    command = [*POSTERIOR, "--steps", "100", "--verdict-draws", "4000", "-n", "500", "--out", "run"]
+    command = [*POSTERIOR, "--steps", "100", "--verdict-samples", "4000", "-n", "500", "--out", "run"]
     return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True), folder / "run"
 
 
@@ -421,7 +421,7 @@ def test_ctrl_c_in_a_stage_keeps_it(here, tmp_path):
         "    if len(theta) == 37 and steps == 9:\n        raise KeyboardInterrupt\n"
         "    return -theta.square().sum(-1)\nmodel.dim = 2\n"
     )
-    code, _, err = here("pressed.py:model", *QUICK, "--draws", 37, "--out", "run")
+    code, _, err = here("pressed.py:model", *QUICK, "--samples", 37, "--out", "run")
     assert code == 130 and "interrupted" in err and summary(tmp_path / "run")["stopped"] == "interrupted"
     assert files(tmp_path / "run") == FILES and "(interrupted)" in err
 
@@ -541,7 +541,7 @@ def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):
         return SimpleNamespace(free=1000)
 
     monkeypatch.setattr("shutil.disk_usage", full)
-    code, _, err = here("--steps", "20", "--stages", "1", "--verdict-draws", "1000", "--out", "run")
+    code, _, err = here("--steps", "20", "--stages", "1", "--verdict-samples", "1000", "--out", "run")
     assert code == 2 and "expected room on the disk to write to, got none left" in " ".join(err.split()), err
     assert "go on with --resume run" in " ".join(err.split()) and not (tmp_path / "run" / "posterior.nc").exists()
     monkeypatch.undo()

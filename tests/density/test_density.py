@@ -74,7 +74,7 @@ def test_samples_look_like_the_table(mixed):
 
 def test_masses_sum_to_one():
     x = np.stack([RNG.poisson(2, 600), RNG.choice([1.0, 2.0, 5.0], 600)], 1).astype(float)
-    density = cf.FlowDensity(draws=64, **SMALL).fit(x)
+    density = cf.FlowDensity(cell_points=64, **SMALL).fit(x)
     grid = np.array([(k, v) for k in range(-5, 30) for v in (1.0, 2.0, 5.0)])
     p = np.exp(density.score_samples(grid))
     assert abs(p.sum() - 1) < 0.02
@@ -260,7 +260,7 @@ REFUSED = {
     "text": (TEXT, {}, "got text or categories in 'b', 'c'; give them as context"),
     "one row": (ROWS[:1], {}, "minimum of 2 is required"),
     "fraction": (ROWS, {"validation_fraction": 1.0}, r"expected validation_fraction in \(0, 1\), got 1.0"),
-    "draws": (ROWS, {"draws": 0}, "expected draws of at least 1, got 0"),
+    "cell_points": (ROWS, {"cell_points": 0}, "expected cell_points to be at least 1, got 0"),
     "device": (ROWS, {"device": "toaster"}, "expected device as one that is here"),
     "flow": (ROWS, {"flow": "nfs"}, "expected flow as one of nsf, maf, coupling, iaf, or a recipe, got 'nfs'"),
     "epochs": (ROWS, {"epochs": 0}, "expected epochs of at least 1, got 0"),

@@ -194,7 +194,7 @@ def test_a_fault_in_every_third_step_reaches_no_weight(name, fault, precision):
             return FAULTS[fault](objective, model, x)
         return objective(model, x)
 
-    def on_step(done, steps):
+    def on_step(task, done, total):
         seen.append(all(p.isfinite().all() for p in model.parameters()))
 
     record = cf.fit(model, faulty, ROWS, ROWS[:20], replace(CONFIG, precision=precision), on_step=on_step)
@@ -232,7 +232,7 @@ def test_a_target_that_is_no_number_in_a_region(estimator, edge):
     def target(theta):
         return torch.where(theta[..., 0] > edge, math.nan, -theta.square().sum(-1) / 2)
 
-    config = cf.PosteriorConfig(layers=1, steps=100, stages=2, verdict_draws=1000, estimator=estimator)
+    config = cf.PosteriorConfig(layers=1, steps=100, stages=2, verdict_samples=1000, estimator=estimator)
     posterior = cf.fit_posterior(target, config, dim=2)
     assert all(p.isfinite().all() for p in posterior.flow.parameters())
     assert posterior.trusted or edge == 1.0  # where an ELBO, which is -inf, does not tell the way

@@ -22,7 +22,7 @@ from counterflow.posterior.starts import (
 )
 from counterflow.posterior.targets.function import from_torch
 
-QUICK = cf.PosteriorConfig(layers=2, steps=60, draws=64, stages=1, verdict_draws=2_000, starts=4)
+QUICK = cf.PosteriorConfig(layers=2, steps=60, samples=64, stages=1, verdict_samples=2_000, starts=4)
 
 
 def normal(x, mean=0.0, sd=1.0):
@@ -267,7 +267,7 @@ def test_a_banana(curved):
 def test_scales_far_apart():
     scales = SCALES["from 1e-5 to 1e4"]
     target, mean, factor = gaussian(5, scales)
-    posterior = cf.fit_posterior(target, replace(QUICK, verdict_draws=5_000), dim=5)
+    posterior = cf.fit_posterior(target, replace(QUICK, verdict_samples=5_000), dim=5)
     sd = (factor @ factor.T).diagonal().sqrt()
     assert posterior.resampled and posterior.k_hat < 0.5
     for row, m, s in zip(posterior.summary().rows.values(), mean.tolist(), sd.tolist(), strict=True):
@@ -350,7 +350,7 @@ def named():
 
     shapes = {"mu": (), "tau": (), "effects": (3,)}
     target = from_torch(model, shapes=shapes, constraints={"tau": constraints.positive}, observed={"y": y.numpy()})
-    return cf.fit_posterior(target, replace(QUICK, layers=4, steps=150, draws=256))
+    return cf.fit_posterior(target, replace(QUICK, layers=4, steps=150, samples=256))
 
 
 def test_samples_are_named_shaped_and_constrained(named):
@@ -449,13 +449,13 @@ def test_a_function_needs_its_dimension():
 CONFIGS = {
     "layers": (0, "expected layers of at least 1, got 0"),
     "starts": (0, "expected starts of at least 1, got 0"),
-    "draws": (-1, "expected draws of at least 1, got -1"),
+    "samples": (-1, "expected samples of at least 1, got -1"),
     "steps": (0, "expected steps of at least 1, got 0"),
     "stages": (0, "expected stages of at least 1, got 0"),
     "df": (0.0, "expected df above 0, got 0"),
     "learning_rate": (math.nan, "expected learning_rate above 0, got nan"),
     "seconds": (-1.0, "expected seconds above 0, got -1"),
-    "verdict_draws": (10, "expected verdict_draws of at least 1000, got 10; k-hat needs a tail"),
+    "verdict_samples": (10, "expected verdict_samples of at least 1000, got 10; k-hat needs a tail"),
     "estimator": ("score", "expected estimator to be one of reparameterised, path, dreg, .* got 'score'"),
 }
 

@@ -57,7 +57,7 @@ def trained(checkpoints=None, stop_after=None):
     rows = torch.randn(130, 3, generator=torch.Generator().manual_seed(0)).cumsum(1)
     flow = cf.MAF(3, layers=2, hidden=(9,), seed=dist.get_rank() if dist.is_initialized() else 0)
 
-    def on_step(done, steps):
+    def on_step(task, done, total):
         if done == stop_after and dist.get_rank() == 1:  # what one is asked, all do after the next step
             raise KeyboardInterrupt
 

@@ -192,7 +192,7 @@ def test_steps_leave_nothing_behind(name, tmp_path):
     build, objective, precision = TRAINED[name]
     counts = {}
 
-    def on_step(done, steps):
+    def on_step(task, done, total):
         if done in (40, 70, 100):
             counts[done] = count()
 
@@ -215,7 +215,7 @@ def test_steps_of_a_posterior_leave_nothing_behind(name):
     def objective(q, _):
         return ESTIMATORS[name](TargetModel(q, banana), None, 16)
 
-    def on_step(done, steps):
+    def on_step(task, done, total):
         if done in (25, 45, 60):
             counts[done] = count()
 
@@ -225,7 +225,7 @@ def test_steps_of_a_posterior_leave_nothing_behind(name):
 
 
 def interrupted() -> None:
-    def on_step(done, steps):
+    def on_step(task, done, total):
         if done == 10:
             raise KeyboardInterrupt
 
@@ -241,7 +241,7 @@ ONE_AFTER_ANOTHER = {
     "fit": lambda: train(flow(cf.MAF), cf.log_likelihood, ROWS, 3),
     "fit that is interrupted": interrupted,
     "fit of faults": not_finite,
-    "distill": lambda: cf.distill(flow(cf.MAF), config=cf.DistillConfig(start=5, steps=5, draws=16)),
+    "distill": lambda: cf.distill(flow(cf.MAF), config=cf.DistillConfig(layer_steps=5, flow_steps=5, samples=16)),
     "FlowDensity": lambda: cf.FlowDensity(layers=1, hidden=(8,), epochs=2, random_state=0).fit(ROWS.double().numpy()),
 }
 
@@ -273,8 +273,8 @@ def strike() -> None:
 
 
 def course(folder: Path, place: str | None = None, at: int = 21) -> tuple[cf.training.History, dict, list[dict]]:
-    """A training whose checkpoints are written at every step; step `at` gets a SIGINT. What it comes to, and its weights."""
-    model, weights, step = flow(cf.IAF), [], 0
+    """Train with a checkpoint at every step; step `at` gets a SIGINT. Return the history and the weights."""
+    model, evaluated, weights, step = flow(cf.IAF), {}, [], 0
 
     def objective(q, x):
         nonlocal step
@@ -293,8 +293,12 @@ def course(folder: Path, place: str | None = None, at: int = 21) -> tuple[cf.tra
         if place == "optimizer" and step == at:
             strike()
 
-    def on_epoch(row, evaluated):
-        weights.append({k: v.clone() for k, v in evaluated.state_dict().items()})
+    def validate(q, x):
+        evaluated.update({k: v.clone() for k, v in q.state_dict().items()})
+        return objective(q, x)
+
+    def on_epoch(task, epoch):
+        weights.append(dict(evaluated))
 
     real = os.fsync
 
@@ -307,7 +311,7 @@ def course(folder: Path, place: str | None = None, at: int = 21) -> tuple[cf.tra
     os.fsync = fsync
     try:
         checkpoints = cf.Checkpoints(folder, every=0.0)
-        record = train(model, objective, ROWS, 6, on_epoch=on_epoch, checkpoints=checkpoints)
+        record = train(model, objective, ROWS, 6, validate=validate, on_epoch=on_epoch, checkpoints=checkpoints)
     finally:
         os.fsync = real
         hook.remove()

@@ -403,7 +403,16 @@ def test_a_message_is_short_where_a_file_is_not(saved):
 
 
 WRONG = {
-    "settings": (None, "a", [1], {"colour": 1}, {"layers": "x"}, {"hidden": 3}, {"draws": 1.5}, {"bounds": {"a": [1]}}),
+    "settings": (
+        None,
+        "a",
+        [1],
+        {"colour": 1},
+        {"layers": "x"},
+        {"hidden": 3},
+        {"cell_points": 1.5},
+        {"bounds": {"a": [1]}},
+    ),
     "features": (None, "a", [1], -1, 3, 1e308, True),
     "seed": (None, "a", [1], 0.5, True),
     "names": ("ab", ["a"], [1, 2], {"a": 1}),

@@ -10,13 +10,17 @@ import pytest
 from command_line import COMMAND, ENVIRONMENT, files
 
 SMALL = ["--epochs", "4", "--latent", "2", "--hidden", "16", "--iaf-layers", "1", "--iaf-hidden", "8"]
+STEPS = ["--train.layer-steps", "80", "--train.flow-steps", "80"]
 FLOW = ["--layers", "1", "--hidden", "8", "--members", "2"]
 # the command, and the training of it during which it is ended
 RUNS = {
     "vae": (["vae", *SMALL, "--test-samples", "3"], "iaf"),
-    "density": (["density", "table.npy", *FLOW, "--epochs", "15"], "flow-2"),
-    "posterior": (["posterior", "--steps", "60", "--stages", "2", "--verdict-draws", "1000"], "stage-2"),
-    "distill": (["distill", "teacher", "--train.start", "80", "--train.steps", "80", "--draws", "100"], "finish"),
+    "density": (["density", "table.npy", *FLOW, "--epochs", "15"], "member-1-without-correlations"),
+    "posterior": (["posterior", "--steps", "60", "--stages", "2", "--verdict-samples", "1000"], "stage-2"),
+    "distill": (
+        ["distill", "teacher", *STEPS, "--samples", "100"],
+        "flow",
+    ),
 }
 CASES = [("vae", s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)]
 CASES += [("density", signal.SIGTERM), *((name, signal.SIGKILL) for name in ("density", "posterior", "distill"))]
@@ -72,7 +76,7 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(name, ended_by, folder, here, m
         assert code == 0, errors
 
     def under_way():
-        return len(list((folder / run / "states" / training).glob("*.safetensors"))) == 2
+        return len(list((folder / run / "checkpoints" / training).glob("*.safetensors"))) == 2
 
     code, errors = counterflow(folder, *words, "--out", run, ended_by=ended_by, when=under_way)
     assert code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[ended_by], errors
@@ -81,7 +85,7 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(name, ended_by, folder, here, m
     code, _, errors = here(*words, "--out", run)
     assert code == 2 and f"or go on with it by --resume {run}" in " ".join(errors.split()), errors
     code, errors = counterflow(folder, words[0], "--resume", run)
-    assert code == 0 and f"{training}: going on from step" in errors, errors
+    assert code == 0 and f"{training.replace('-', ' ')}: resuming from step" in errors, errors
     assert outcome(folder / run) == outcome(folder / name)
     code, _, errors = here(words[0], "--resume", run)
     assert code == 2 and "which is finished" in errors and "Traceback" not in errors

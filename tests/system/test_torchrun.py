@@ -51,11 +51,11 @@ def test_every_command_that_trains_runs_in_two_processes(tmp_path):
     assert found.k_hat < 0.7 and len(found.pool.theta) == 10_000 and told.count("stage 1: 100 steps") == 1
     halves = found.pool.theta.chunk(2)  # of both processes
     assert not (halves[0] == halves[1]).any()
-    distill = ["distill", "two", "--train.start", "100", "--train.steps", "50", "--draws", "500"]
+    distill = ["distill", "two", "--train.layer-steps", "100", "--train.flow-steps", "50", "--samples", "500"]
     ended(torchrun(tmp_path, *distill, "--out", "student"))
     assert json.loads((tmp_path / "student" / "summary.json").read_text())["reverse"] < 0.1
     for run in ("one", "two", "posterior", "student"):
-        assert not (tmp_path / run / "states").exists() and (tmp_path / run / "plots").is_dir()
+        assert not (tmp_path / run / "checkpoints").exists() and (tmp_path / run / "plots").is_dir()
 
 
 def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
@@ -64,7 +64,7 @@ def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
 
     def under_way(run, **options):
         process = torchrun(tmp_path, *vae, run, **options)
-        while not any((tmp_path / run / "states").rglob("*.safetensors")):
+        while not any((tmp_path / run / "checkpoints").rglob("*.safetensors")):
             assert process.poll() is None
             time.sleep(0.02)
         return process
@@ -81,14 +81,14 @@ def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
     told["all"] = ended(torchrun(tmp_path, *vae, "all"))
     alone = [(row["epoch"], row["validation"]) for row in lines(tmp_path / "alone")]
     for run, said in told.items():
-        assert "iaf: going on from step" in said
+        assert "iaf: resuming from step" in said
         rows = [(row["epoch"], row["validation"]) for row in lines(tmp_path / run)]
         np.testing.assert_allclose(rows, alone, rtol=1e-5)
 
 
 def test_what_torchrun_is_told(tmp_path):
     told = ended(torchrun(tmp_path, "vae"), code=1)
-    assert told.count("expected --out under torchrun, where a run that is started again finds its states") == 1
+    assert told.count("expected --out under torchrun, where a run that is started again finds its checkpoints") == 1
     told = ended(torchrun(tmp_path, *VAE, "--batch-size", "63", "--out", "run"), code=1)
     assert told.count("expected batch_size as a multiple of the 2 processes, got 63") == 1
     assert not (tmp_path / "run").exists()

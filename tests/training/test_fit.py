@@ -36,9 +36,15 @@ def fit(model=None, objective=closeness, train=ROWS, validation=HELD_OUT, config
     return model, cf.fit(model, objective, train, validation, config, **more)
 
 
-def keep(weights):
-    """An on_epoch that keeps the weights of every epoch in a list."""
-    return lambda row, evaluated: weights.append(copy.deepcopy(evaluated.state_dict()))
+def keep(weights, objective=closeness):
+    """Arguments for fit that append the evaluated weights of every epoch to a list."""
+    latest = {}
+
+    def validate(model, x):
+        latest.update(copy.deepcopy(model.state_dict()))
+        return objective(model, x)
+
+    return {"validate": validate, "on_epoch": lambda task, epoch: weights.append(dict(latest))}
 
 
 def same(state, model):
@@ -198,13 +204,14 @@ def test_what_the_callbacks_see():
         objective=objective,
         validate=validate,
         anneal=lambda epoch: {"beta": cf.objectives.warm_up(epoch, 2)},
-        on_step=lambda *done: steps.append(done),
-        on_epoch=lambda row, evaluated: epochs.append((row, evaluated.w.tolist())),
+        on_step=lambda *step: steps.append(step),
+        on_epoch=lambda *epoch: epochs.append(epoch),
+        task="centers",
     )[1]
-    assert steps == [(k, 12) for k in range(1, 13)]
+    assert steps == [("centers", k, 12) for k in range(1, 13)]
     assert betas == [min(1, k / 8) for k in range(12)]
-    assert [row for row, _ in epochs] == record.epochs
-    assert all(row.rows_per_second > 0 and row.skipped == 0 for row in record.epochs)
+    assert epochs == [("centers", epoch) for epoch in record.epochs]
+    assert all(epoch.rows_per_second > 0 and epoch.skipped == 0 for epoch in record.epochs)
 
 
 # -- which weights are kept --------------------------------------------------------------------------
@@ -217,8 +224,8 @@ def scores(*values):
 
 
 ENDS = {
-    "patience": ([1.0, 3.0, 2.0, 1.0, 9.0], 2, "settled", 4, 2),
-    "patience that starts again": ([1.0, 0.0, 2.0, 0.0, 0.0], 2, "settled", 5, 3),
+    "patience": ([1.0, 3.0, 2.0, 1.0, 9.0], 2, "patience", 4, 2),
+    "patience that starts again": ([1.0, 0.0, 2.0, 0.0, 0.0], 2, "patience", 5, 3),
     "no patience": ([1.0, 3.0, 2.0, 1.0, 0.0], 0, "finished", 5, 2),
     "a validation that is not finite": ([1.0, math.nan, -math.inf, 0.5, 0.0], 0, "finished", 5, 1),
     "at the end": ([1.0, 2.0, 3.0, 4.0, 5.0], 1, "finished", 5, 5),
@@ -230,7 +237,7 @@ ENDS = {
 def test_the_best_weights_are_kept(values, patience, stopped, ran, best, ema):
     weights = []
     config = replace(PLAIN, epochs=5, batch_size=20, patience=patience, ema=ema)
-    model, record = fit(config=config, validate=scores(*values), validation=HELD_OUT[:9], on_epoch=keep(weights))
+    model, record = fit(config=config, validation=HELD_OUT[:9], **keep(weights, scores(*values)))
     assert (record.stopped, len(record.epochs), record.best.epoch) == (stopped, ran, best)
     assert [e.best for e in record.epochs] == [v > max([-math.inf, *values[:k]]) for k, v in enumerate(values)][:ran]
     assert same(weights[best - 1], model)
@@ -256,7 +263,7 @@ def test_without_averaging_the_weights_are_the_last_ones():
 
 
 def interrupt_at(step):
-    def on_step(done, steps):
+    def on_step(task, done, total):
         if done == step:
             raise KeyboardInterrupt
 
@@ -265,7 +272,7 @@ def interrupt_at(step):
 
 def test_an_interruption_keeps_the_best_weights():
     weights = []
-    model, record = fit(on_epoch=keep(weights), on_step=interrupt_at(10))
+    model, record = fit(on_step=interrupt_at(10), **keep(weights))
     assert record.stopped == "interrupted" and len(record.epochs) == 2
     assert same(weights[record.best.epoch - 1], model) and not model.training
 
@@ -307,7 +314,7 @@ class Faulty:
 @over(FAULTS)
 def test_a_step_that_is_not_finite_is_skipped_and_counted(name):
     weights = []
-    record = fit(objective=Faulty(name, {0, 1, 5, 10, 11}), on_epoch=keep(weights))[1]
+    record = fit(objective=Faulty(name, {0, 1, 5, 10, 11}), **keep(weights))[1]
     assert [e.skipped for e in record.epochs] == [2, 1, 2] and record.stopped == "finished"
     assert all(state["w"].isfinite().all() for state in weights)
     assert all(math.isfinite(e.train) for e in record.epochs)
@@ -327,7 +334,7 @@ def test_too_many_in_a_row_end_the_run(name, ema):
     weights = []
     objective = Faulty(name, {1, 2, *range(6, 100)})
     with pytest.warns(RuntimeWarning, match="3 steps in a row .* best weights so far are kept. Try a smaller learn"):
-        model, record = fit(objective=objective, config=replace(PLAIN, max_skipped=3, ema=ema), on_epoch=keep(weights))
+        model, record = fit(objective=objective, config=replace(PLAIN, max_skipped=3, ema=ema), **keep(weights))
     assert record.stopped == "not finite" and objective.step == 8
     assert [e.skipped for e in record.epochs] == [2, 2]
     assert same(weights[record.best.epoch - 1], model) and model.w.isfinite().all()
@@ -383,7 +390,7 @@ def around_one(model, batch):
 def test_an_objective_that_needs_no_data():
     steps, model = [], Center()
     record = cf.fit(model, around_one, 25, 2, replace(PLAIN, epochs=4), on_step=lambda *step: steps.append(step))
-    assert steps[-1] == (100, 100) and len(record.epochs) == 4
+    assert steps[-1] == ("training", 100, 100) and len(record.epochs) == 4
     assert torch.allclose(model.w, torch.ones(2), atol=0.1)
 
 
@@ -508,7 +515,7 @@ def course(checkpoints, stop_after=None, config=MappingProxyType({})):
     x, c = torch.randn(103, 2), torch.randn(103, 1)
     model, config = Conditional(), cf.FitConfig(epochs=5, batch_size=20, warm_up_steps=3, **config)
 
-    def on_step(done, steps):
+    def on_step(task, done, total):
         if done == stop_after:
             raise KeyboardInterrupt
 

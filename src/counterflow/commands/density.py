@@ -146,18 +146,18 @@ class Density:
     def _fit(self, density: FlowDensity, train: _Part, run: Path, stop: training.Stop) -> None:
         with console.progress("rows", "log density") as bar, training.metrics(run) as write:
             epochs = self.fit.epochs
-            task = bar.add_task("flow 1", total=density.trainings * epochs, epoch="1", elbo="...", rate="...")
+            line = bar.add_task("member 1", total=density.trainings * epochs, epoch="1", elbo="...", rate="...")
+            tasks: list[str] = []  # so far
 
-            def on_epoch(number: int, row: Epoch) -> None:
-                write({"training": number, **dataclasses.asdict(row)})
-                shown, rate = f"{row.epoch}/{epochs}", f"{row.rows_per_second:,.0f}"
-                name = f"flow {number + 1} of {density.trainings}"
-                completed, reached = number * epochs + row.epoch, f"{row.validation:.2f}"
-                bar.update(task, description=name, completed=completed, epoch=shown, elbo=reached, rate=rate)
+            def on_epoch(task: str, epoch: Epoch) -> None:
+                write({"task": task, **dataclasses.asdict(epoch)})
+                if task not in tasks:
+                    tasks.append(task)
+                shown, rate = f"{epoch.epoch}/{epochs}", f"{epoch.rows_per_second:,.0f}"
+                completed, reached = tasks.index(task) * epochs + epoch.epoch, f"{epoch.validation:.2f}"
+                bar.update(line, description=task, completed=completed, epoch=shown, elbo=reached, rate=rate)
 
-            checkpoints = training.checkpoints(
-                run, self.folder, write, lambda name: {"training": int(name.split("-")[1]) - 1}
-            )
+            checkpoints = training.checkpoints(run, self.folder, write)
             on_step = stop.after_step(lambda *_: None)
             density.fit(train.x, context=train.context, on_epoch=on_epoch, on_step=on_step, checkpoints=checkpoints)
         if density.records_[0].best is None:
@@ -181,7 +181,9 @@ class Density:
             "holds_rows": density.holds_rows_,
         }
         if not test.context:
-            others, components = mixture_scores(density.columns_, train.array, test.array, self.fit.draws, self.seed)
+            others, components = mixture_scores(
+                density.columns_, train.array, test.array, self.fit.cell_points, self.seed
+            )
             summary["gaussian_mixture"] = {
                 "components": components,
                 "test_log_density": float(others.mean()),
@@ -214,11 +216,13 @@ def _standard_error(values: Array) -> float | None:
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
 
 
-def mixture_scores(columns: TableTransform, train: Array, test: Array, draws: int, seed: int) -> tuple[Array, str]:
+def mixture_scores(
+    columns: TableTransform, train: Array, test: Array, cell_points: int, seed: int
+) -> tuple[Array, str]:
     """log p of test rows (N, D) under the Gaussian mixture that BIC chooses, (N,), and its components in words.
 
-    Recorded numbers are put within their cells, in training and, `draws` times, in the test, as for the flow: a mixture
-    on the plain numbers would find the density without bound of those that repeat.
+    Recorded numbers are put within their cells, in training and, `cell_points` times, in the test, as for the flow: a
+    mixture on the plain numbers would find the density without bound of those that repeat.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
@@ -241,7 +245,7 @@ def mixture_scores(columns: TableTransform, train: Array, test: Array, draws: in
             if k * numbers <= len(rows)
         ]
     best = min(fitted, key=lambda mixture: mixture.bic(rows))
-    times = draws if columns.quantised else 1
+    times = cell_points if columns.quantised else 1
     drawn = [noisy(test) for _ in range(times)]
     scores = torch.stack([torch.from_numpy(best.score_samples((x - mean) / std)) for x, _ in drawn])
     log_p = torch.logsumexp(scores, 0) - math.log(times) - float(np.log(std).sum()) + columns.log_mass(drawn[0][1])

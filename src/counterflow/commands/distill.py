@@ -19,7 +19,7 @@ from counterflow.commands.model import trained
 from counterflow.density.config import DESCRIPTION
 from counterflow.diagnostics.agreement import Agreement, agreement
 from counterflow.distill.config import EPOCH, DistillConfig
-from counterflow.distill.distill import Distilled, distilled
+from counterflow.distill.distill import Distilled, distill_with_history
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
 from counterflow.io.json import write_json
@@ -27,7 +27,7 @@ from counterflow.io.serialization import save
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch
 
-OBJECTIVES = {"start": "- loss of all layers, nats", "finish": "- KL, nats"}
+OBJECTIVES = {"layers": "- loss of all layers, nats", "flow": "- KL, nats"}
 SHOWN = 1000  # draws of each in the picture
 
 
@@ -41,7 +41,7 @@ class Distill:
 
     run_folder: Annotated[Path | None, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")] = None
     """run folder of the teacher, or its .safetensors file; a flow without a context"""
-    draws: int = 10_000
+    samples: int = 10_000
     """of teacher and student, for the comparison at the end"""
     folder: training.Place = training.RunFolder()
     """where the run is written"""
@@ -55,8 +55,8 @@ class Distill:
 
     def _run(self, run: Path | None) -> int:
         """A new run, or one to go on with."""
-        if self.draws < 2:
-            raise ValueError(f"expected draws of at least 2, got {self.draws}")
+        if self.samples < 2:
+            raise ValueError(f"expected samples to be at least 2, got {self.samples}")
         if self.run_folder is None:
             raise ValueError("expected the run folder of a teacher, or --resume with that of a distillation, got none")
         teacher, folder = trained(self.run_folder)
@@ -72,8 +72,8 @@ class Distill:
         run = training.begun(self, run, "distill")
         with training.under_way(run) as stop:
             made = self._train(teacher, run, stop)
-            interrupted = any(record.stopped == "interrupted" for record in made.records.values())
-            if any(record.best is None for record in made.records.values()):
+            interrupted = any(record.stopped == "interrupted" for record in made.histories.values())
+            if any(record.best is None for record in made.histories.values()):
                 if interrupted:
                     raise KeyboardInterrupt
                 console.note("training ended before its first epoch was over: no weights are kept")
@@ -93,14 +93,14 @@ class Distill:
         if (folder / DESCRIPTION).is_file():  # of a table: the student scores and samples such tables as well
             shutil.copyfile(folder / DESCRIPTION, run / DESCRIPTION)
         torch.manual_seed(self.distill.seed)
-        with console.err.status(f"comparing {self.draws} draws of each"):
-            found = agreement(teacher, made.student, draws=self.draws)
+        with console.err.status(f"comparing {self.samples} draws of each"):
+            found = agreement(teacher, made.student, samples=self.samples)
         self._draw(run / "plots", teacher, made)
         write_json(run / "summary.json", self._summary(made, found))
         console.say(
             f"KL(student || teacher) {found.reverse:.3f} ± {found.reverse_error:.2g} nats, KL(teacher || student) "
-            f"{found.forward_trimmed:.3f} without the largest hundredth of its terms; {self.draws:,} draws of the "
-            f"student are worth {found.ess * self.draws:,.0f} of the teacher; p-value of a difference "
+            f"{found.forward_trimmed:.3f} without the largest hundredth of its terms; {self.samples:,} draws of the "
+            f"student are worth {found.ess:,.0f} of the teacher; p-value of a difference "
             f"{found.p_value:.3g}"
         )
         console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
@@ -112,17 +112,19 @@ class Distill:
             Progress(*columns, text, TimeRemainingColumn(compact=True), console=console.err) as bar,
             training.metrics(run) as write,
         ):
-            steps = {"start": self.distill.start, "finish": self.distill.steps}
-            tasks = {name: bar.add_task(name, total=total, reached="...", start=False) for name, total in steps.items()}
+            steps = {"layers": self.distill.layer_steps, "flow": self.distill.flow_steps}
+            lines = {name: bar.add_task(name, total=total, reached="...", start=False) for name, total in steps.items()}
 
-            def on_epoch(stage: str, row: Epoch) -> None:
-                write({"stage": stage, **dataclasses.asdict(row)})
-                bar.start_task(tasks[stage])
-                bar.update(tasks[stage], completed=row.epoch * EPOCH, reached=f"{-row.validation:.3f}")
+            def on_epoch(task: str, epoch: Epoch) -> None:
+                write({"task": task, **dataclasses.asdict(epoch)})
+                bar.start_task(lines[task])
+                bar.update(lines[task], completed=epoch.epoch * EPOCH, reached=f"{-epoch.validation:.3f}")
 
-            checkpoints = training.checkpoints(run, self.folder, write, lambda name: {"stage": name})
+            checkpoints = training.checkpoints(run, self.folder, write)
             on_step = stop.after_step(lambda *_: None)
-            return distilled(teacher, config=self.distill, on_epoch=on_epoch, on_step=on_step, checkpoints=checkpoints)
+            return distill_with_history(
+                teacher, config=self.distill, on_epoch=on_epoch, on_step=on_step, checkpoints=checkpoints
+            )
 
     def _summary(self, made: Distilled, found: Agreement) -> dict[str, Any]:
         return {
@@ -130,12 +132,12 @@ class Distill:
             **{name: value if math.isfinite(value) else None for name, value in dataclasses.asdict(found).items()},
             "reverse_per_feature": found.reverse / made.student.features,
             "parameters": sum(p.numel() for p in made.student.parameters()),
-            "seconds": {stage: round(record.seconds, 2) for stage, record in made.records.items()},
-            "stopped": {stage: record.stopped for stage, record in made.records.items()},
+            "seconds": {stage: round(record.seconds, 2) for stage, record in made.histories.items()},
+            "stopped": {stage: record.stopped for stage, record in made.histories.items()},
         }
 
     def _draw(self, folder: Path, teacher: Flow, made: Distilled) -> None:
-        for stage, record in made.records.items():
+        for stage, record in made.histories.items():
             curve = ([e.train for e in record.epochs], [e.validation for e in record.epochs])
             plots.learning_curves(folder / f"learning_curve_{stage}.png", {stage: curve}, OBJECTIVES[stage])
         tables = {"teacher": teacher().sample((SHOWN,)).numpy(), "student": made.student().sample((SHOWN,)).numpy()}

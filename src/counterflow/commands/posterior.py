@@ -25,9 +25,10 @@ from counterflow.io.atomic import atomic_write, check_room
 from counterflow.io.json import write_json
 from counterflow.posterior import posterior as fitting
 from counterflow.posterior.config import PosteriorConfig
-from counterflow.posterior.stages import Stage, Step
+from counterflow.posterior.stages import Stage
 from counterflow.posterior.targets.target import Target
 from counterflow.training.distributed import Workers
+from counterflow.training.history import Epoch
 
 ROWS = 40  # of the table that is printed; summary.json has them all
 PANELS, PAIRS, SHOWN = 20, 6, 1_500  # marginals, pairs, and points in a scatter plot
@@ -103,17 +104,25 @@ class Posterior:
             task = bar.add_task("where to start", total=None, elbo="...")
             stages: list[Stage] = []
 
-            def on_step(step: Step) -> None:
-                elbo = "..." if math.isnan(step.elbo) else f"{step.elbo:.2f}"
-                bar.update(task, description=f"stage {step.stage}", completed=step.done, total=step.steps, elbo=elbo)
+            def on_step(stage: str, done: int, total: int) -> None:
+                bar.update(task, description=stage, completed=done, total=total)
+
+            def on_epoch(stage: str, epoch: Epoch) -> None:
+                bar.update(task, elbo=f"{epoch.validation:.2f}")
 
             def on_stage(stage: Stage) -> None:
                 stages.append(stage)
                 write(_plain({"stage": len(stages), **dataclasses.asdict(stage)}))
                 console.note(f"stage {len(stages)}: {_in_brief(stage)}")
 
-            told, checkpoints = stop.after_step(on_step), training.checkpoints(run, self.folder)
-            return fitting.fit_posterior(target, self.fit, on_stage=on_stage, on_step=told, checkpoints=checkpoints)
+            return fitting.fit_posterior(
+                target,
+                self.fit,
+                on_stage=on_stage,
+                on_epoch=on_epoch,
+                on_step=stop.after_step(on_step),
+                checkpoints=training.checkpoints(run, self.folder),
+            )
 
     def _write(self, found: fitting.Posterior, target: Target, run: Path) -> None:
         """All results; the summary last, so that a folder that has one is whole."""
@@ -160,7 +169,7 @@ def _in_brief(stage: Stage) -> str:
     ended = "" if stage.stopped == "finished" else f" ({stage.stopped})"
     return (
         f"{stage.steps} steps{ended}, ELBO {stage.elbo:.2f}, k-hat {stage.k_hat:.2f}, "
-        f"{stage.verdict_draws:,} draws worth {stage.ess:,.0f}, {stage.seconds:.1f} s"
+        f"{stage.verdict_samples:,} draws worth {stage.ess:,.0f}, {stage.seconds:.1f} s"
     )
 
 
@@ -261,7 +270,7 @@ def _draw(found: fitting.Posterior, target: Target, folder: Path) -> None:
 
 
 def _judged(stage: Stage) -> str:
-    return f"{stage.elbo:.2f}, k-hat {stage.k_hat:.2f}, ESS {100 * stage.ess / stage.verdict_draws:.0f} %"
+    return f"{stage.elbo:.2f}, k-hat {stage.k_hat:.2f}, ESS {100 * stage.ess / stage.verdict_samples:.0f} %"
 
 
 def _draw_marginals(found: fitting.Posterior, weights: plots.Array, path: Path) -> None:

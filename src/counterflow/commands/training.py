@@ -178,18 +178,14 @@ def checkpoints(
     run: Path,
     place: RunFolder,
     write: Callable[[dict[str, Any]], None] | None = None,
-    about: Callable[[str], dict[str, Any]] = lambda name: {},
 ) -> Checkpoints:
-    """Those of the trainings of a run; where one goes on, that is told, and its epochs so far are written.
+    """Return the run's checkpoints. On resume, report it and write the finished epochs to metrics.jsonl again."""
 
-    about: the name of a training -> what its lines have before all else.
-    """
-
-    def on_resume(folder: Path, state: Checkpoint) -> None:
-        console.note(f"{folder.name}: going on from step {state.steps:,} ({folder})")
+    def on_resume(task: str, checkpoint: Checkpoint) -> None:
+        console.note(f"{task}: resuming from step {checkpoint.steps:,} of {run / STATES}")
         if write is not None:
-            for row in state.numbers["record"]["epochs"]:
-                write({**about(folder.name), **row})
+            for row in checkpoint.numbers["record"]["epochs"]:
+                write({"task": task, **row})
 
     return Checkpoints(run / STATES, place.save_every, on_resume)
 

@@ -144,10 +144,12 @@ class Vae:
         test = next(iter(models.values())).likelihood.observe(parts.test).to(self.fit.device)
         records: dict[str, History] = {}
         with training.metrics(run) as write:
-            checkpoints = training.checkpoints(run, self.folder, write, lambda name: {"posterior": name})
+            checkpoints = training.checkpoints(run, self.folder, write)
             for name, model in models.items():
                 file = run / ("model.safetensors" if name == list(models)[-1] else f"model-{name}.safetensors")
-                records[name] = self._train(name, model, parts, file, checkpoints.of(name), write, stop)
+                records[name] = self._train(name, model, parts, checkpoints.for_task(name), write, stop)
+                if records[name].best is not None and Workers.here().rank == 0:
+                    save(model, file)
                 if records[name].stopped == "interrupted":
                     raise KeyboardInterrupt
                 if records[name].best is None:
@@ -194,7 +196,6 @@ class Vae:
         name: str,
         model: VAE,
         parts: Splits,
-        file: Path,
         checkpoints: Checkpoints,
         write: Callable[[dict[str, Any]], None],
         stop: training.Stop,
@@ -205,17 +206,15 @@ class Vae:
             return elbo(model, model.likelihood.observe(x))
 
         with console.progress(unit) as bar:
-            task = bar.add_task(name, total=None, epoch="1", elbo="...", rate="...")
+            line = bar.add_task(name, total=None, epoch="1", elbo="...", rate="...")
 
-            def on_step(done: int, steps: int) -> None:
-                bar.update(task, completed=done, total=steps)
+            def on_step(task: str, done: int, total: int) -> None:
+                bar.update(line, completed=done, total=total)
 
-            def on_epoch(row: Epoch, evaluated: torch.nn.Module) -> None:
-                write({"posterior": name, **dataclasses.asdict(row)})
-                if row.best:
-                    save(evaluated, file)
-                shown, rate = f"{row.epoch}/{self.fit.epochs}", f"{row.rows_per_second:,.0f}"
-                bar.update(task, epoch=shown, elbo=f"{row.validation:.2f}", rate=rate)
+            def on_epoch(task: str, epoch: Epoch) -> None:
+                write({"task": task, **dataclasses.asdict(epoch)})
+                shown, rate = f"{epoch.epoch}/{self.fit.epochs}", f"{epoch.rows_per_second:,.0f}"
+                bar.update(line, epoch=shown, elbo=f"{epoch.validation:.2f}", rate=rate)
 
             return fit(
                 model,
@@ -228,6 +227,7 @@ class Vae:
                 on_step=stop.after_step(on_step),
                 on_epoch=on_epoch,
                 checkpoints=checkpoints,
+                task=name,
             )
 
     def _result(self, name: str, model: VAE, record: History, reached: Evaluation) -> dict[str, Any]:

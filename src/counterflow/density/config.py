@@ -26,5 +26,5 @@ class DensityConfig:
     ema: float = 0.99  # decay of the averaged weights, which are the ones kept: an epoch has only 20 to 30 steps
     patience: int = 10  # epochs without a better validation part before stopping
     validation_fraction: float = 0.1  # of the rows, which the training of a member does not see
-    draws: int = 16  # points in the cell of a recorded number, over which its density is averaged
+    cell_points: int = 16  # points in the cell of a recorded number, over which its density is averaged
     device: str = "cpu"  # cpu or cuda; mps has no float64, in which columns are mapped

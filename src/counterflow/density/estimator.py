@@ -29,7 +29,7 @@ from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
-from counterflow.training.history import Epoch, History
+from counterflow.training.history import History, OnEpoch, OnStep
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.table.columns import TableTransform
 from counterflow.univariate.spline import RationalQuadraticSpline
@@ -76,7 +76,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
     readable by whoever has it; kernels=False forbids it, and `holds_rows_` says whether it is so.
 
     Columns of whole numbers and of few values have masses: the score counts log P(the value). Numbers recorded to so
-    many decimals have the density of their cell on average. For K such columns, with S = draws points u_s of a
+    many decimals have the density of their cell on average. For K such columns, with S = cell_points points u_s of a
     Sobol sequence in [0, 1]^K that is scrambled by the seed and the same for all rows,
 
         log p(x) = log (1/S) sum_s q(start + width u_s) + sum over the columns with masses of log width
@@ -96,7 +96,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         columns: "auto", or the kind of columns by name: "auto", "real", "integer" or "ordinal". Columns of
             arrays are called x0, x1, ...
         bounds: by name, (low, high), None for no bound: {"age": (0, None)}.
-        draws: S, for tables with recorded numbers.
+        cell_points: S, for tables with recorded numbers.
         random_state: of the validation part, initial weights, batches and noise.
         device: where it is trained and scored.
 
@@ -140,7 +140,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         validation_fraction: float = DensityConfig.validation_fraction,
         columns: Mapping[str, Kind] | Kind = "auto",
         bounds: Mapping[str, Bounds] | None = None,
-        draws: int = DensityConfig.draws,
+        cell_points: int = DensityConfig.cell_points,
         random_state: Any = None,
         device: str = DensityConfig.device,
     ) -> None:
@@ -159,7 +159,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         self.validation_fraction = validation_fraction
         self.columns = columns
         self.bounds = bounds
-        self.draws = draws
+        self.cell_points = cell_points
         self.random_state = random_state
         self.device = device
 
@@ -172,16 +172,17 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         context: Any = None,
         sample_weight: Any = None,
         *,
-        on_epoch: Callable[[int, Epoch], None] | None = None,
-        on_step: Callable[[int, int, int], None] | None = None,
+        on_epoch: OnEpoch | None = None,
+        on_step: OnStep | None = None,
         checkpoints: Checkpoints | None = None,
     ) -> FlowDensity:
         """Fit the density of the rows of X (N, D), or of X given context (N, ...), a table whose text is categories.
 
-        A row of weight w counts as w rows do. Ctrl-C keeps the best weights of the members so far. on_epoch is called
-        with the number of the training and the epoch, on_step with that number, the steps done and all its steps.
-        checkpoints is where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each training, with
-        a random_state that is a number. y is not used.
+        A row of weight w counts as w rows do. Ctrl-C keeps the best weights of the members so far. The callbacks
+        are on_epoch(task, epoch) and on_step(task, done, total); the tasks are "member 1",
+        "member 1 without correlations", "member 2", ...
+        checkpoints is where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each training,
+        with a random_state that is a number. y is not used.
         """
         if checkpoints is not None and not isinstance(self.random_state, int | np.integer):
             raise ValueError(
@@ -194,16 +195,19 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
 
         def train(member: int, correlated: bool) -> Flow:
             """Train one more flow."""
-            task, number = self._task(table, member, correlated), len(self.records_)
+            task = self._task(table, member, correlated)
+            second = not correlated and member == 0 and len(self.records_) == 1
+            name = f"member {member + 1}" + (" without correlations" if second else "")
             record = fit(
                 task.learner,
                 objective,
                 task.train,
                 task.validation,
                 task.config,
-                on_epoch=None if on_epoch is None else lambda epoch, _: on_epoch(number, epoch),
-                on_step=None if on_step is None else lambda done, steps: on_step(number, done, steps),
-                checkpoints=None if checkpoints is None else checkpoints.of(f"flow-{number + 1}"),
+                on_step=on_step,
+                on_epoch=on_epoch,
+                checkpoints=None if checkpoints is None else checkpoints.for_task(name),
+                task=name,
             )
             self.records_.append(record)
             if not self.kernels or len(task.train) > 1:
@@ -247,8 +251,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             raise ValueError(f"expected members as a whole number of at least 1, got {self.members!r}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"expected validation_fraction in (0, 1), got {self.validation_fraction}")
-        if self.draws < 1:
-            raise ValueError(f"expected draws of at least 1, got {self.draws}")
+        if self.cell_points < 1:
+            raise ValueError(f"expected cell_points to be at least 1, got {self.cell_points}")
         check_device(self.device)
         if torch.device(self.device).type == "mps":
             raise ValueError("expected device as cpu or cuda, got 'mps', which has no float64")
@@ -379,8 +383,8 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         if not quantised:
             return None
         sobol = torch.quasirandom.SobolEngine(len(quantised), scramble=True, seed=self.seed_)
-        points = torch.zeros(self.draws, self.n_features_in_, dtype=torch.float64)
-        points[:, quantised] = sobol.draw(self.draws, dtype=torch.float64)
+        points = torch.zeros(self.cell_points, self.n_features_in_, dtype=torch.float64)
+        points[:, quantised] = sobol.draw(self.cell_points, dtype=torch.float64)
         return points.to(self.device)
 
     def score(self, X: Any, y: Any = None, context: Any = None) -> float:

@@ -134,6 +134,7 @@ def _linear(layer: Autoregressive, trace: Trace) -> Inverse:
 
 
 def known_params(trace: Trace) -> Tensor:
+    """Return the parameters of a solved layer's trace."""
     if trace.params is None:
         raise ValueError("expected the trace of a solved layer, got one without parameters")
     return trace.params

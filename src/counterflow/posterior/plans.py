@@ -25,7 +25,7 @@ class Plan:
     """What a stage will do."""
 
     estimator: Estimator
-    draws: int  # a step
+    samples: int  # S, draws of the flow in each step
     steps: int
     more_layers: bool = False
     enough: float = USABLE  # the k-hat below which, with a large effective size, no further stage is needed
@@ -33,7 +33,7 @@ class Plan:
 
 def plans(config: PosteriorConfig) -> tuple[Plan, ...]:
     """The stages that a fit may go through: longer, then deeper, then over all of the target."""
-    S, n = config.draws, config.steps
+    S, n = config.samples, config.steps
     return (
         Plan(config.estimator, S, n, enough=CLOSE),
         Plan(config.estimator, S, 2 * n),

@@ -24,13 +24,14 @@ from counterflow.io.tensors import contiguous_copies, read_tensors
 from counterflow.posterior.config import PosteriorConfig
 from counterflow.posterior.mcmc import Chains, independence_metropolis, neutra
 from counterflow.posterior.modes import missed_mass, undercovered_points
-from counterflow.posterior.stages import FlowFit, Stage, Step, WeightedDraws, draw_pool, fit_flow
+from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws, draw_pool, fit_flow
 from counterflow.posterior.starts import CLIMBS, initial_gaussians, join, newton_paths, refine_and_dedupe
 from counterflow.posterior.targets.function import as_target
 from counterflow.posterior.targets.target import Target
 from counterflow.random import seeded
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
+from counterflow.training.history import OnEpoch, OnStep
 
 REFINERS: dict[str, Callable[..., Chains]] = {"metropolis": independence_metropolis, "neutra": neutra}
 MISSED = 0.02  # the share of the mass found that an approximation may leave out
@@ -51,7 +52,8 @@ def fit_posterior(
     *,
     dim: int | None = None,
     on_stage: Callable[[Stage], None] | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> Posterior:
     """Fit an inverse autoregressive flow to a posterior, in stages, and judge it by its own draws.
@@ -73,7 +75,8 @@ def fit_posterior(
         config: how to fit; the defaults are meant for every model.
         dim: D, for a function.
         on_stage: called after each stage.
-        on_step: called after each step of a stage.
+        on_epoch: called as on_epoch(task, epoch) ten times a stage, on rank 0; the tasks are "stage 1", "stage 2", ...
+        on_step: called as on_step(task, done, total) after each step.
         checkpoints: where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each stage. The
             seconds of `config` are counted anew.
 
@@ -90,7 +93,7 @@ def fit_posterior(
         >>> def banana(theta):
         ...     x, y = theta.unbind(-1)
         ...     return -(x.square() + (y - x.square()).square()) / 2
-        >>> posterior = cf.fit_posterior(banana, cf.PosteriorConfig(layers=2, verdict_draws=2000), dim=2)
+        >>> posterior = cf.fit_posterior(banana, cf.PosteriorConfig(layers=2, verdict_samples=2000), dim=2)
         >>> posterior.resampled, posterior.sample(50)["theta"].shape
         (True, torch.Size([50, 2]))
     """
@@ -99,7 +102,7 @@ def fit_posterior(
     generator = torch.Generator().manual_seed(config.seed)
     found = initial_gaussians(target, target.initial(config.starts, config.seed), generator)
     with seeded(group.seed(config.seed)):
-        fitted = fit_flow(target, found, config, begun + config.seconds, on_stage, on_step, checkpoints)
+        fitted = fit_flow(target, found, config, begun + config.seconds, on_stage, on_epoch, on_step, checkpoints)
         doubtful = newton_paths(target, undercovered_points(target, fitted.flow, config.starts), CLIMBS, generator)
         found = join(found, refine_and_dedupe(target, doubtful, generator))
         missed = group.first(missed_mass(target, fitted.flow, found, generator))

@@ -30,7 +30,7 @@ from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
-from counterflow.training.history import Epoch, History
+from counterflow.training.history import History, OnEpoch, OnStep
 from counterflow.transforms.autoregressive import Autoregressive
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
@@ -46,7 +46,7 @@ class Stage:
 
     estimator: Estimator
     layers: int  # autoregressive ones
-    draws: int  # a step
+    samples: int  # S, draws of the flow in each step
     steps: int
     skipped: int  # steps that were not finite
     stopped: str  # as a fit's `Record`: finished, interrupted or not finite
@@ -54,18 +54,9 @@ class Stage:
     course: tuple[float, ...]  # the ELBO on the same noise after each tenth of the steps, nats
     k_hat: float
     ess: float  # of the verdict's draws
-    verdict_draws: int
+    verdict_samples: int
     elbo: float  # nats
     good: bool  # enough to end the fit
-
-
-class Step(NamedTuple):
-    """How far a stage is."""
-
-    stage: int  # counted from 1
-    done: int  # steps
-    steps: int  # in all
-    elbo: float  # where it was last looked at, nats; NaN before
 
 
 class WeightedDraws(NamedTuple):
@@ -110,7 +101,8 @@ def fit_flow(
     config: PosteriorConfig,
     deadline: float,
     on_stage: Callable[[Stage], None] | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    on_epoch: OnEpoch | None = None,
+    on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> FlowFit:
     """Fit a flow that starts as the first Gaussian, stage by stage, until a verdict is good or the time is up.
@@ -123,7 +115,7 @@ def fit_flow(
     stages: list[Stage] = []
     best: FlowFit | None = None
     for number, plan in enumerate(plans(config)):
-        kept = None if checkpoints is None else checkpoints.of(f"stage-{number + 1}")
+        kept = None if checkpoints is None else checkpoints.for_task(f"stage {number + 1}")
         late = bool(stages) and time.perf_counter() + _expected_seconds(plan, stages[-1]) > deadline
         if group.first(late) and (kept is None or kept.load() is None):  # one that was begun goes on
             break
@@ -131,8 +123,8 @@ def fit_flow(
         if plan.more_layers:
             parts = [*_layers(config, number, start), *parts]
         flow = Flow(base, Compose(parts)).double()
-        record = _train(flow, target, plan, config, number, on_step, kept)
-        pool = _pool_of_all(target, flow, config.verdict_draws, group)
+        record = _train(flow, target, plan, config, number, on_epoch, on_step, kept)
+        pool = _pool_of_all(target, flow, config.verdict_samples, group)
         verdict = diagnose(pool.log_p - pool.log_q)
         stages.append(_report(parts, plan, record, verdict, time.perf_counter() - begun))
         if on_stage is not None and group.rank == 0:
@@ -150,14 +142,14 @@ def _rank(verdict: Verdict) -> tuple[bool, float]:
 
 def _expected_seconds(plan: Plan, last: Stage) -> float:
     deeper = 2 if plan.more_layers else 1
-    return deeper * last.seconds * plan.steps / last.steps * plan.draws / last.draws
+    return deeper * last.seconds * plan.steps / last.steps * plan.samples / last.samples
 
 
 def _report(parts: list[Transform], plan: Plan, record: History, verdict: Verdict, seconds: float) -> Stage:
     return Stage(
         estimator=plan.estimator,
         layers=sum(isinstance(part, Autoregressive) and part.univariate != SinhArcsinh() for part in parts),
-        draws=plan.draws,
+        samples=plan.samples,
         steps=plan.steps,
         skipped=sum(epoch.skipped for epoch in record.epochs),
         stopped=record.stopped,
@@ -165,7 +157,7 @@ def _report(parts: list[Transform], plan: Plan, record: History, verdict: Verdic
         course=tuple(epoch.validation for epoch in record.epochs),
         k_hat=verdict.k_hat,
         ess=verdict.effective_sample_size,
-        verdict_draws=verdict.draws,
+        verdict_samples=verdict.draws,
         elbo=verdict.elbo,
         good=verdict.k_hat < plan.enough and verdict.effective_sample_size >= WORTH * verdict.draws,
     )
@@ -210,15 +202,16 @@ def _train(
     plan: Plan,
     config: PosteriorConfig,
     number: int,
-    on_step: Callable[[Step], None] | None,
+    on_epoch: OnEpoch | None,
+    on_step: OnStep | None,
     checkpoints: Checkpoints | None,
 ) -> History:
     """One stage by the library's training loop; the flow ends with the averaged weights of the best ELBO."""
-    estimator, epochs, elbo = ESTIMATORS[plan.estimator], min(10, plan.steps), math.nan
-    draws = Workers.here().share(plan.draws, "draws")  # of each process, with noise of its own
+    estimator, epochs = ESTIMATORS[plan.estimator], min(10, plan.steps)
+    samples = Workers.here().share(plan.samples, "samples")  # of each process, with noise of its own
 
     def objective(flow: nn.Module, batch: None) -> Tensor:
-        return estimator(TargetModel(flow, target), None, draws)  # type: ignore[arg-type]  # it is the flow
+        return estimator(TargetModel(flow, target), None, samples)  # type: ignore[arg-type]  # it is the flow
 
     how = FitConfig(
         epochs=epochs,
@@ -230,12 +223,14 @@ def _train(
         seed=config.seed + number,
     )
 
-    def stepped(done: int, steps: int) -> None:
-        if on_step is not None:
-            on_step(Step(number + 1, done, steps, elbo))
-
-    def looked(epoch: Epoch, _: nn.Module) -> None:
-        nonlocal elbo
-        elbo = epoch.validation
-
-    return fit(flow, objective, plan.steps // epochs, 4, how, on_step=stepped, on_epoch=looked, checkpoints=checkpoints)
+    return fit(
+        flow,
+        objective,
+        plan.steps // epochs,
+        4,
+        how,
+        on_step=on_step,
+        on_epoch=on_epoch,
+        checkpoints=checkpoints,
+        task=f"stage {number + 1}",
+    )

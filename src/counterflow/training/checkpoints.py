@@ -47,7 +47,7 @@ class Checkpoints:
     Args:
         folder: made when there is something to write; remove it to begin anew.
         every: seconds between two checkpoints; one more is written at the end and on an interruption.
-        on_resume: called with the folder and the state from which a training goes on.
+        on_resume: called as on_resume(task, checkpoint) when a training resumes from a checkpoint.
 
     Example:
         >>> import counterflow as cf, tempfile, torch
@@ -65,14 +65,14 @@ class Checkpoints:
 
     folder: Path
     every: float = 60.0
-    on_resume: Callable[[Path, Checkpoint], None] | None = None
+    on_resume: Callable[[str, Checkpoint], None] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.folder))
 
-    def of(self, name: str) -> Checkpoints:
-        """Those of one training among several."""
-        return Checkpoints(self.folder / name, self.every, self.on_resume)
+    def for_task(self, task: str) -> Checkpoints:
+        """Return the checkpoints of one of several trainings, kept in a subfolder named after the task."""
+        return Checkpoints(self.folder / task.replace(" ", "-"), self.every, self.on_resume)
 
     def load(self) -> Checkpoint | None:
         """The newest one that reads; None where there is none."""

@@ -16,7 +16,7 @@ from counterflow.training.batches import Batch, check_rows, fingerprint_of, in_o
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
-from counterflow.training.history import Epoch, History
+from counterflow.training.history import History, OnEpoch, OnStep
 from counterflow.training.trainer import NotFiniteError, Objective, Trainer, mean_term
 
 
@@ -29,9 +29,10 @@ def fit(
     *,
     validate: Objective | None = None,
     anneal: Callable[[float], dict[str, float]] | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-    on_epoch: Callable[[Epoch, nn.Module], None] | None = None,
+    on_step: OnStep | None = None,
+    on_epoch: OnEpoch | None = None,
     checkpoints: Checkpoints | None = None,
+    task: str = "training",
 ) -> History:
     """Maximise the mean of an objective's terms; the model ends with the weights that validated best.
 
@@ -41,8 +42,8 @@ def fit(
 
     Where torch.distributed has a process group, all its processes call this with the same arguments, and come to the
     same weights by DistributedDataParallel: each takes its share of every batch, with noise of its own, and of the
-    validation rows. What an objective draws without data is drawn by each. on_epoch is called by the first process
-    alone.
+    validation rows. What an objective draws without data is drawn by each. on_epoch is called on rank 0
+    only.
 
     Args:
         model: trained in place, and moved to the config's device.
@@ -54,12 +55,13 @@ def fit(
         validate: the objective of the validation rows, objective itself when not given. Its noise is the same
             in every epoch.
         anneal: epoch (a float) -> keywords for the objective, such as beta for a warm-up of the KL.
-        on_step: called with (steps done, steps in all), between two steps: a KeyboardInterrupt raised here loses none.
-            Of several processes each hears of it with the next step, and they end after that one.
-        on_epoch: called with the epoch and the model as evaluated (averaged weights).
-        checkpoints: where to keep what it takes to go on from between two steps, and to look for it: a training that was
-            ended goes on bit by bit when model, data and config are the same. One is written every so many seconds,
-            after an interruption by on_step, and at the end.
+        on_step: called as on_step(task, done, total) after each step. A KeyboardInterrupt that it raises ends the
+            training between two steps, so no step is lost. Of several processes, all end after their next step.
+        on_epoch: called as on_epoch(task, epoch) after each epoch, on rank 0 only.
+        checkpoints: where to keep what it takes to go on from between two steps, and to look for it: a training
+            that was ended goes on bit for bit when model, data and config are the same. One is written every so many
+            seconds, after an interruption by on_step, and at the end.
+        task: the name of this training, the first argument of the callbacks.
 
     Raises:
         ValueError: fewer rows than a batch, data that hold a NaN or an infinity, a model without weights or terms
@@ -83,7 +85,7 @@ def fit(
     started = saved = time.perf_counter()
     with seeded(group.seed(config.seed), cuda=True):
         if checkpoints is not None:
-            _resume(training, checkpoints)
+            _resume(training, checkpoints, task)
         before = training.record.seconds
 
         def keep() -> None:
@@ -103,7 +105,7 @@ def fit(
                     with autocast:
                         loss = training.loss(moved(batch, device), annealed, (due, ended))
                     heard = training.step(loss)
-                    ended = _interrupted(on_step, training.steps, steps_per_epoch * config.epochs)
+                    ended = _interrupted(on_step, task, training.steps, steps_per_epoch * config.epochs)
                     due = checkpoints is not None and time.perf_counter() - saved > checkpoints.every
                     keeps, ends = heard if group.size > 1 else (due, ended)
                     if keeps or ends:
@@ -115,7 +117,7 @@ def fit(
                 reached = _validate(training.evaluated, validate or objective, validation, config, autocast, group)
                 row = training.end_epoch(reached, seconds)
                 if on_epoch is not None and group.rank == 0:
-                    on_epoch(row, training.evaluated)
+                    on_epoch(task, row)
             keep()
         except KeyboardInterrupt:
             training.record.stopped = "interrupted"
@@ -136,7 +138,7 @@ def fit(
     return record
 
 
-def _resume(training: Trainer, checkpoints: Checkpoints) -> None:
+def _resume(training: Trainer, checkpoints: Checkpoints, task: str) -> None:
     """From the newest state, if there is one."""
     state = checkpoints.load()
     if state is None:
@@ -147,14 +149,14 @@ def _resume(training: Trainer, checkpoints: Checkpoints) -> None:
         came = f"{type(error).__name__}: {error}"
         raise ValueError(f"expected a whole state of this training in {checkpoints.folder}, got {came}") from None
     if checkpoints.on_resume is not None:
-        checkpoints.on_resume(checkpoints.folder, state)
+        checkpoints.on_resume(task, state)
 
 
-def _interrupted(on_step: Callable[[int, int], None] | None, done: int, steps: int) -> bool:
+def _interrupted(on_step: OnStep | None, task: str, done: int, total: int) -> bool:
     """Whether on_step asked for an end."""
     try:
         if on_step is not None:
-            on_step(done, steps)
+            on_step(task, done, total)
     except KeyboardInterrupt:
         return True
     return False

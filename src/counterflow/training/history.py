@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-Stopped = Literal["finished", "settled", "interrupted", "not finite"]
+Stopped = Literal["finished", "patience", "interrupted", "not finite"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,10 @@ class Epoch:
     seconds: float
     rows_per_second: float
     skipped: int  # non-finite steps
+
+
+OnEpoch = Callable[[str, Epoch], None]  # on_epoch(task, epoch), after each epoch, on rank 0
+OnStep = Callable[[str, int, int], None]  # on_step(task, done, total), after each step
 
 
 @dataclass

@@ -59,7 +59,7 @@ class Trainer:
     @property
     def goes_on(self) -> bool:
         """Whether there is another epoch."""
-        return self.record.stopped != "settled" and len(self.record.epochs) < self.config.epochs
+        return self.record.stopped != "patience" and len(self.record.epochs) < self.config.epochs
 
     @property
     def progress(self) -> float:
@@ -129,7 +129,7 @@ class Trainer:
         self.record.epochs.append(row)
         self.order, self.total, self.counted, self.skipped = None, 0.0, 0, 0
         if self.config.patience and self.since_best >= self.config.patience:
-            self.record.stopped = "settled"
+            self.record.stopped = "patience"
         return row
 
     def state(self) -> Checkpoint:
@@ -177,7 +177,7 @@ class Trainer:
         for name in _POSITION:
             setattr(self, name, state.numbers[name])
         course = state.numbers["record"]
-        stopped: Stopped = "settled" if course["stopped"] == "settled" else "finished"
+        stopped: Stopped = "patience" if course["stopped"] == "patience" else "finished"
         self.record = History([Epoch(**row) for row in course["epochs"]], stopped, course["seconds"])
 
     def _noise(self) -> Tensor:
@@ -240,6 +240,7 @@ class NotFiniteError(Exception):
 
 
 def mean_term(terms: Tensor) -> Tensor:
+    """Return the mean of the terms, in at least float32."""
     return terms.mean(dtype=_at_least_float32(terms.dtype))
 
 
