@@ -1,10 +1,11 @@
-"""What does the path gradient cost, and what does it save? One training step of `path_elbo` against one of `elbo`.
+"""Cost and variance of the path gradient: a training step of `path_elbo` beside one of `elbo`.
 
     python benchmarks/path_gradient.py
 
-IAFs of 4 layers on a standard normal target, which costs next to nothing itself; both sides run forward, backward and
-Adam, interleaved in one process. Then the noise of both gradients where q is p, and near it: p is a copy of q whose
-weights were moved by a normal of standard deviation delta. Written to results/path_gradient.md.
+The flows are IAFs of 4 layers and the target is a standard normal, which costs almost nothing itself. Both sides run
+forward, backward and Adam, interleaved in one process. Then the noise of both gradients is measured at and near q = p:
+p is a copy of q whose weights were moved by a normal of standard deviation delta. Results go to
+results/path_gradient.md.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ HERE = Path(__file__).parent / "results"
 LAYERS = 4
 SHAPES = ((8, 64, 256), (32, 320, 256), (64, 512, 256), (256, 512, 64))  # D, H (two hidden layers each), S
 DELTAS = (0.0, 0.0001, 0.001, 0.01)
-MARK = 2.0  # the ratio that the path gradient may cost
+MARK = 2.0  # largest acceptable ratio of the two times
 
 
 class Fitting:
-    """A flow on its way to a log density, as the objectives want a model: S draws and no data."""
+    """Flow trained on a log density, in the form that the objectives expect of a model: S draws and no data."""
 
     def __init__(self, flow: cf.Flow, log_density: Callable[[Tensor], Tensor]) -> None:
         self.flow, self.log_density = flow, log_density
@@ -47,7 +48,7 @@ def standard_normal(z: Tensor) -> Tensor:
 
 
 def stepper(objective: Callable[..., Tensor], D: int, H: int, S: int) -> Callable[[], None]:
-    """One training step."""
+    """Return a function that runs one training step."""
     flow = cf.IAF(D, layers=LAYERS, hidden=(H, H), activation="elu", seed=0)
     model, optimizer = Fitting(flow, standard_normal), torch.optim.Adam(flow.parameters(), lr=1e-3)
 
@@ -60,14 +61,14 @@ def stepper(objective: Callable[..., Tensor], D: int, H: int, S: int) -> Callabl
 
 
 def times(rounds: int, D: int, H: int, S: int) -> dict[str, float]:
-    """Median milliseconds of a step of each, and their ratio."""
+    """Return the median milliseconds of a step of each objective, and their ratio."""
     sides = {"elbo": stepper(cf.objectives.elbo, D, H, S), "path_elbo": stepper(cf.objectives.path_elbo, D, H, S)}
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for k in range(rounds + 5):
         for name, step in sides.items():
             begun = time.perf_counter()
             step()
-            if k >= 5:  # the first ones warm up
+            if k >= 5:  # the first steps warm up
                 seconds[name].append(time.perf_counter() - begun)
     found = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
     ratios = [path / plain for path, plain in zip(seconds["path_elbo"], seconds["elbo"], strict=True)]
@@ -79,7 +80,7 @@ def times(rounds: int, D: int, H: int, S: int) -> dict[str, float]:
 
 
 def noise(delta: float, D: int = 16, H: int = 64, S: int = 64, runs: int = 100) -> dict[str, float]:
-    """The square root of the gradient's total variance under each objective, and the length of its mean."""
+    """Return the root of the gradient's total variance under each objective, and the length of its mean."""
     generator = torch.Generator().manual_seed(0)
 
     def moved(flow: cf.Flow, by: float) -> cf.Flow:
@@ -101,7 +102,7 @@ def noise(delta: float, D: int = 16, H: int = 64, S: int = 64, runs: int = 100) 
             gradients.append(torch.cat([part.flatten() for part in parts]))
         stacked = torch.stack(gradients)
         found[name] = stacked.var(0).sum().sqrt().item()
-        found["mean"] = stacked.mean(0).norm().item()  # of the last, which is the quieter one
+        found["mean"] = stacked.mean(0).norm().item()  # of the last objective, which has less noise
     return found
 
 
@@ -117,7 +118,7 @@ def main() -> None:
     machine = f"{platform.machine()}, torch {torch.__version__}, Python {platform.python_version()}"
     worst = max(found["ratio_of_medians"] for found in steps.values())
     text = (
-        "# The path gradient: what it costs and what it saves\n\n"
+        "# The path gradient: cost and variance\n\n"
         f"Made by `python benchmarks/path_gradient.py --rounds {args.rounds} --threads {args.threads}` ({machine}).\n\n"
         f"One training step (forward, backward, Adam) of an IAF of {LAYERS} layers on a standard normal, float32, "
         f"{args.rounds} interleaved rounds, medians.\nThe mark is a ratio of {MARK}; the worst one is {worst:.2f}.\n\n"

@@ -1,17 +1,16 @@
-"""How exactly does float32 come back? Affine layers, D = 64, two hidden layers of 512, there and back again.
+"""Round-trip error in float32: affine layers, D = 64, two hidden layers of 512.
 
     pip install -c constraints.txt -e ".[bench]" && python benchmarks/round_trip.py
 
-Each library's masked autoregressive flow is built as for `counterflow bench`, by `counterflow.commands.peers`: two
-hidden layers everywhere, and the features in another order after each layer. It is tried with 5 and with 20 layers, as
-initialised and with every parameter multiplied by 3. x ~ N(0, I) goes through the one-pass direction to y, the solved
-direction brings it back, and the error is max |x - x'| over 256 rows. The largest |y| and |log det| say how wild a map
-is.
+Each library's masked autoregressive flow is built as for `counterflow bench`: two hidden layers, and another order of
+the features after each layer. It has 5 or 20 layers, with its initial parameters or with every parameter multiplied by
+3. x ~ N(0, I) is mapped to y by the one-pass direction and back by the solved direction; the error is max |x - x'| over
+256 rows. The largest |y| and |log det| show how far the map is from the identity.
 
-Counterflow's last layers start at 3e-4 of the others' size, which makes its map tame; it is also tried with torch's
-initial weights in every layer, which are what the other libraries start from, by the solve and by the D passes that
-define it. With them the second table looks for the place where float32 ends, and for what goes further: float64, fewer
-layers, and maps with other bounds. Written to results/round_trip.md.
+Counterflow's last layers start at 3e-4 of the others' size, so that its map starts near the identity. It is therefore
+also measured with torch's initial weights in every layer, as in the other libraries, by the solve and by the D passes
+that define it. The second table uses these weights to find where float32 fails, and how far float64, fewer layers and
+maps with other bounds go. Results go to results/round_trip.md.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from counterflow.commands.peers import TorchFlow
 
 D, H, B = 64, 512, 256
 DEPTHS, FACTORS = (5, 20), (1.0, 3.0)
-MORE_FACTORS = (1.0, 1.5, 2.0, 2.5, 3.0)  # of the second table
+MORE_FACTORS = (1.0, 1.5, 2.0, 2.5, 3.0)  # for the second table
 
 
 def counterflow(
@@ -68,7 +67,7 @@ MAPS = {
 def measure(
     build: Callable[[], TorchFlow], factor: float, dtype: torch.dtype = torch.float32
 ) -> tuple[float, float, float]:
-    """Error, largest |y|, largest |log det|."""
+    """Return the error, the largest |y| and the largest |log det|."""
     torch.manual_seed(0)
     flow = build()
     flow.module.to(dtype).eval()
@@ -81,14 +80,14 @@ def measure(
     return error.item(), y.abs().max().item(), log_det.abs().max().item()
 
 
-def beside_others() -> list[str]:
-    """The first table."""
-    ways = [(layers, factor) for layers in DEPTHS for factor in FACTORS]
-    heads = [f"{layers} layers" + (f", weights x {factor:g}" if factor > 1 else "") for layers, factor in ways]
-    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(ways)]
+def compare_libraries() -> list[str]:
+    """Return the lines of the first table."""
+    settings = [(layers, factor) for layers in DEPTHS for factor in FACTORS]
+    heads = [f"{layers} layers" + (f", weights x {factor:g}" if factor > 1 else "") for layers, factor in settings]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---|" * len(settings)]
     for name, build in SIDES.items():
         cells = []
-        for layers, factor in ways:
+        for layers, factor in settings:
             error, y, log_det = measure(partial(build, layers), factor)
             cells.append(f"{error:.1e} ({y:.1e}, {log_det:.3g})")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -96,8 +95,8 @@ def beside_others() -> list[str]:
     return lines
 
 
-def where_it_ends() -> list[str]:
-    """The second table."""
+def find_the_limits() -> list[str]:
+    """Return the lines of the second table."""
     heads = [f"weights x {factor:g}" for factor in MORE_FACTORS]
     lines = ["| | layers | " + " | ".join(heads) + " |", "|---|---|" + "---|" * len(MORE_FACTORS)]
     for name, univariate in MAPS.items():
@@ -111,35 +110,35 @@ def where_it_ends() -> list[str]:
 
 
 def summary(table: list[str]) -> list[str]:
-    """What the page on reliability says: the head and the two first rows of the first table."""
+    """Return the section for the page on reliability: the head and the first two rows of the first table."""
     return [
         f"Made by `python benchmarks/round_trip.py` ({machine()}): affine layers, D = {D}, hidden ({H}, {H}), {B} rows "
-        "x ~ N(0, I); the largest |x - x'| after one pass there and the solve back, and in brackets the largest |y| "
-        "and the largest |log det|.",
+        "x ~ N(0, I); the largest |x - x'| after one pass and the solve back, in brackets the largest |y| and the "
+        "largest |log det|.",
         "",
         *table[:4],
         "",
-        "With the initial weights of this library, multiplied by 3, twenty layers stay below 1e-3 by far. With torch's "
-        "own initial weights, multiplied by 3, float32 is not enough: five layers reach |log det| 65, "
-        'twenty values of 1e20. `docs/flows.md`, "Where float32 ends", has the borders by map, dtype and depth, how to '
-        "see whether a flow is beyond them, and what to do; `results/round_trip.md` has all rows, and other libraries.",
+        "With the initial weights of this library, multiplied by 3, twenty layers stay far below 1e-3. With torch's "
+        "initial weights, multiplied by 3, float32 is not enough: five layers reach |log det| 65, twenty values "
+        'of 1e20. `docs/flows.md`, "Where float32 ends", has the limits by map, dtype and depth, how to recognise a '
+        "flow beyond them, and what to do; `results/round_trip.md` has all rows, and other libraries.",
     ]
 
 
 def main() -> None:
-    table = beside_others()
+    table = compare_libraries()
     lines = [
         "# Round trip in float32",
         "",
         f"Made by `python benchmarks/round_trip.py` ({platform.machine()}, torch {torch.__version__}): affine layers, "
-        f"D = {D}, hidden ({H}, {H}), {B} rows; the largest error of a coordinate, and in brackets the largest |y| and "
-        "the largest |log det|. An error of inf is a NaN or an overflow.",
+        f"D = {D}, hidden ({H}, {H}), {B} rows; the largest error of a coordinate, in brackets the largest |y| and the "
+        "largest |log det|. An error of inf is a NaN or an overflow.",
         "",
         *table,
         "",
         "Counterflow with torch's initial weights in every layer, multiplied: the error by map, dtype and depth.",
         "",
-        *where_it_ends(),
+        *find_the_limits(),
     ]
     path = Path(__file__).parent / "results" / "round_trip.md"
     path.parent.mkdir(exist_ok=True)

@@ -1,17 +1,17 @@
-"""What do steps save? One layer of a masked network with its zeros multiplied, and with its zeros left out.
+"""Time of one masked linear layer: as a dense product, and in steps that leave out the zeros.
 
     OMP_NUM_THREADS=1 python benchmarks/staircase.py
 
 float32. The first layer of a network (H rows, D columns), a hidden one (H, H) and the last (2 D, H), with B rows of
-input: forward alone, and forward plus backward for input, weight and bias. All ways to compute a layer run in random
-order, again and again; the least time of each counts, as a part of the time of the dense product that multiplies its
-mask at each call.
+input: forward, and forward plus backward with respect to input, weight and bias. All variants run repeatedly in random
+order; the minimum of each is reported as a fraction of the dense product that multiplies by its mask at each call.
 
-    once    the dense product of a weight that was masked beforehand; its gradient is masked in place
+    once    dense product with a weight that was masked beforehand; its gradient is masked in place
     k       k steps of equal height
-    cut     what `counterflow.staircase.cut` chooses, with the number of steps; empty where it leaves the product dense
+    cut     the steps that `counterflow.made.staircase.cut` chooses, and their number; empty if it chooses the dense
+            product
 
-With one thread the time is that of the processor, which other programs on the machine disturb less. Written to
+With one thread the CPU time is measured, which other programs on the machine disturb less. Results go to
 results/staircase.md, or with several threads to results/staircase_THREADS.md.
 """
 
@@ -41,7 +41,7 @@ STEPS = (2, 3, 4, 6, 8)
 
 
 class _Once(torch.autograd.Function):
-    """The dense product of a masked weight, whose gradient is masked in place."""
+    """Dense product with a masked weight; its gradient is masked in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -55,14 +55,14 @@ class _Once(torch.autograd.Function):
 
 
 def equal(mask: Tensor, count: int) -> list[Step]:
-    """Steps of equal height, as far as whole cache lines allow."""
+    """Return steps of equal height, rounded to cache lines."""
     rows, columns = mask.shape
     borders = sorted({rows * k // count // LINE * LINE for k in range(count)} | {rows})
     reach = mask.sum(1).tolist()
     return [step(reach, columns, first, last) for first, last in pairwise(borders)]
 
 
-def ways(mask: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+def variants(mask: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     numbers, chosen = mask.float(), Staircase(mask)
     cuts = {str(k): Staircase(mask, equal(mask, k)) for k in STEPS if len(mask) >= LINE * k}
     if chosen.steps:
@@ -75,13 +75,15 @@ def ways(mask: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
 
 
 def measure(mask: Tensor, B: int, seconds: float, clock: Callable[[], float]) -> dict[str, tuple[float, float]]:
-    """Way -> least seconds of forward, and of forward plus backward."""
+    """Return for each variant the minimal seconds of forward, and of forward plus backward."""
     out, columns = mask.shape
     leaves = [torch.randn(B, columns), torch.randn(out, columns) * mask, torch.randn(out)]
     leaves = [leaf.requires_grad_() for leaf in leaves]
-    y_bar, calls = torch.randn(B, out), ways(mask)
-    least = dict.fromkeys(calls, (float("inf"), float("inf")))
-    end, rounds = time.perf_counter() + seconds, 0
+    y_bar = torch.randn(B, out)
+    calls = variants(mask)
+    best = dict.fromkeys(calls, (float("inf"), float("inf")))
+    end = time.perf_counter() + seconds
+    rounds = 0
     while rounds < 5 or time.perf_counter() < end:
         rounds += 1
         for name, call in random.sample(list(calls.items()), len(calls)):
@@ -90,13 +92,13 @@ def measure(mask: Tensor, B: int, seconds: float, clock: Callable[[], float]) ->
             between = clock()
             torch.autograd.grad(y, leaves, y_bar)
             took = between - begun, clock() - begun
-            least[name] = min(least[name][0], took[0]), min(least[name][1], took[1])
-    return least
+            best[name] = min(best[name][0], took[0]), min(best[name][1], took[1])
+    return best
 
 
-def line(label: str, least: dict[str, tuple[float, float]]) -> str:
-    dense = least["dense"]
-    parts = {name: f"{times[0] / dense[0]:.2f}, {times[1] / dense[1]:.2f}" for name, times in least.items()}
+def line(label: str, best: dict[str, tuple[float, float]]) -> str:
+    dense = best["dense"]
+    parts = {name: f"{times[0] / dense[0]:.2f}, {times[1] / dense[1]:.2f}" for name, times in best.items()}
     cut = [f"{cell} ({name.split()[1]})" for name, cell in parts.items() if name.startswith("cut")] or [""]
     cells = [parts.get(name, "") for name in ("once", *map(str, STEPS))] + cut
     return f"| {label} | {1e3 * dense[0]:.2f}, {1e3 * dense[1]:.2f} | " + " | ".join(cells) + " |"
@@ -104,7 +106,7 @@ def line(label: str, least: dict[str, tuple[float, float]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=1.5, help="for each line")
+    parser.add_argument("--seconds", type=float, default=1.5, help="seconds of measurement for each line")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -114,7 +116,7 @@ def main() -> None:
         "",
         f"Made by `python benchmarks/staircase.py --threads {args.threads}` ({platform.machine()}, "
         f"torch {torch.__version__}); float32. Forward, forward + backward: milliseconds of the dense product, then "
-        "parts of them.",
+        "fractions of them.",
         "",
         "| out, in; B | dense, ms | once | " + " | ".join(f"{k} steps" for k in STEPS) + " | cut |",
         "|---|" + "---|" * (len(STEPS) + 3),

@@ -1,11 +1,13 @@
-"""Every body gives the numbers of `reference`, and `reference` those of plain autograd."""
+"""Tests that every body returns the numbers of `reference`, and `reference` those of plain autograd."""
 
 import os
+import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from itertools import cycle, product
+from pathlib import Path
 from threading import Timer
 
 import pytest
@@ -15,6 +17,7 @@ from registry import ARCHITECTURES, FOREIGN, UNIVARIATES, close, inputs, over, s
 import counterflow as cf
 from counterflow.engine import reference
 from counterflow.engine.contract import System
+from counterflow.engine.cpu import compilation, threads
 from counterflow.engine.solve import SOLVERS, body_for, solve
 from counterflow.made.activations import ACTIVATIONS
 
@@ -26,7 +29,7 @@ DEGREES = {  # of D features
     "shared": lambda D: [1 + i * ((D + 2) // 3) // D for i in range(D)],
     "two, unsorted": lambda D: [1 + i % 2 for i in range(D)],
 }
-# Every activation meets every univariate map, and every size every kind of degrees, without the whole product.
+# Every pair of activation and univariate map, and of size and kind of degrees, without the full product of all.
 CASES = {
     f"{D}, {univariate}, {activation}, {hidden}, {degrees}, context {context}": (
         D,
@@ -74,7 +77,7 @@ BODY_CASES = [(body, case) for body, u in EVERY for case in CASES if body != "re
 
 @pytest.fixture
 def poisoned(monkeypatch):
-    """Fresh buffers hold NaN, so that a value that a body forgets to write is seen. Their shapes."""
+    """Fill new buffers with NaN, so that a value that a body fails to write shows; the shapes of these buffers."""
     fresh = []
 
     def with_nan(make):
@@ -91,7 +94,7 @@ def poisoned(monkeypatch):
 
 
 def made(case, device="cpu", dtype=torch.float64, rows=6):
-    """The transform of a case, y of which some lie far out, and c."""
+    """Return the transform of a case, y with some rows far from 0, and c."""
     *arguments, architecture = (*CASES[case], None)[:7]
     t = stir(cf.Autoregressive(*arguments, architecture=architecture)).to(device, dtype)
     y, c = (v if v is None else v.to(device, dtype) for v in inputs(t, rows))
@@ -100,7 +103,7 @@ def made(case, device="cpu", dtype=torch.float64, rows=6):
 
 
 def results(solver, t, y, c):
-    """x, log_det, and the gradients for y, c, each weight and each bias."""
+    """Return x, log_det, and the gradients with respect to y, c, each weight and each bias."""
     t.solver = solver
     leaves = [v.detach().requires_grad_() for v in (y, c) if v is not None]
     x, log_det = t.inverse(*leaves)
@@ -124,7 +127,7 @@ def test_values_and_gradients_are_those_of_reference(case, body, device, poisone
 @pytest.mark.parametrize(("body", "case"), BODY_CASES)
 @over(DEVICES, "device")
 def test_each_substitution_is_that_of_reference(case, body, device, poisoned):
-    """The adjoints of every hidden layer too, which weight gradients may hide."""
+    """Compare the adjoints of every hidden layer too, since an error there may not show in the weight gradients."""
     t, y, c = made(case, device)
     body = body_for(body, t._layout, y.device)
     with torch.no_grad():
@@ -151,7 +154,7 @@ def test_float32_is_near_float64(case, body, device, poisoned):
 
 @over([case for case in CASES if not case.startswith("64")], "case")
 def test_reference_has_the_gradients_of_plain_autograd(case):
-    """The implicit function theorem against a graph through all passes."""
+    """Compare the implicit function theorem with a graph through all passes."""
     t, y, c = made(case)
     leaves = [v.requires_grad_() for v in (y, c) if v is not None] + list(t.parameters())
     system, flat = t._system(y, c), t._sort(y)
@@ -248,7 +251,7 @@ def test_a_second_derivative_is_refused_not_wrong(of):
 
 
 def test_the_system_is_the_network(poisoned):
-    """What substitution reads (`MADE.ends`, masked weights) against what forward runs."""
+    """Compare the network that substitution reads (`MADE.ends`, masked weights) with the one that forward runs."""
     t, y, c = made(next(case for case in CASES if case.startswith("17") and "context 2" in case))
     with torch.no_grad():
         params, hidden = reference.network(t._system(y, c), y)
@@ -260,7 +263,7 @@ def test_the_system_is_the_network(poisoned):
 
 @dataclass(frozen=True)
 class Shift(cf.transforms.Univariate):
-    """A map that the compiled body has never heard of."""
+    """Univariate map that is not compiled."""
 
     parameters = 1
 
@@ -279,19 +282,18 @@ def test_auto_compiles_where_it_can():
             assert body_for("auto", layout, device).__name__ == f"counterflow.engine.{body}"
 
 
-def test_a_map_of_ones_own_goes_by_slices():
+def test_a_map_of_ones_own_is_solved_in_slices():
     t = stir(cf.Autoregressive(3, 0, (5,), univariate=Shift()))
     y, _ = inputs(t, 4)
     close(t(t.inverse(y)[0])[0], y)
     t.solver = "cpu"
-    with pytest.raises(ValueError, match=r"expected a map of this library, .* got Shift\(\) on cpu; take solver"):
+    with pytest.raises(ValueError, match=r"expected Affine, .* on the CPU .* got Shift\(\) on cpu; use solver"):
         t.inverse(y)
 
 
 def test_a_long_compilation_is_announced(caplog, monkeypatch):
-    body = body_for("cpu", cf.Autoregressive(3)._layout, torch.device("cpu"))
-    monkeypatch.setattr(body, "Timer", lambda seconds, *call: Timer(0.01 * seconds, *call))
-    with caplog.at_level("WARNING", "counterflow"), body._notice(torch.float32):
+    monkeypatch.setattr(compilation, "Timer", lambda seconds, *call: Timer(0.01 * seconds, *call))
+    with caplog.at_level("WARNING", "counterflow"), compilation._announced(torch.float32):
         time.sleep(0.3)
     [message] = caplog.messages
     assert message.startswith("compiling substitution for torch.float32; this happens once")
@@ -299,18 +301,17 @@ def test_a_long_compilation_is_announced(caplog, monkeypatch):
 
 @pytest.fixture(params=["torch's threads", "our threads"])
 def team(request, monkeypatch):
-    """Both ways to share tiles among threads."""
-    body = body_for("cpu", cf.Autoregressive(3)._layout, torch.device("cpu"))
+    """Run with each of the two ways to share tiles among threads."""
     if request.param == "our threads":
-        monkeypatch.setattr(body, "_team", lambda: None)
-    elif body._team() is None:
+        monkeypatch.setattr(threads, "openmp_parallel", lambda: None)
+    elif threads.openmp_parallel() is None:
         pytest.skip("this build of torch offers no GOMP_parallel")
 
 
-@over([1, 2, 3], "threads")
-def test_the_same_input_gives_the_same_bits(threads, team):
-    """Enough work for threads to share it, and rows that fill no tile."""
-    torch.set_num_threads(threads)
+@over([1, 2, 3], "count")
+def test_the_same_input_gives_the_same_bits(count, team):
+    """Use enough work for several threads, and a number of rows that is no multiple of a tile."""
+    torch.set_num_threads(count)
     t = stir(cf.Autoregressive(64, 0, (130, 97)), 1).float()
     y = torch.randn(1111, 64)
     first, second = (t.inverse(y) for _ in range(2))
@@ -324,17 +325,17 @@ def test_rows_may_be_solved_in_parts(context, monkeypatch):
     y, c = inputs(t, 23)
     with torch.no_grad():
         whole = t.inverse(y, c)
-        monkeypatch.setattr("counterflow.engine.solve.AT_ONCE", 4 * (7 + 5 + 6))
+        monkeypatch.setattr("counterflow.engine.solve.MAX_VALUES", 4 * (7 + 5 + 6))
         parts = t.inverse(y, c)
     for one, other in zip(parts, whole, strict=True):
         close(one, other)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch's own tracer does
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # caused by torch's own tracer
 @over(UNIVARIATES, "univariate")
 @over([0, 2], "context")
 def test_torch_compile_sees_one_graph(univariate, context):
-    """No graph break, and the same numbers; the operators keep torch's rules for such operators."""
+    """Compile without a graph break and compare the numbers."""
     t = stir(cf.Autoregressive(3, context, (7, 5), UNIVARIATES[univariate]))
     y, c = inputs(t, 4)
 
@@ -364,7 +365,7 @@ def test_a_map_of_ones_own_needs_partials_inside_torch_compile():
 FITS = """
 import sys, torch, counterflow as cf
 from registry import close, inputs, stir
-from counterflow.substitution import cpu, reference
+from counterflow.engine import cpu, reference
 with torch.no_grad():
     for hidden, activation in (((6,) * 5, "elu"), ((37, 70), "tanh"), ((9, 7), "relu")):
         t = stir(cf.Autoregressive(6, 2, hidden, activation=activation))
@@ -379,9 +380,44 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_code_that_two_processes_have_compiled_fits_together(tmp_path):
-    """Numba links what it compiled and what it finds on disk by names, and two processes may give one name twice."""
-    there = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+def test_code_compiled_by_two_processes_links(tmp_path):
+    """Link code from disk with code compiled now: Numba links by names, and two processes may use one name twice."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     for which in ("forward", "both", "both"):
-        ran = subprocess.run([sys.executable, "-c", FITS, which], env=there, capture_output=True, text=True)
+        ran = subprocess.run([sys.executable, "-c", FITS, which], env=environment, capture_output=True, text=True)
         assert ran.returncode == 0, ran.stderr
+
+
+PROBE = """
+import torch
+from counterflow.engine.cpu import compilation
+from counterflow.engine.cpu.{helper} import value
+
+def closed_over(sources):
+    def kernel(pointer):
+        _ = sources
+        pointer[0] = value()
+    return kernel
+
+number = torch.zeros(1, dtype=torch.float64)
+compilation.machine_code(closed_over(compilation.SOURCES), torch.float64)(number.data_ptr())
+print(number.item())
+"""
+
+
+def test_a_change_in_another_file_of_the_folder_compiles_again(tmp_path):
+    """Keep the file of a kernel and change the file of a function that it calls."""
+    package = tmp_path / "counterflow"
+    shutil.copytree(Path(cf.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
+    folder = package / "engine" / "cpu"
+    helper = folder / "helper.py"
+    (folder / "probe.py").write_text(PROBE.format(helper=helper.stem))
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": str(tmp_path)}
+    for number in ("3.0", "3.0", "4.0"):
+        lines = ["from counterflow.engine.cpu.compilation import compiled", "", "@compiled", "def value():"]
+        helper.write_text("\n".join([*lines, f"    return {number}", ""]))
+        command = [sys.executable, "-m", "counterflow.engine.cpu.probe"]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert ran.stdout.strip() == number, ran.stderr
+    [folder] = (tmp_path / "cache").iterdir()
+    assert len(list(folder.glob("*.nbc"))) == 2  # one for each content of the helper: the second run compiled nothing

@@ -1,4 +1,4 @@
-"""What a solver is given and returns."""
+"""The contract between autoregressive layers and the bodies that solve them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,13 @@ from counterflow.univariate.base import Univariate
 
 @dataclass(frozen=True)
 class Layout:
-    """What stays the same from call to call.
+    """The part of a layer that is the same in every call.
 
-    The staircase (see `MADE.ends`), the activation, the feature's map, and how the layers are joined.
+    Args:
+        ends: for the features and for each hidden layer, how many units have a degree of at most g, for g = 0..G.
+        activation: the activation of the hidden layers.
+        univariate: the map of one feature.
+        links: skip connections of the network.
     """
 
     ends: tuple[tuple[int, ...], ...]
@@ -30,21 +34,24 @@ class Layout:
         """G, the number of degrees."""
         return len(self.ends[0]) - 1
 
-    def fed(self, k: int, hidden: Tensor) -> Tensor:
-        """What hidden layer k feeds the next one with, from what it holds before its activation."""
+    def output(self, k: int, hidden: Tensor) -> Tensor:
+        """Return the output of hidden layer k, given its values before the activation."""
         return hidden if k in self.links.linear else self.activation.f(hidden)
 
     def slope(self, k: int, hidden: Tensor) -> Tensor:
-        """The derivative of `fed` by it."""
+        """Return the derivative of `output`."""
         return torch.ones_like(hidden) if k in self.links.linear else self.activation.df(hidden)
 
 
 @dataclass(frozen=True)
 class System:
-    """y = g(x; params(x)), for N rows of D features sorted by degree.
+    """The system y = g(x; params(x)) for N rows of D features, sorted by degree.
 
-    weights: (H1, D), (H2, H1), ..., (D P, HL), of which only what the degrees allow is read, and (D P, D) with
-    skip_to_output. biases: (H1,), ..., (D P,), or (N, H) for what a context enters.
+    Args:
+        layout: see `Layout`.
+        weights: (H1, D), (H2, H1), ..., (D P, HL), and (D P, D) if the features lead straight to the parameters.
+            Entries that the degrees forbid are ignored.
+        biases: (H1,), ..., (D P,); (N, H) where a context is added.
     """
 
     layout: Layout
@@ -53,7 +60,7 @@ class System:
 
 
 class Solution(NamedTuple):
-    """A point of the system: x with f(x) = y, and what the network holds there."""
+    """A point of the system, f(x) = y, with the values of the network there."""
 
     x: Tensor  # (N, D)
     log_det: Tensor  # (N,), of the map from y to x
@@ -62,7 +69,10 @@ class Solution(NamedTuple):
 
 
 class Adjoints(NamedTuple):
-    """u with J^T u = v - w dlog_det/dx, J = dy/dx, and the adjoints that cotangents (u, w) of (y, log_det) leave."""
+    """The solution u of J^T u = v - w dlog_det/dx with J = dy/dx, and the adjoints of the network.
+
+    The adjoints are those that cotangents u of y and w of log_det cause in the map from x to y.
+    """
 
     u: Tensor  # (N, D)
     params: Tensor  # (N, D, P)
@@ -70,10 +80,10 @@ class Adjoints(NamedTuple):
 
 
 class Body(Protocol):
-    """One way to compute both substitutions."""
+    """An implementation of both substitutions."""
 
     def forward_substitution(self, system: System, y: Tensor, *, keep: bool = True) -> Solution:
-        """Solve f(x) = y for x, y (N, D). Unless keep, params and hidden may be left empty."""
+        """Solve f(x) = y for x, with x and y (N, D). If keep is False, params and hidden may be empty."""
 
     def back_substitution(self, system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
-        """Solve J^T u = v - w dlog_det/dx at the solution, v (N, D), w (N,); log_det is that of x to y."""
+        """Solve J^T u = v - w dlog_det/dx at the solution, with v (N, D) and w (N,); log_det is that of x to y."""

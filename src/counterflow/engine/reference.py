@@ -1,4 +1,4 @@
-"""The definition: G passes forward, and a dense Jacobian back. Plain, slow, any dtype, any device."""
+"""The definition of both substitutions: G passes forward, a dense Jacobian back. Slow; any dtype, any device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from counterflow.engine.contract import Adjoints, Layout, Solution, System
 
 
 def network(system: System, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One pass through the masked network: params (N, D, P), and each hidden layer before activation."""
+    """Run the masked network once: params (N, D, P), and each hidden layer before its activation."""
     layout = system.layout
     masked = [weight * mask.to(weight.device) for weight, mask in zip(system.weights, _masks(layout), strict=True)]
     hidden, last = layout.links.propagate(lambda k, v: v @ masked[k].T + system.biases[k], x, layout.activation.f)
@@ -23,7 +23,7 @@ def network(system: System, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
 
 
 def _masks(layout: Layout) -> Iterator[Tensor]:
-    """Where each weight is allowed to differ from 0: see `made`."""
+    """Yield the mask of each weight; see `made.network`."""
     features, *hidden = (
         [g for g, (a, b) in enumerate(pairwise((0, *ends))) for _ in range(a, b)] for ends in layout.ends
     )
@@ -36,8 +36,9 @@ def _masks(layout: Layout) -> Iterator[Tensor]:
 
 
 def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
-    """One pass for each degree; a pass makes the features of its degree known."""
-    ends, univariate = system.layout.ends[0], system.layout.univariate
+    """Run the network once for each degree; each run determines the features of that degree."""
+    ends = system.layout.ends[0]
+    univariate = system.layout.univariate
     x = torch.zeros_like(y)
     for first, last in pairwise(ends):
         params, _ = network(system, x)
@@ -50,7 +51,7 @@ def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Sol
 
 @torch.enable_grad()
 def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
-    """The Jacobian by one backward pass for each feature, then a dense solve."""
+    """Compute the Jacobian by one backward pass for each feature, then solve densely."""
     x = solution.x.detach().requires_grad_()
     params, hidden = network(system, x)
     y, log_slope = system.layout.univariate.forward(x, params)

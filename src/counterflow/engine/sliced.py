@@ -1,8 +1,8 @@
-"""Incremental substitution with torch operations on slices: any device, any univariate map.
+"""Both substitutions in torch operations on slices: any device, any univariate map.
 
-Hidden units are sorted by degree, so what is known after degree g is a leading block of every layer. Buffers
-are feature-major, (units, N): such a block is contiguous and one matrix product fills the next rows of it.
-Each weight is read once, and the masked zeros never.
+Hidden units are sorted by degree, so what is known after degree g is a leading block of every layer. Buffers are
+feature-major, (units, N): such a block is contiguous, and one matrix product fills its next rows. Each weight is read
+once; masked entries are never read.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from counterflow.engine.contract import Adjoints, Solution, System
 
 @torch.no_grad()
 def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
-    """For degree g = 1..G: params of the features of degree g, these features, the hidden units of degree g."""
+    """Go through the degrees in ascending order: params of the features of degree g, the features, the hidden units."""
     layout, weights = system.layout, system.weights
-    (N, D), P, skips = y.shape, layout.univariate.parameters, layout.links.skips
+    N, D = y.shape
+    P, skips = layout.univariate.parameters, layout.links.skips
     features, *units = layout.ends
     biases = [b.T if b.dim() == 2 else b[:, None] for b in system.biases]
-    y, x, log_det = y.T, y.new_empty(D, N), y.new_zeros(N)
+    x, log_det = y.new_empty(D, N), y.new_zeros(N)
+    y = y.T
     before = [y.new_empty(ends[-1], N) for ends in units]
     after = [y.new_empty(ends[-1], N) for ends in units]
     params = y.new_empty(D * P, N)
@@ -33,7 +35,7 @@ def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Sol
                 torch.addmm(biases[k][new], weights[k][new, :seen], fed[:seen], out=before[k][new])
                 if (skip := skips[k]) is not None:
                     before[k][new] += before[skip][new]
-                after[k][new] = layout.fed(k, before[k][new])
+                after[k][new] = layout.output(k, before[k][new])
             fed, fed_ends = after[k], ends
 
     advance(0)
@@ -52,9 +54,10 @@ def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Sol
 
 @torch.no_grad()
 def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
-    """For degree g = G..1: adjoints of the hidden units of degree g, u of its features, adjoints of their params."""
+    """Go through the degrees in descending order: adjoints of the hidden units of degree g, u, adjoints of params."""
     layout, weights = system.layout, system.weights
-    (N, D), P = solution.x.shape, layout.univariate.parameters
+    N, D = solution.x.shape
+    P = layout.univariate.parameters
     features, *units = layout.ends
     partials = layout.univariate.partials(solution.x.T, solution.params.transpose(0, 1))
     slopes = [layout.slope(k, a.T) for k, a in enumerate(solution.hidden)]
@@ -92,5 +95,5 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
 
 
 def _by_feature(params: Tensor, P: int) -> Tensor:
-    """(features P, N) -> (features, N, P)."""
+    """Reshape (features P, N) to (features, N, P)."""
     return params.unflatten(0, (-1, P)).transpose(1, 2)

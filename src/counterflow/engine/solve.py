@@ -1,7 +1,7 @@
-"""The triangular system of an autoregressive map, solved in one pass: forward and back substitution.
+"""The choice of a body, and the gradient of the solve.
 
-A body is a module with the two functions of the contract below. `reference` is the definition; every other
-body gives the same numbers, faster. Bodies know nothing of autograd: the one rule for gradients stands here.
+A body is a module with the two functions of the contract below. `reference` is the definition; every other body
+returns the same numbers, faster. Bodies do not use autograd: the gradient of the solve is implemented here, once.
 
     forward_substitution(system, y, keep=True)            -> Solution
     back_substitution(system, solution, v, w)             -> Adjoints
@@ -24,64 +24,64 @@ from torch import Tensor
 from counterflow.engine.contract import Body, Layout, Solution, System
 from counterflow.made.staircase import Staircase, weight_gradient
 
-AT_ONCE = 1 << 25  # numbers that a solve without gradients holds of the network: 128 MiB in float32
+# Largest number of values of the network that a solve without gradients holds at a time: 128 MiB in float32.
+MAX_VALUES = 1 << 25
 SOLVERS = ("auto", "reference", "sliced", "cpu")
 
 
 def check_solver(name: str) -> str:
-    """The name, if it is one of SOLVERS."""
+    """Return the name of a solver, or raise ValueError if there is none of that name."""
     if name not in SOLVERS:
-        raise ValueError(f"expected solver as one of {', '.join(SOLVERS)}, got {name!r}")
+        raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}, got {name!r}")
     return name
 
 
 def body_for(solver: str, layout: Layout, device: torch.device) -> Body:
-    """The body that a solver's name stands for; "auto" is `cpu` where that can do the system, else `sliced`.
+    """Return the body of a solver's name; "auto" is `cpu` if it supports the layout and the device, else `sliced`.
 
-    At the sizes of benchmarks/results/bench.md `sliced` took 2.6 to 9 times as long as `cpu` (an EPYC 9004, two cores).
+    At the sizes of benchmarks/results/bench.md `sliced` takes 2.6 to 9 times as long as `cpu` (EPYC 9004, two cores).
     """
     if torch.compiler.is_compiling():
         from counterflow.engine.traced import Traced
 
         return Traced(solver)
     if solver in ("auto", "cpu"):
-        # Imported when something is solved: it brings Numba.
-        able = device.type == "cpu" and import_module("counterflow.engine.cpu").supports(layout)
-        if solver == "cpu" and not able:
+        # Imported at the first solve, because it imports Numba.
+        supported = device.type == "cpu" and import_module("counterflow.engine.cpu").supports(layout)
+        if solver == "cpu" and not supported:
             raise ValueError(
-                "expected a map of this library, on the CPU, for solver='cpu', "
-                f"got {layout.univariate} on {device.type}; take solver='auto'"
+                "expected Affine, Gated, RationalQuadraticSpline or ForeignAffine on the CPU for solver='cpu', "
+                f"got {layout.univariate} on {device.type}; use solver='auto'"
             )
-        solver = "cpu" if able else "sliced"
+        solver = "cpu" if supported else "sliced"
     return import_module(f"counterflow.engine.{solver}")
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:
-    """A context in which autocast is off. Where it is off already there is nothing to do, which saves 10 us."""
+    """Return a context in which autocast is off; a null context if it is off already, which saves 10 us."""
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def solve(body: Body, system: System, staircases: Sequence[Staircase], y: Tensor) -> tuple[Tensor, Tensor]:
-    """x with f(x) = y and log|det dx/dy|, differentiable once in y, the weights and the biases.
+    """Return x with f(x) = y and log|det dx/dy|, differentiable once in y, the weights and the biases.
 
-    The gradient is the implicit function theorem's: one back substitution gives u = J^-T (...), which is the
-    gradient for y; minus the adjoints that it leaves, times what each layer was fed, is that for the weights, each cut
-    by its staircase.
-    Without gradients many rows are solved in parts: what the network holds for a row is then of no use afterwards.
+    The gradient follows from the implicit function theorem. One back substitution gives u = J^-T (...), the gradient
+    with respect to y. The gradient of a weight is minus the product of its output's adjoints and its inputs, masked by
+    its staircase. Without gradients, a large batch is solved in parts to bound the memory.
     """
     tensors = (*system.biases, *system.weights)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (y, *tensors)):
         return _Solve.apply(body, system.layout, staircases, y, *tensors)
-    held = sum(len(weight) for weight in system.weights)  # for each row
-    if len(y) * held <= AT_ONCE:
+    values_per_row = sum(len(weight) for weight in system.weights)
+    if len(y) * values_per_row <= MAX_VALUES:
         return body.forward_substitution(system, y, keep=False)[:2]
-    rows = max(1, AT_ONCE // held)
-    parts = [body.forward_substitution(*part, keep=False)[:2] for part in _in_parts(system, y, rows)]
+    rows = max(1, MAX_VALUES // values_per_row)
+    parts = [body.forward_substitution(*part, keep=False)[:2] for part in _split_rows(system, y, rows)]
     x, log_det = (torch.cat(part) for part in zip(*parts, strict=True))
     return x, log_det
 
 
-def _in_parts(system: System, y: Tensor, rows: int) -> Iterator[tuple[System, Tensor]]:
+def _split_rows(system: System, y: Tensor, rows: int) -> Iterator[tuple[System, Tensor]]:
     for first in range(0, len(y), rows):
         part = slice(first, first + rows)
         biases = tuple(bias[part] if bias.dim() == 2 else bias for bias in system.biases)
@@ -95,7 +95,9 @@ class _Solve(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         L = len(layout.ends)
         solution = body.forward_substitution(System(layout, tensors[L:], tensors[:L]), y)
-        ctx.body, ctx.layout, ctx.staircases = body, layout, staircases
+        ctx.body = body
+        ctx.layout = layout
+        ctx.staircases = staircases
         ctx.save_for_backward(solution.x, solution.log_det, solution.params, *solution.hidden, *tensors)
         return solution.x, solution.log_det
 
@@ -110,7 +112,7 @@ class _Solve(torch.autograd.Function):
 
 
 class _SolveBackward(torch.autograd.Function):
-    """The backward pass as a function of its own, so that a second derivative is refused and never silently zero."""
+    """Backward pass as a Function of its own, so that a second derivative raises an error and is not silently zero."""
 
     @staticmethod
     def forward(
@@ -124,20 +126,20 @@ class _SolveBackward(torch.autograd.Function):
         *saved: Tensor,
     ) -> tuple[Tensor | None, ...]:
         x, log_det, params, *rest = saved
-        L = len(layout.ends)  # L - 1 hidden layers, L biases, L weights or one more
+        L = len(layout.ends)  # then L - 1 hidden layers, L biases, and L or L + 1 weights
         hidden, biases, weights = rest[: L - 1], rest[L - 1 : 2 * L - 1], rest[2 * L - 1 :]
         system = System(layout, tuple(weights), tuple(biases))
         solution = Solution(x, log_det, params, tuple(hidden))
-        # The gradients of weights and biases are minus what the adjoints give; so the system is solved for -v and -w.
+        # The gradients of weights and biases have the opposite sign, so the system is solved for -v and -w.
         minus = body.back_substitution(system, solution, -v, -w)
 
-        into = (*minus.hidden, minus.params.flatten(1))  # minus what each layer's output receives
+        into = (*minus.hidden, minus.params.flatten(1))  # adjoints of each layer's output, with the opposite sign
         grads: list[Tensor | None] = [None] * (L + len(weights))
         for k in range(L):
             if needed[k]:
                 grads[k] = into[k] if biases[k].dim() == 2 else into[k].sum(0)
             if needed[L + k]:
-                fed = x if k == 0 else layout.fed(k - 1, hidden[k - 1])
+                fed = x if k == 0 else layout.output(k - 1, hidden[k - 1])
                 grads[L + k] = weight_gradient(staircases[k], into[k], fed)
         if layout.links.skip_to_output and needed[2 * L]:
             grads[2 * L] = weight_gradient(staircases[L], into[-1], x)

@@ -1,7 +1,7 @@
-"""The body that torch.compile sees: each substitution is one operator of torch, opaque to the compiler.
+"""The body for torch.compile: each substitution is one custom operator, opaque to the compiler.
 
-Inside the operators the solver that was asked for does the work. What they return are copies in the ordinary order of
-memory, which is what a compiled graph expects of an operator.
+Inside the operators runs the body that the layer's solver selects. They return contiguous copies, as a compiled graph
+expects of an operator.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from torch import Tensor
 from counterflow.engine.contract import Adjoints, Layout, Solution, System
 from counterflow.engine.solve import body_for
 
-LAYOUTS: dict[str, Layout] = {}  # an operator takes no objects: it finds its layout by name
+LAYOUTS: dict[str, Layout] = {}  # operators take no Python objects, so they look their layout up by name
 
 
 @dataclass(frozen=True)
 class Traced:
-    """Both substitutions by the solver of that name, as operators."""
+    """Both substitutions as operators, computed by the solver of that name."""
 
     solver: str
 
     def forward_substitution(self, system: System, y: Tensor, *, keep: bool = True) -> Solution:
-        """See `Body`."""
+        """Solve f(x) = y; see `Body`."""
         x, log_det, *kept = torch.ops.counterflow.forward_substitution(
             self.solver, _name(system.layout), y, list(system.biases), list(system.weights), keep
         )
         return Solution(x, log_det, kept[0], tuple(kept[1:])) if keep else Solution(x, log_det, x, ())
 
     def back_substitution(self, system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
-        """See `Body`."""
+        """Solve J^T u = v - w dlog_det/dx; see `Body`."""
         known = [solution.x, solution.log_det, solution.params, *solution.hidden]
         u, params, *hidden = torch.ops.counterflow.back_substitution(
             self.solver, _name(system.layout), known, list(system.biases), list(system.weights), v, w
@@ -42,14 +42,14 @@ class Traced:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
 def _name(layout: Layout) -> str:
-    """A name for the layout, the same in every process."""
+    """Return a name for the layout that is the same in every process."""
     f = layout.activation.f
     name = f"{f.__module__}.{f.__qualname__} {layout.univariate!r} {layout.ends} {layout.links}"
     LAYOUTS[name] = layout
     return name
 
 
-def _ordinary(tensors: Sequence[Tensor]) -> list[Tensor]:
+def _contiguous_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
 
 
@@ -64,7 +64,7 @@ def _forward(
     system = System(LAYOUTS[layout], tuple(weights), tuple(biases))
     solution = body_for(solver, system.layout, y.device).forward_substitution(system, y, keep=keep)
     kept = [solution.params, *solution.hidden] if keep else []
-    return _ordinary([solution.x, solution.log_det, *kept])
+    return _contiguous_copies([solution.x, solution.log_det, *kept])
 
 
 @_forward.register_fake
@@ -96,7 +96,7 @@ def _back(
     x, log_det, params, *hidden = known
     solution = Solution(x, log_det, params, tuple(hidden))
     adjoints = body_for(solver, system.layout, v.device).back_substitution(system, solution, v, w)
-    return _ordinary([adjoints.u, adjoints.params, *adjoints.hidden])
+    return _contiguous_copies([adjoints.u, adjoints.params, *adjoints.hidden])
 
 
 @_back.register_fake

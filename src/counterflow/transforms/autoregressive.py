@@ -37,14 +37,14 @@ class Autoregressive(Transform):
         architecture: how the hidden layers are joined, such as a residual network; a chain when not given.
 
     Attributes:
-        solver: which body solves: "auto", "cpu" (compiled; the maps of this library), "sliced" (torch operations, any
-            device) or "reference" (D passes, the definition).
+        solver: which body solves: "auto", "cpu" (compiled: Affine, Gated, RationalQuadraticSpline and ForeignAffine),
+            "sliced" (torch operations, any map and device) or "reference" (D passes, the definition).
 
     Raises:
         ValueError: sizes below 1, degrees with gaps, names that do not exist.
 
     Source: Kingma et al. 2016, section 3; Papamakarios et al. 2017, section 3. The solve is
-    described in `counterflow.substitution`.
+    described in docs/engine.md.
 
     Example:
         >>> import torch, counterflow as cf
