@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.compiler import is_compiling
+from torch.distributions.transforms import Transform as TorchTransform
 
 Cost = Literal["one pass", "forward substitution", "mixed"]
 
@@ -58,6 +59,12 @@ class Transform(nn.Module, ABC):
     def inverse_by_feature(self, y: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Like `inverse`, with log_det by feature added to `total` (..., D); see `forward_by_feature`."""
         raise _without_terms("Inverse")
+
+    def as_torch(self, c: Tensor | None = None) -> TorchTransform:
+        """Return this transform at a context c (..., C) as a `torch.distributions.transforms.Transform`."""
+        from counterflow.transforms.as_torch import AsTorch
+
+        return AsTorch(self, c)
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Carry a score through the map: y, log_det and, without a graph, the gradient of log q_y at y.
