@@ -25,8 +25,8 @@ import torch
 from reliability import machine, write_section
 
 import counterflow as cf
-from counterflow.commands import peers
-from counterflow.commands.peers import TorchFlow
+from counterflow.commands.bench import peers
+from counterflow.commands.bench.peers import TorchFlow
 
 D, H, B = 64, 512, 256
 DEPTHS, FACTORS = (5, 20), (1.0, 3.0)

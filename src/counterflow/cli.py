@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
         import tyro
 
         from counterflow.commands import console
-        from counterflow.commands.bench import Bench
+        from counterflow.commands.bench.command import Bench
         from counterflow.commands.density import Density
         from counterflow.commands.distill import Distill
         from counterflow.commands.export import Export

@@ -17,20 +17,20 @@ from registry import over
 
 import counterflow as cf
 from counterflow.cli import main
-from counterflow.commands import standings
-from counterflow.commands.bench import not_installed
-from counterflow.commands.contest import Contest, Measured, Rules
-from counterflow.commands.peers import OURS, PEERS
-from counterflow.commands.standings import Results
-from counterflow.commands.trial import (
+from counterflow.commands.bench import command, report
+from counterflow.commands.bench.peers import OURS, PEERS
+from counterflow.commands.bench.report import Results
+from counterflow.commands.bench.runner import Limits, Measured, Runner
+from counterflow.commands.bench.session import not_installed
+from counterflow.commands.bench.worker import (
     MEASUREMENTS,
     STACK,
-    FailedError,
+    MeasurementError,
     Prepared,
     Request,
-    Setting,
+    Settings,
     Size,
-    Trial,
+    Worker,
     answer,
     prepare,
 )
@@ -132,18 +132,18 @@ def test_what_is_called_is_what_is_named(name, measurement):
 def test_the_layer_on_jax(name):
     """In a process of its own, as it is measured: JAX minds forks, and warns of much."""
     contestant(name)
-    size, trial = Size(48, 64, 32), Trial(name, Setting(threads=1, memory=2**32))
+    size, worker = Size(48, 64, 32), Worker(name, Settings(threads=1, memory=2**32))
     try:
         for measurement in ("parallel backward", "sequential backward"):
-            trial.ask(Request(size, measurement, 1, watched=True), 300)
-        parallel = trial.ask(Request(size, "parallel", 20, watched=True), 300)
-        sequential = trial.ask(Request(size, "sequential", 20, watched=True), 300)
-    except FailedError as error:
+            worker.ask(Request(size, measurement, 1, watched=True), 300)
+        parallel = worker.ask(Request(size, "parallel", 20, watched=True), 300)
+        sequential = worker.ask(Request(size, "sequential", 20, watched=True), 300)
+    except MeasurementError as error:
         if re.match("AttributeError: module 'jax|ImportError|ModuleNotFoundError", str(error)):
             pytest.skip(f"{name} does not import with this jax: {error}")
         raise
     finally:
-        trial.close()
+        worker.close()
     assert 0 < sequential.error < 1e-4
     assert sequential.parameters == parallel.parameters == affine_parameters(size.D, size.H)
     assert min(sequential.seconds) > 4 * min(parallel.seconds)  # 48 passes against one
@@ -169,43 +169,43 @@ def test_peak_memory_is_what_a_call_takes_at_most():
 
 @pytest.mark.slow
 def test_a_process_that_is_stopped_or_runs_out_of_memory_is_replaced():
-    trial = Trial("counterflow", Setting(threads=1, memory=1024 * MIB))
+    worker = Worker("counterflow", Settings(threads=1, memory=1024 * MIB))
     small, large = Size(4, 8, 8), Size(4, 64, 1 << 22)  # a GiB for each hidden layer
     try:
-        reply = trial.ask(Request(small, "parallel", 3, watched=True), 60)
+        reply = worker.ask(Request(small, "parallel", 3, watched=True), 60)
         assert len(reply.seconds) == 3 and min(reply.seconds) > 0
         assert reply.parameters == affine_parameters(4, 8) and reply.compile is None
-        with pytest.raises(FailedError, match=r"^over 0\.001 s$"):
-            trial.ask(Request(large, "parallel", 1, watched=False), 0.001)
+        with pytest.raises(MeasurementError, match=r"^over 0\.001 s$"):
+            worker.ask(Request(large, "parallel", 1, watched=False), 0.001)
         if sys.platform == "linux":
-            with pytest.raises(FailedError, match=r"^out of memory \(over 1 GiB\)$"):
-                trial.ask(Request(large, "parallel", 1, watched=False), 60)
-        with pytest.raises(FailedError, match=r"^ValueError: expected hidden\[0\] .* got 0$"):
-            trial.ask(Request(Size(4, 0, 8), "parallel", 1, watched=False), 60)
-        assert trial.ask(Request(small, "sequential", 1, watched=True), 60).error < 1e-5
+            with pytest.raises(MeasurementError, match=r"^out of memory \(over 1 GiB\)$"):
+                worker.ask(Request(large, "parallel", 1, watched=False), 60)
+        with pytest.raises(MeasurementError, match=r"^ValueError: expected hidden\[0\] .* got 0$"):
+            worker.ask(Request(Size(4, 0, 8), "parallel", 1, watched=False), 60)
+        assert worker.ask(Request(small, "sequential", 1, watched=True), 60).error < 1e-5
     finally:
-        trial.close()
-    trial.close()  # a second time does no harm
+        worker.close()
+    worker.close()  # a second time does no harm
 
 
 @pytest.mark.slow
 def test_who_is_over_the_budget_gets_one_call_and_no_larger_size():
     turns, steps = [], []
-    setting, rules = Setting(threads=1, memory=2**32), Rules(repeats=4, budget=1e-9, cap=60)
-    contest = Contest(["counterflow"], setting, rules, turns.append, lambda: steps.append(1))
+    settings, limits = Settings(threads=1, memory=2**32), Limits(repeats=4, budget=1e-9, cap=60)
+    runner = Runner(["counterflow"], settings, limits, turns.append, lambda: steps.append(1))
     try:
-        contest.rehearse()
-        contest.compare(Size(3, 8, 4))
-        contest.grow([2, 3])
-        contest.rules = rules._replace(budget=60)
-        contest.compare(Size(2, 8, 4))
+        runner.warm_up()
+        runner.compare(Size(3, 8, 4))
+        runner.measure_growth([2, 3])
+        runner.limits = limits._replace(budget=60)
+        runner.compare(Size(2, 8, 4))
     finally:
-        contest.close()
-    assert contest.failed == {} and len(steps) == 1 + 5 + 2 * 4 + 5
-    assert [(m.measurement, m.calls) for m in contest.results[:5]] == [(name, 1) for name in MEASUREMENTS]
-    assert all(m.calls >= 4 for m in contest.results[5:])
-    assert all(m.quartiles[0] <= m.seconds <= m.quartiles[1] for m in contest.results)
-    first, second = contest.growth[:4], contest.growth[4:]
+        runner.close()
+    assert runner.failed == {} and len(steps) == 1 + 5 + 2 * 4 + 5
+    assert [(m.measurement, m.calls) for m in runner.results[:5]] == [(name, 1) for name in MEASUREMENTS]
+    assert all(m.calls >= 4 for m in runner.results[5:])
+    assert all(m.quartiles[0] <= m.seconds <= m.quartiles[1] for m in runner.results)
+    first, second = runner.growth[:4], runner.growth[4:]
     assert all(m.seconds > 0 and m.size == (2, 4, 64) for m in first)
     assert all(re.fullmatch(r"not run: \d\.\d s at D = 2", m.failure) and m.seconds is None for m in second)
 
@@ -231,24 +231,24 @@ def results(*more, names=tuple(OURS), size=SIZE, **replaced):
     return Results([*ours, *more])
 
 
-def aim(found, what, name="affine"):
+def goal(found, what, name="affine"):
     (only,) = (a for a in found if (a.what, a.map) == (what, name))
     return only
 
 
 def test_ratios_of_the_directions():
-    found = standings.aims(results())
+    found = report.goals(results())
     assert len(found) == 9  # three maps, without peers
-    forward = aim(found, "sequential / parallel")
+    forward = goal(found, "sequential / parallel")
     assert (forward.value, forward.bound, forward.met, round(forward.slack, 6)) == (1.5, 1.2, False, 0.8)
-    assert aim(found, "sequential / parallel", "spline").met  # of which more is allowed
-    assert aim(found, "sequential / parallel, backward").value == 1.25
-    assert aim(found, "sequential / parallel, backward, memory", "gated").value == 1.0
+    assert goal(found, "sequential / parallel", "spline").met  # of which more is allowed
+    assert goal(found, "sequential / parallel, backward").value == 1.25
+    assert goal(found, "sequential / parallel, backward, memory", "gated").value == 1.0
 
 
 def test_too_little_memory_makes_no_ratio():
     few = measured("counterflow", SIZE, "parallel backward", 4.0, peak=MIB // 2)
-    assert sum("memory" in a.what for a in standings.aims(results(few))) == 2
+    assert sum("memory" in a.what for a in report.goals(results(few))) == 2
 
 
 def test_the_fastest_peer_that_finished_counts():
@@ -258,14 +258,14 @@ def test_the_fastest_peer_that_finished_counts():
         Measured("nflows", SIZE, "sequential", failure="over 90 s"),
         measured("zuko", SIZE, "stack backward", 6.0),
     ]
-    found = standings.aims(results(*peers))
-    lead = aim(found, "sequential, fastest peer / ours, D = 64")
+    found = report.goals(results(*peers))
+    lead = goal(found, "sequential, fastest peer / ours, D = 64")
     assert (lead.value, lead.bound, lead.at_most, lead.met, lead.slack) == (15.0, 20, False, False, 0.75)
-    assert aim(found, "five layers, ours / fastest peer").value == 1.5
+    assert goal(found, "five layers, ours / fastest peer").value == 1.5
     assert not any("H >= 1024" in a.what for a in found)
-    wide = standings.aims(results(measured("zuko", WIDE, "stack backward", 18.0), size=WIDE))
-    assert aim(wide, "five layers, fastest peer / ours, H >= 1024").met
-    sheet = standings.against(results(*peers), "sequential", "Solve")
+    wide = report.goals(results(measured("zuko", WIDE, "stack backward", 18.0), size=WIDE))
+    assert goal(wide, "five layers, fastest peer / ours, H >= 1024").met
+    sheet = report.peers_table(results(*peers), "sequential", "Solve")
     assert sheet.header == ["D/H/B", "counterflow", "zuko", "pyro", "nflows"]
     assert sheet.rows == [["64/512/256", "3,000", "30", "15", "over 90 s"]]
 
@@ -273,10 +273,10 @@ def test_the_fastest_peer_that_finished_counts():
 def test_the_worst_ratio_stands_in_the_table():
     both = [m for size, s in ((SIZE, 2.1), (WIDE, 2.6)) for m in [measured("counterflow", size, "sequential", s)]]
     both += [measured("counterflow", size, "parallel", 2.0) for size in (SIZE, WIDE)]
-    sheet = standings.worst(standings.aims(Results(both)))
+    sheet = report.goals_table(report.goals(Results(both)))
     assert sheet.rows == [["sequential / parallel", "affine", "at most 1.2", "1.30", "784/1024/100", "1/2"]]
     assert sheet.markdown().splitlines()[2:4] == [
-        "| ratio | map | aim | worst | at | met |",
+        "| ratio | map | goal | worst | at | met |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
 
@@ -284,18 +284,26 @@ def test_the_worst_ratio_stands_in_the_table():
 @over([1.0, 2.0, 2.9], "power")
 def test_the_exponent_of_a_power_law(power):
     D, noise = np.array([64, 128, 256, 512, 1024]), np.exp(np.random.default_rng(0).normal(0, 0.01, 5))
-    assert standings.exponent(D, 3e-6 * D**power) == pytest.approx(power, abs=1e-9)
-    assert standings.exponent(D, 3e-6 * D**power * noise) == pytest.approx(power, abs=0.02)
-    assert math.isnan(standings.exponent(D[:1], [1.0]))
+    assert report.exponent(D, 3e-6 * D**power) == pytest.approx(power, abs=1e-9)
+    assert report.exponent(D, 3e-6 * D**power * noise) == pytest.approx(power, abs=0.02)
+    assert math.isnan(report.exponent(D[:1], [1.0]))
 
 
 def test_the_growth_leaves_out_what_was_not_run():
     grown = [measured("counterflow", Size(d, 2 * d, 64), "sequential", 1e-6 * d**2) for d in (64, 128, 256)]
     grown.append(Measured("counterflow", Size(512, 1024, 64), "sequential", failure="not run"))
     came = Results(grown)
-    assert standings.exponents(came)["counterflow"]["sequential"] == pytest.approx(2)
-    assert standings.series(came, "counterflow", "sequential", "seconds")[0] == [64, 128, 256]
-    assert standings.growth(came).rows[1] == ["counterflow", "sequential", "4.10", "16.38", "65.54", "not run", "2.00"]
+    assert report.exponents(came)["counterflow"]["sequential"] == pytest.approx(2)
+    assert report.series(came, "counterflow", "sequential", "seconds")[0] == [64, 128, 256]
+    assert report.growth_table(came).rows[1] == [
+        "counterflow",
+        "sequential",
+        "4.10",
+        "16.38",
+        "65.54",
+        "not run",
+        "2.00",
+    ]
 
 
 # -- the command -------------------------------------------------------------------------------------
@@ -314,7 +322,7 @@ def test_a_run_of_the_real_command(tmp_path):
     ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "Traceback" not in ran.stderr and "zuko was left out: AttributeError: made for another torch" in ran.stderr
-    assert "Ratios and what they should be" in ran.stdout and "run/bench.md" in ran.stdout
+    assert "Ratios and their goals" in ran.stdout and "run/bench.md" in ran.stdout
     run = tmp_path / "run"
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
     assert files == {"config.json", "bench.json", "summary.json", "bench.md", "plots/time.png", "plots/memory.png"}
@@ -338,6 +346,10 @@ def test_a_run_of_the_real_command(tmp_path):
     assert all(words in page for words in ("## Growth with D", "## D = 64, H = 64, B = 2", "torch", "zuko was left"))
 
 
+def test_the_options_name_every_peer():
+    assert tuple(PEERS) == command.PEERS
+
+
 def test_a_peer_that_is_not_installed_is_named_with_its_remedy(monkeypatch):
     for module in ("nflows", "flowjax", "tensorflow_probability"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -350,10 +362,10 @@ def test_a_peer_that_is_not_installed_is_named_with_its_remedy(monkeypatch):
 
 BAD = {
     "unknown peer": ("--peers nflows torchflows", "expected peers out of nflows, normflows, .*, got torchflows"),
-    "sizes with commas": ("--sizes 64,512,256", "expected sizes as D/H/B .* such as 64/512/256, got '64,512,256'"),
-    "two sizes": ("--sizes 8/64/256 64/512", "expected sizes as D/H/B .* got '64/512'"),
-    "words": ("--sizes a/b/c", "expected sizes as D/H/B .* got 'a/b/c'"),
-    "no rows": ("--sizes 8/64/0", "expected sizes as D/H/B .* got '8/64/0'"),
+    "sizes with commas": ("--sizes 64,512,256", "expected sizes D/H/B .* such as 64/512/256, got '64,512,256'"),
+    "two sizes": ("--sizes 8/64/256 64/512", "expected sizes D/H/B .* got '64/512'"),
+    "words": ("--sizes a/b/c", "expected sizes D/H/B .* got 'a/b/c'"),
+    "no rows": ("--sizes 8/64/0", "expected sizes D/H/B .* got '8/64/0'"),
     "one feature": ("--sizes 1/64/8", "with D of at least 2.* got '1/64/8'"),
     "growth": ("--growth 64 1", "expected growth of at least 2, got 1"),
     "threads": ("--threads 0", "expected threads of at least 1, got 0"),

@@ -384,21 +384,25 @@ EVEN = np.full(200, 1 / 200)
 
 
 def marginal(draws):
-    return plots.Marginal("mu", draws, EVEN, "note")
+    return plots.MarginalPanel("mu", draws, EVEN, "note")
 
 
 def cross(approximation, posterior):
     return plots.PairPanel(("mu", "log(tau)"), approximation, posterior, "note")
 
 
+def curve(*elbo):
+    return plots.StageCurve("1", 3, elbo, "note")
+
+
 PICTURES = {
     "one marginal": lambda path: plots.marginals(path, [marginal(RNG.normal(size=200))], "title"),
     "a constant": lambda path: plots.marginals(path, [marginal(np.ones(200))] * 5, "title"),
-    "one pair": lambda path: plots.crosses(path, [cross(RNG.normal(size=(9, 2)), RNG.normal(size=(9, 2)))], "title"),
-    "a pair of points": lambda path: plots.crosses(path, [cross(np.ones((1, 2)), np.ones((1, 2)))], "title"),
-    "stages with gaps": lambda path: plots.stages(path, [plots.StageCurve("1", 3, (np.nan, -np.inf, 2.0), "note")] * 5),
-    "nothing finite": lambda path: plots.stages(path, [plots.StageCurve("1", 3, (np.nan,), "note")]),
-    "no course": lambda path: plots.stages(path, [plots.StageCurve("1", 3, (), "note")]),
+    "one pair": lambda path: plots.posterior_pairs(path, [cross(*RNG.normal(size=(2, 9, 2)))], "title"),
+    "a pair of points": lambda path: plots.posterior_pairs(path, [cross(np.ones((1, 2)), np.ones((1, 2)))], "title"),
+    "stages with gaps": lambda path: plots.stage_curves(path, [curve(np.nan, -np.inf, 2.0)] * 5),
+    "nothing finite": lambda path: plots.stage_curves(path, [curve(np.nan)]),
+    "no course": lambda path: plots.stage_curves(path, [curve()]),
     "equal weights": lambda path: plots.weight_tail(path, np.zeros(200), np.log(EVEN), "k-hat 0"),
     "weights of zero": lambda path: plots.weight_tail(path, *[np.r_[-np.inf, RNG.normal(size=199)]] * 2, "k-hat 0.1"),
     "one weight": lambda path: plots.weight_tail(path, *[np.r_[0.0, np.full(199, -np.inf)]] * 2, "k-hat inf"),

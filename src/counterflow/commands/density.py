@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import Tensor
 
 from counterflow import plots
+from counterflow.checks import require
 from counterflow.commands import console, training
 from counterflow.density.config import DensityConfig
 from counterflow.flows.mixture import FlowMixture
@@ -86,7 +87,7 @@ class Density:
             raise ValueError(f"expected test in (0, 1), got {self.test}")
         if run is None:
             console.check_new(self.folder.out)
-        plots.check_installed()
+        require("matplotlib", "plots", "plots")
         with console.err.status("reading the table"):
             x, context = self._read()
         order = np.random.default_rng(self.seed).permutation(len(x))
@@ -298,7 +299,7 @@ def _draw(density: FlowDensity, test: _Part, folder: Path, seed: int) -> None:
     plots.histograms(folder / "scores.png", scores, "log density, nats", "log density of held-out rows and of samples")
     u = torch.special.ndtr(torch.from_numpy(density.noise(shown.x, context, seed))).numpy()
     title = "held-out rows carried to noise: uniform where the density is right"
-    plots.uniforms(folder / "calibration.png", u, _arrival(density, names), title)
+    plots.uniform_histograms(folder / "calibration.png", u, _arrival(density, names), title)
 
 
 def _arrival(density: FlowDensity, names: list[str]) -> list[str]:

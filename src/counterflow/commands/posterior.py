@@ -266,7 +266,7 @@ def _draw(found: fitting.Posterior, target: Target, folder: Path) -> None:
         plots.StageCurve(f"{k}, {stage.estimator.replace('_', ' ')}", stage.steps, stage.course, _judged(stage))
         for k, stage in enumerate(found.stages, 1)
     ]
-    plots.stages(folder / "elbo.png", courses)
+    plots.stage_curves(folder / "elbo.png", courses)
 
 
 def _judged(stage: Stage) -> str:
@@ -278,7 +278,7 @@ def _draw_marginals(found: fitting.Posterior, weights: plots.Array, path: Path) 
     named = [column for name, value in found.values.items() for column in _columns(name, value.double().numpy())]
     off = misfit(np.stack([draws for _, draws in named], 1), weights).alone
     chosen = sorted(np.argsort(-off, kind="stable")[:PANELS])
-    panels = [plots.Marginal(named[i][0], named[i][1], weights, f"{100 * off[i]:.1f} % misplaced") for i in chosen]
+    panels = [plots.MarginalPanel(named[i][0], named[i][1], weights, f"{100 * off[i]:.1f} % misplaced") for i in chosen]
     which = f"the {len(panels)} of {len(named)} that fit worst" if len(named) > len(panels) else "all numbers"
     plots.marginals(path, panels, f"marginals, {which}")
 
@@ -293,4 +293,4 @@ def _draw_pairs(found: fitting.Posterior, target: Target, weights: plots.Array, 
         note = f"{100 * share:.1f} % misplaced"
         panels.append(plots.PairPanel(names, theta[:SHOWN, [i, j]].numpy(), truth[:, [i, j]], note))
     title = "pairs of unconstrained coordinates, the worst first"
-    plots.crosses(path, panels, f"{title}\n(noise alone misplaces {100 * noise(weights):.1f} % of the mass)")
+    plots.posterior_pairs(path, panels, f"{title}\n(noise alone misplaces {100 * noise(weights):.1f} % of the mass)")

@@ -268,11 +268,11 @@ class Vae:
         chosen = test[:: max(1, len(test) // 2)][:2]
         panels = [[posterior_panel(name, model, x) for name, model in models.items()] for x in chosen]
         data = picture(first, chosen, test) if len(first.data_shape) == 3 else chosen.cpu().numpy()
-        plots.posteriors(folder / "posterior.png", list(data), panels)
+        plots.latent_posteriors(folder / "posterior.png", list(data), panels)
 
 
 @torch.no_grad()
-def posterior_panel(name: str, model: VAE, x: Tensor, draws: int = 20_000, shown: int = 2_000) -> plots.PosteriorPanel:
+def posterior_panel(name: str, model: VAE, x: Tensor, draws: int = 20_000, shown: int = 2_000) -> plots.LatentPanel:
     """q(z|x) of one datum beside its importance-resampled truth, over the two coordinates most dependent in truth."""
     x = x[None]
     q = model.encode(x)
@@ -287,7 +287,7 @@ def posterior_panel(name: str, model: VAE, x: Tensor, draws: int = 20_000, shown
     i, j = divmod(int(correlation.argmax()), len(correlation))
     ess = effective_sample_size(log_weights).item()
     pick = torch.tensor([i, j])
-    return plots.PosteriorPanel(
+    return plots.LatentPanel(
         name, z[:shown, pick].cpu().numpy(), truth[:, pick].cpu().numpy(), (i, j), f"ESS {ess:,.0f} of {draws:,}"
     )
 

@@ -1,11 +1,11 @@
-"""One contestant of the benchmark in a process of its own: it can be timed, watched, and stopped.
+"""One contestant of the benchmark in a process of its own, so that its calls can be timed, watched and stopped.
 
-A process answers one request at a time: calls of one measurement at one size. Its flow is built anew whenever either
-changes. The clock stands around the call alone, in the process that makes it.
+The process answers one request at a time: calls of one measurement at one size. It builds its flow anew whenever either
+changes. The time of a call is measured in the process that makes it.
 
-Peak memory is what a call adds to the resident set at most: freed memory is first handed back to the system, and the
-system's own high-water mark (VmHWM of /proc/self/status) is reset. That sees every allocator, and Linux alone has it.
-JAX keeps small blocks, which hides them: there the figure is what XLA plans for the call, temporaries and results.
+Peak memory is the most that a call adds to the resident set. Freed memory is first returned to the system, and the
+system's high-water mark (VmHWM in /proc/self/status, Linux only) is reset; this includes every allocator. JAX keeps
+small blocks, which hides them from the mark: its figure is what XLA plans for the call, temporaries and results.
 """
 
 from __future__ import annotations
@@ -25,15 +25,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-from counterflow.commands.peers import OURS, PEERS, Contestant, JaxFlow, TorchFlow
+from counterflow.commands.bench.peers import OURS, PEERS, Contestant, JaxFlow, TorchFlow
 
-STACK = 5  # layers of "stack backward"
+STACK = 5  # layers of the measurement "stack backward"
 MEASUREMENTS = ("parallel", "parallel backward", "stack backward", "sequential", "sequential backward")
-STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+STATUS = Path("/proc/self/status")
+CLEAR_REFS = Path("/proc/self/clear_refs")  # writing 5 resets the high-water mark of the resident set
 
 
 class Size(NamedTuple):
-    """Features, units in each of two hidden layers, rows."""
+    """Size of a measurement: features, units in each of two hidden layers, rows."""
 
     D: int
     H: int
@@ -44,7 +45,7 @@ class Size(NamedTuple):
 
 
 class Request(NamedTuple):
-    """How many calls of which measurement at which size; one that is watched tells its peak memory."""
+    """A number of calls of one measurement at one size; peak memory and error are measured if they are watched."""
 
     size: Size
     measurement: str
@@ -53,64 +54,64 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """Seconds of each call; peak and round-trip error of the last one, where they were asked for."""
+    """Seconds of each call, and, for a watched request, peak memory and round-trip error of the last call."""
 
     seconds: list[float]
     peak: int | None  # bytes
     error: float | None
-    compile: float | None  # seconds, where compiling is a step of its own: in JAX
+    compile: float | None  # seconds, for JAX, which compiles in a step of its own
     parameters: int
 
 
-class FailedError(Exception):
-    """Why there is no figure."""
+class MeasurementError(Exception):
+    """A measurement that gave no figure, and the reason."""
 
 
-class Setting(NamedTuple):
-    """What holds for every request."""
+class Settings(NamedTuple):
+    """Settings of a contestant's process."""
 
     threads: int
-    memory: float  # bytes that a call may take
-    compiled: str | None = None  # folder of Numba's compiled code; its own choice when None
+    memory: float  # bytes that a call may use
+    compiled: str | None = None  # folder of Numba's compiled code; Numba's own default if None
 
 
-class Trial:
-    """A contestant, and the process that it has once it is asked something. A process that fails is not used again."""
+class Worker:
+    """A contestant and its process, which starts with the first request and, after a failure, with the next one."""
 
-    def __init__(self, name: str, setting: Setting) -> None:
-        self.name, self._setting = name, setting
+    def __init__(self, name: str, settings: Settings) -> None:
+        self.name = name
+        self._settings = settings
         self._process: Any = None
         self._pipe: Any = None
 
     def ask(self, request: Request, seconds: float) -> Reply:
-        """Put a request and wait for the answer.
+        """Send a request and return the reply.
 
         Raises:
-            FailedError: there is none after so many seconds, memory ran out, or the library raised an error.
+            MeasurementError: no reply came within `seconds`, memory ran out, or the library raised an error.
         """
         if self._process is None:
             self._start()
         reply = self._reply(request, seconds)
-        if isinstance(reply, FailedError):
+        if isinstance(reply, MeasurementError):
             self.close()
             raise reply
         return reply
 
-    def _reply(self, request: Request, seconds: float) -> Reply | FailedError:
+    def _reply(self, request: Request, seconds: float) -> Reply | MeasurementError:
         try:
             self._pipe.send(request)
-            return self._pipe.recv() if self._pipe.poll(seconds) else FailedError(f"over {seconds:g} s")
-        except (EOFError, OSError):  # the process is gone
+            return self._pipe.recv() if self._pipe.poll(seconds) else MeasurementError(f"over {seconds:g} s")
+        except (EOFError, OSError):  # the process has ended
             self._process.join(5)
-            return FailedError(f"its process ended with code {self._process.exitcode}")
+            return MeasurementError(f"its process ended with code {self._process.exitcode}")
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads half alive
-        ours, theirs = context.Pipe()
-        process = context.Process(target=_serve, args=(theirs, self.name, self._setting), daemon=True)
-        process.start()
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit torch's threads half alive
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, self.name, self._settings), daemon=True)
+        self._process.start()
         theirs.close()
-        self._process, self._pipe = process, ours
 
     def close(self) -> None:
         """End the process, if there is one."""
@@ -122,51 +123,53 @@ class Trial:
 
 
 class Prepared(NamedTuple):
-    """A measurement that is ready to be called."""
+    """A measurement that is ready to be timed: the flow is built and has its input."""
 
     call: Callable[[], Any]
     parameters: int
-    error: Callable[[Any], float] | None  # of the round trip, from what a call returned
+    error: Callable[[Any], float] | None  # the result of a call -> its round-trip error
     compile: float | None = None
-    planned: int | None = None  # bytes, where the library plans its memory
+    planned: int | None = None  # bytes, for a library that plans its memory
 
 
-def _serve(pipe: Connection, name: str, setting: Setting) -> None:
-    """The life of a process: answer requests until it is killed, or until nobody is there to ask."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends this process
-    _be_silent()
+def _serve(pipe: Connection, name: str, settings: Settings) -> None:
+    """Answer requests until this process is killed or the parent closes the pipe."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and then ends this process
+    _discard_output()
     os.environ["JAX_PLATFORMS"] = "cpu"
-    if setting.compiled is not None:
-        os.environ["NUMBA_CACHE_DIR"] = setting.compiled
-    if sys.platform == "linux":  # JAX takes a thread for each core that it may run on
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: setting.threads])
-    torch.set_num_threads(setting.threads)
+    if settings.compiled is not None:
+        os.environ["NUMBA_CACHE_DIR"] = settings.compiled
+    if sys.platform == "linux":  # JAX starts a thread for each core that it may run on
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: settings.threads])
+    torch.set_num_threads(settings.threads)
     contestant = (OURS | PEERS)[name]
-    prepared, ready = None, None
+    prepared: Prepared | None = None
+    prepared_for: tuple[Any, ...] | None = None
     while True:
         try:
             request: Request = pipe.recv()
         except EOFError:
             return
         try:
-            if prepared is None or ready != request[:2]:
-                prepared = None  # first, so that there is never more than one
-                prepared, ready = prepare(contestant, request.size, request.measurement), request[:2]
-            _limit_memory(setting.memory)
+            if prepared is None or prepared_for != request[:2]:
+                prepared = None  # free the flow before the next one is built
+                prepared = prepare(contestant, request.size, request.measurement)
+                prepared_for = request[:2]
+            _limit_memory(settings.memory)
             pipe.send(answer(prepared, request))
         except Exception as error:
-            pipe.send(FailedError(_words(error, setting.memory)))
+            pipe.send(MeasurementError(_describe(error, settings.memory)))
 
 
-def _be_silent() -> None:
-    """What the libraries log would break the parent's progress bar; what goes wrong goes through the pipe."""
+def _discard_output() -> None:
+    """Discard stdout and stderr: logs of the libraries would break the parent's progress bar; errors use the pipe."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     for stream in (1, 2):
         os.dup2(nowhere, stream)
 
 
 def prepare(contestant: Contestant, size: Size, measurement: str) -> Prepared:
-    """Build the flow, and what a call needs."""
+    """Build the flow and the input of a measurement."""
     if contestant.jax:
         return _prepare_jax(contestant.build(size.D, size.H), size, measurement)
     torch.manual_seed(0)
@@ -175,14 +178,15 @@ def prepare(contestant: Contestant, size: Size, measurement: str) -> Prepared:
 
 
 def _prepare_torch(flow: TorchFlow, size: Size, measurement: str) -> Prepared:
-    x, run = torch.randn(size.B, size.D), flow.parallel
-    start, weights = x, list(flow.module.parameters())
+    x = start = torch.randn(size.B, size.D)
+    run = flow.parallel
+    weights = list(flow.module.parameters())
     if measurement.startswith("sequential"):
         run = flow.sequential
         with torch.no_grad():
             start = flow.parallel(x)[0]
 
-    def alone() -> Any:
+    def values() -> Any:
         with torch.no_grad():
             return run(start)
 
@@ -192,7 +196,7 @@ def _prepare_torch(flow: TorchFlow, size: Size, measurement: str) -> Prepared:
 
     start.requires_grad_(measurement.endswith("backward"))
     error = (lambda back: (back[0] - x).abs().max().item()) if measurement == "sequential" else None
-    call = backward if measurement.endswith("backward") else alone
+    call = backward if measurement.endswith("backward") else values
     return Prepared(call, sum(weight.numel() for weight in weights), error)
 
 
@@ -200,10 +204,11 @@ def _prepare_jax(flow: JaxFlow, size: Size, measurement: str) -> Prepared:
     import jax
     import jax.numpy as jnp
 
-    start = x = jax.random.normal(jax.random.key(0), (size.B, size.D))
+    x = start = jax.random.normal(jax.random.key(0), (size.B, size.D))
     run: Callable[[Any, Any], Any] = flow.parallel
     if measurement.startswith("sequential"):
-        start, run = jax.jit(flow.parallel)(flow.weights, x)[0], flow.sequential
+        start = jax.jit(flow.parallel)(flow.weights, x)[0]
+        run = flow.sequential
 
     def loss(weights: Any, start: Any) -> Any:
         value, log_det = run(weights, start)
@@ -224,8 +229,8 @@ def _prepare_jax(flow: JaxFlow, size: Size, measurement: str) -> Prepared:
 
 
 def answer(prepared: Prepared, request: Request) -> Reply:
-    """Make the calls."""
-    resident = _mark() if request.watched else None
+    """Make the calls of a request."""
+    resident = _reset_high_water_mark() if request.watched else None
     seconds = []
     for _ in range(request.calls):
         begun = time.perf_counter()
@@ -236,35 +241,35 @@ def answer(prepared: Prepared, request: Request) -> Reply:
     return Reply(seconds, prepared.planned or peak, error, prepared.compile, prepared.parameters)
 
 
-def _mark() -> int | None:
-    """Hand freed memory back, reset the high-water mark, and return what is resident; None where that is not known."""
+def _reset_high_water_mark() -> int | None:
+    """Return freed memory to the system, reset the high-water mark and return the resident bytes; None if unknown."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        CLEAR.write_text("5")
+        CLEAR_REFS.write_text("5")
         return memory("VmRSS")
     except (OSError, AttributeError, TypeError, StopIteration):  # not Linux, not glibc, or a kernel that refuses
         return None
 
 
 def memory(field: str) -> int:
-    """A figure of this process' status, in bytes."""
+    """Return a field of /proc/self/status, such as VmRSS, in bytes."""
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) << 10
 
 
 def _limit_memory(more: float) -> None:
-    """Let this process have so many bytes more than it has; without this the system would choose whom to end."""
+    """Limit this process to `more` bytes beyond its present size; otherwise the system would kill some process."""
     if sys.platform == "linux":
         import resource
 
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        with suppress(OSError, StopIteration, ValueError):  # there is a lower limit already, or no such figure
+        with suppress(OSError, StopIteration, ValueError):  # a lower limit is set already, or the field is missing
             resource.setrlimit(resource.RLIMIT_DATA, (memory("VmData") + int(more), hard))
 
 
-def _words(error: Exception, memory: float) -> str:
-    """One line; the ways in which Python, torch and JAX say that memory ran out are brought to one."""
+def _describe(error: Exception, memory: float) -> str:
+    """Return one line about an error, with the same words for the out-of-memory errors of Python, torch and JAX."""
     text = " ".join(str(error).split())
     if isinstance(error, MemoryError) or "can't allocate memory" in text or "RESOURCE_EXHAUSTED" in text:
         return f"out of memory (over {memory / 2**30:.3g} GiB)"

@@ -1,11 +1,11 @@
-"""The same layer in every library: one builder each, as the library's users build it.
+"""The same autoregressive layer in every library, built as a user of that library would build it.
 
-A layer is affine autoregressive: two hidden layers of H relu units give every feature a shift and a scale, in
-D H + H + H^2 + H + 2 D H + 2 D parameters. Each library bounds the scale in its own way; where one differs beyond that,
-its builder says so. Between the layers of a stack the features change their order, by what the library has for it.
+A layer is affine autoregressive: two hidden layers of H relu units compute a shift and a scale for every feature, with
+D H + H + H^2 + H + 2 D H + 2 D parameters. Each library bounds the scale in its own way; the docstring of a builder
+names any further difference. The layers of a stack alternate the order of the features, with the library's own means.
 
-`parallel` is the direction of one pass and `sequential` the other, whatever the library calls them. Both take (B, D)
-and return the value (B, D) and log_det (B,).
+`parallel` is the direction of one pass and `sequential` the other, whatever the library calls them. Both map (B, D) to
+the value (B, D) and log_det (B,).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class TorchFlow(NamedTuple):
 
 
 class JaxFlow(NamedTuple):
-    """A flow of a JAX library in both directions: pure functions of its weights, which hold inexact arrays alone."""
+    """A flow of a JAX library in both directions: pure functions of its weights, which hold inexact arrays only."""
 
     weights: Any
     parallel: Callable[[Any, Any], tuple[Any, Any]]
@@ -44,7 +44,7 @@ class JaxFlow(NamedTuple):
 
 
 def counterflow(D: int, H: int, layers: int, univariate: Univariate) -> TorchFlow:
-    """One layer by itself, or the stack of an IAF."""
+    """Build one layer, or the stack of an IAF."""
     if layers == 1:
         layer = Autoregressive(D, hidden=(H, H), univariate=univariate)
         return TorchFlow(layer, layer, layer.inverse)
@@ -53,7 +53,7 @@ def counterflow(D: int, H: int, layers: int, univariate: Univariate) -> TorchFlo
 
 
 def nflows(D: int, H: int, layers: int) -> TorchFlow:
-    """Its MADE has a hidden layer ahead of its blocks: one block makes two."""
+    """Build the flow in nflows, whose MADE has a hidden layer before its blocks: one block makes two hidden layers."""
     from nflows.transforms import CompositeTransform, MaskedAffineAutoregressiveTransform, ReversePermutation
 
     parts: list[nn.Module] = []
@@ -65,9 +65,9 @@ def nflows(D: int, H: int, layers: int) -> TorchFlow:
 
 
 def normflows(D: int, H: int, layers: int) -> TorchFlow:
-    """As in nflows, one block makes two hidden layers, but no relu follows the first of them.
+    """Build the flow in normflows: one block makes two hidden layers, and no relu follows the first of them.
 
-    `forward` is the one pass here. With its autoregressive splines, which are not built here, that is `inverse`.
+    Its affine layers take one pass in `forward`; its autoregressive splines, not built here, take one in `inverse`.
     """
     from normflows import NormalizingFlow
     from normflows.distributions import DiagGaussian
@@ -82,16 +82,16 @@ def normflows(D: int, H: int, layers: int) -> TorchFlow:
 
 
 def zuko(D: int, H: int, layers: int) -> TorchFlow:
-    """It passes through its network once more for the log_det of the sequential direction."""
+    """Build the flow in zuko, which needs one more pass for the log_det of the sequential direction."""
     from zuko.flows import MAF
 
     lazy = MAF(D, transforms=layers, hidden_features=(H, H)).transform  # every second layer in reversed order
-    # Called anew for each value, as its distributions do.
+    # The lazy transform is called for each value, as zuko's distributions do.
     return TorchFlow(lazy, lambda x: lazy().call_and_ladj(x), lambda y: lazy().inv.call_and_ladj(y))
 
 
 def pyro(D: int, H: int, layers: int) -> TorchFlow:
-    """It wants H >= D, and remembers its last x and y, which has to be forgotten before each call."""
+    """Build the flow in Pyro, which needs H >= D and caches the last x and y; the cache is cleared before each call."""
     from pyro.distributions.transforms import AffineAutoregressive
     from pyro.nn import AutoRegressiveNN
 
@@ -106,43 +106,43 @@ def pyro(D: int, H: int, layers: int) -> TorchFlow:
             x = y
         return x, total
 
-    def forget() -> None:
+    def clear_caches() -> None:
         for part in parts:
             part.clear_cache()
 
     def parallel(x: Tensor) -> tuple[Tensor, Tensor]:
-        forget()
+        clear_caches()
         return run(parts, x)
 
     def sequential(y: Tensor) -> tuple[Tensor, Tensor]:
-        forget()
+        clear_caches()
         return run((part.inv for part in reversed(parts)), y)
 
     return TorchFlow(parts, parallel, sequential)
 
 
 def flowjax(D: int, H: int) -> JaxFlow:
-    """It maps over the rows of a batch by vmap."""
+    """Build the flow in FlowJAX; vmap maps it over the rows of a batch."""
     import equinox
     import jax
     import paramax
     from flowjax.bijections import Affine, MaskedAutoregressive
 
     layer = MaskedAutoregressive(jax.random.key(0), transformer=Affine(), dim=D, nn_width=H, nn_depth=2)
-    weights, rest = equinox.partition(layer, equinox.is_inexact_array)
+    weights, static = equinox.partition(layer, equinox.is_inexact_array)
 
-    def whole(weights: Any) -> Any:
-        return paramax.unwrap(equinox.combine(weights, rest))
+    def combined(weights: Any) -> Any:
+        return paramax.unwrap(equinox.combine(weights, static))
 
     return JaxFlow(
         weights,
-        lambda weights, x: jax.vmap(whole(weights).transform_and_log_det)(x),
-        lambda weights, y: jax.vmap(whole(weights).inverse_and_log_det)(y),
+        lambda weights, x: jax.vmap(combined(weights).transform_and_log_det)(x),
+        lambda weights, y: jax.vmap(combined(weights).inverse_and_log_det)(y),
     )
 
 
 def numpyro(D: int, H: int) -> JaxFlow:
-    """It wants H >= D, and passes through its network once more for the log_det of the sequential direction."""
+    """Build the flow in NumPyro, which needs H >= D and one more pass for the log_det of the sequential direction."""
     import jax
     from numpyro.distributions.flows import InverseAutoregressiveTransform
     from numpyro.nn import AutoregressiveNN
@@ -163,9 +163,9 @@ def numpyro(D: int, H: int) -> JaxFlow:
 
 
 def tfp(D: int, H: int) -> JaxFlow:
-    """Its network is Keras alone, which JAX does not run: the network is Counterflow's, written in jax.numpy.
+    """Build the flow in TensorFlow Probability on JAX, with Counterflow's network in place of its own, which is Keras.
 
-    `forward` is the sequential direction here.
+    Its `forward` is the sequential direction.
     """
     import jax
     import jax.numpy as jnp
@@ -194,17 +194,17 @@ def tfp(D: int, H: int) -> JaxFlow:
 
 @dataclass(frozen=True)
 class Contestant:
-    """Who builds it, out of which package, and how that is installed."""
+    """A library, or a layer of ours, that takes part in the benchmark."""
 
     build: Callable[..., Any]  # D, H, layers -> TorchFlow; D, H -> JaxFlow
-    module: str
-    package: str
-    install: str
+    module: str  # import name
+    package: str  # name in the package index
+    install: str  # argument of pip install
     jax: bool = False
 
     @property
     def installed(self) -> bool:
-        """Whether its module can be found; importing it may fail all the same."""
+        """Return True if the module can be found; importing it may still fail."""
         return find_spec(self.module) is not None
 
 
@@ -224,6 +224,6 @@ PEERS = {
     "pyro": Contestant(pyro, "pyro", "pyro-ppl", "counterflow[bench]"),
     "flowjax": Contestant(flowjax, "flowjax", "flowjax", "counterflow[bench-jax]", jax=True),
     "numpyro": Contestant(numpyro, "numpyro", "numpyro", "counterflow[bench-jax]", jax=True),
-    # 0.25 imports with jax 0.6, no longer with 0.10
+    # tensorflow-probability 0.25 imports with jax 0.6, but no longer with jax 0.10
     "tfp": Contestant(tfp, "tensorflow_probability", "tensorflow-probability", "tensorflow-probability", jax=True),
 }

@@ -12,7 +12,7 @@ from counterflow import plots
 
 RNG = np.random.default_rng(0)
 FALLING = ([1.0, 2.0, 2.5], [0.5, 1.0, 0.9])
-BOTH = plots.Directions(([8, 64], [1.0, 2.0]), ([8], [30.0]))
+BOTH = plots.DirectionCosts(([8, 64], [1.0, 2.0]), ([8], [30.0]))
 
 
 def rows(n, d, shift=0.0):
@@ -24,7 +24,7 @@ def images(n, *shape):
 
 
 def panel(name="iaf"):
-    return plots.PosteriorPanel(name, rows(50, 2), rows(50, 2), (0, 3), "ESS 12 of 50")
+    return plots.LatentPanel(name, rows(50, 2), rows(50, 2), (0, 3), "ESS 12 of 50")
 
 
 PICTURES = {
@@ -53,14 +53,16 @@ PICTURES = {
     ),
     "histograms of one number": lambda path: plots.histograms(path, {"rows": np.ones(1)}, "nats", "title"),
     "histograms, not finite": lambda path: plots.histograms(path, {"rows": np.array([-np.inf, 1.0, 2.0])}, "", ""),
-    "uniforms": lambda path: plots.uniforms(path, RNG.random((200, 3)), ["a", "b", "c" * 40], "title"),
-    "uniforms, many": lambda path: plots.uniforms(path, RNG.random((9, 50)), list(map(str, range(50))), "title"),
-    "posteriors": lambda path: plots.posteriors(path, list(images(2)), [[panel("gaussian"), panel()]] * 2),
-    "directions": lambda path: plots.directions(path, {"ours": BOTH, "peer": BOTH}, "ms", "title"),
-    "directions, nothing solved": lambda path: plots.directions(
+    "uniforms": lambda path: plots.uniform_histograms(path, RNG.random((200, 3)), ["a", "b", "c" * 40], "title"),
+    "uniforms, many": lambda path: plots.uniform_histograms(
+        path, RNG.random((9, 50)), list(map(str, range(50))), "title"
+    ),
+    "posteriors": lambda path: plots.latent_posteriors(path, list(images(2)), [[panel("gaussian"), panel()]] * 2),
+    "directions": lambda path: plots.direction_costs(path, {"ours": BOTH, "peer": BOTH}, "ms", "title"),
+    "directions, nothing solved": lambda path: plots.direction_costs(
         path, {"ours": BOTH._replace(sequential=([], []))}, "", ""
     ),
-    "posterior of a row": lambda path: plots.posteriors(path, list(rows(1, 5)), [[panel()]]),
+    "posterior of a row": lambda path: plots.latent_posteriors(path, list(rows(1, 5)), [[panel()]]),
 }
 
 
