@@ -35,7 +35,8 @@ from counterflow.commands.model import kind_of_run
 from counterflow.commands.modelling import read_data
 from counterflow.diagnostics.importance import Verdict
 from counterflow.io.data import load
-from counterflow.io.data.streams import column, numbers, open_table
+from counterflow.io.data.cells import numbers, to_numbers_or_texts
+from counterflow.io.data.streams import open_table
 from counterflow.io.serialization import TYPES
 from counterflow.posterior.config import PosteriorConfig
 from counterflow.posterior.posterior import Posterior
@@ -690,7 +691,7 @@ def _stream(name: str) -> Callable[[Path], Any]:
         source, first = open_table(folder / name), 0
         for batch in source.batches(4096):
             numbers(batch, source.names, source.path, first)
-            column(batch, source.names[0], source.path, first)
+            to_numbers_or_texts(batch.column(source.names[0]))
             first += batch.num_rows
 
     return read

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the configurations import this module, and a command's help should not wait for torch
     from torch import Tensor
 
+_DISTRIBUTIONS = {"PIL": "pillow", "pyro": "pyro-ppl", "sklearn": "scikit-learn"}  # import name: name for pip
+
 
 def check_finite(values: Tensor, what: str) -> None:
     """Raise ValueError when values (N, ...) hold a NaN or an infinity, naming the first one and how many there are.
 
     Example:
+        >>> import torch
         >>> check_finite(torch.tensor([[1.0, 2.0], [float("nan"), 4.0]]), "table.csv")
         Traceback (most recent call last):
         ...
@@ -76,7 +79,7 @@ def require(module: str, extra: str, purpose: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        package = module.partition(".")[0]
+        package = _DISTRIBUTIONS.get(module.partition(".")[0], module.partition(".")[0])
         raise ImportError(
             f"expected {package} for {purpose}, got: {error}; pip install 'counterflow[{extra}]'"
         ) from error

@@ -9,7 +9,8 @@ import pytest
 from pyarrow import parquet
 from registry import over
 
-from counterflow.io.data.streams import numbers, open_table, read_table, writing
+from counterflow.io.data.cells import numbers
+from counterflow.io.data.streams import open_table, read_table, writing
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(101, 3))

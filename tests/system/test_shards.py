@@ -162,7 +162,7 @@ def test_what_goes_wrong_in_another_process_is_told(folder, tmp_path):
     command = [*TORCHRUN, "-m", "counterflow", "score", folder / "run", tmp_path, "--out", tmp_path / "out"]
     ran = subprocess.run([*map(str, command)], env=ENVIRONMENT, capture_output=True, text=True)
     assert ran.returncode != 0
-    assert f"column 'b' of {tmp_path}/1.parquet, got a missing one in row 7" in ran.stderr.replace("\n", " ")
+    assert f"every cell of {tmp_path}/1.parquet, got missing (NaN): row 7 of 'b'" in ran.stderr.replace("\n", " ")
     assert not list((tmp_path / "out").rglob("*.part"))
 
 

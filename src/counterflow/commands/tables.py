@@ -14,8 +14,9 @@ import torch
 from counterflow.commands import console, parts
 from counterflow.density.config import DESCRIPTION, MODEL
 from counterflow.density.context import Context
+from counterflow.io.data.cells import numbers, to_texts
 from counterflow.io.data.source import Part, Source, located
-from counterflow.io.data.streams import appending, check_writable, numbers, open_table, texts, writing
+from counterflow.io.data.streams import appending, check_writable, open_table, writing
 
 if TYPE_CHECKING:  # scikit-learn takes seconds to import, which no other command should wait for
     from counterflow.density.estimator import FlowDensity
@@ -212,7 +213,7 @@ def _context(
     if context is None:
         return None
     table = {
-        name: numbers(batch, [place], path, first)[:, 0] if categories is None else texts(batch, place)
+        name: numbers(batch, [place], path, first)[:, 0] if categories is None else to_texts(batch.column(place))
         for (name, categories, _, _), place in zip(context.columns, places, strict=True)
     }
     context.encode(table, first)  # whose errors know the row of the file

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from counterflow.io.data.cells import check_cells, is_numeric, to_numbers
+
 Array = np.ndarray[Any, Any]
 
 
@@ -64,8 +66,12 @@ class Context:
         """C, the numbers that it becomes."""
         return sum(1 if categories is None else len(categories) for _, categories, _, _ in self.columns)
 
-    def encode(self, table: dict[str, Array], first: int = 0) -> Array:
-        """Columns (N,) by name, in any order -> (N, C) float64. Errors count rows from `first`.
+    def encode(self, table: dict[str, Array], first: int | None = None) -> Array:
+        """Encode columns (N,) by name, in any order, as (N, C) float64.
+
+        Args:
+            table: the columns.
+            first: the number of the first row, where these rows are one batch of a longer table; for errors.
 
         Raises:
             ValueError: a column that is missing or not wanted, a missing value, a category that training did not see.
@@ -78,38 +84,18 @@ class Context:
             if categories is None:
                 parts.append(((_numbers(table[name], name, first) - mean) / std)[:, None])
             else:
-                parts.append(_one_hot(_texts(table[name], name, first), categories, name, first))
+                parts.append(_one_hot(_texts(table[name], name, first), categories, name, first or 0))
         return np.concatenate(parts, 1)
 
 
-def is_numeric(column: Array) -> bool:
-    """Whether a column holds numbers, whatever it holds them in."""
-    if column.dtype.kind in "buif":
-        return True
-    return column.dtype == object and len(column) > 0 and all(isinstance(v, int | float | np.number) for v in column)
+def _numbers(column: Array, name: str, first: int | None = None) -> Array:
+    values = to_numbers(column, name, "the context", first or 0)
+    check_cells(values[:, None], [name], "the context", first)
+    return values
 
 
-def _numbers(column: Array, name: str, first: int = 0) -> Array:
-    try:
-        numbers: Array = np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"expected numbers in the context column {name!r}, got: {error}") from None
-    bad = np.flatnonzero(~np.isfinite(numbers))
-    if len(bad):
-        raise ValueError(
-            f"expected finite numbers in the context column {name!r}, got {len(bad)} others, the first "
-            f"{numbers[bad[0]]} in row {first + bad[0]} (counted from 0); impute or drop the rows"
-        )
-    return numbers
-
-
-def _texts(column: Array, name: str, first: int = 0) -> list[str]:
-    missing = [k for k, v in enumerate(column) if v is None or v != v]
-    if missing:
-        raise ValueError(
-            f"expected a category in every row of the context column {name!r}, got {len(missing)} missing, the first "
-            f"in row {first + missing[0]} (counted from 0); impute or drop the rows"
-        )
+def _texts(column: Array, name: str, first: int | None = None) -> list[str]:
+    check_cells(column.astype(object)[:, None], [name], "the context", first)
     return [str(v) for v in column]
 
 

@@ -27,31 +27,6 @@ SMALLEST, LARGEST = 1e-140, 1e140  # of a column's largest number: squares and w
 DEPENDENT = 1e-10  # least eigenvalue of a correlation matrix, relative to the greatest; rounding leaves about 1e-15
 
 
-def check_cells(x: Array, names: Sequence[str]) -> None:
-    """Raise ValueError unless every cell of x (N, D) holds a finite number, naming the first places.
-
-    Example:
-        >>> check_cells(np.array([[1.0, np.nan], [2.0, 3.0]]), ["a", "b"])
-        Traceback (most recent call last):
-        ...
-        ValueError: expected a number in every cell, got 1 missing (NaN): row 0 of 'b' (rows counted from 0); impute \
-them, for example by sklearn.impute, or drop 1 of 2 rows
-    """
-    if np.isfinite(x).all():
-        return
-    for bad, what, todo in (
-        (np.isnan(x), "missing (NaN)", "impute them, for example by sklearn.impute,"),
-        (np.isinf(x), "infinite (inf)", "clip or mask them,"),
-    ):
-        if bad.any():
-            first = [f"row {row} of {names[column]!r}" for row, column in np.argwhere(bad)[:3]]
-            more = ", .." if bad.sum() > len(first) else ""
-            raise ValueError(
-                f"expected a number in every cell, got {bad.sum()} {what}: {', '.join(first)}{more} (rows counted from "
-                f"0); {todo} or drop {bad.any(1).sum()} of {len(bad)} rows"
-            )
-
-
 def check_sizes(x: Array, names: Sequence[str]) -> None:
     """Raise ValueError for columns (N, D) whose squares float64 does not hold, by name.
 

@@ -15,13 +15,14 @@ from torch import Tensor
 from counterflow.checks import check_device
 from counterflow.density.config import DESCRIPTION, MODEL, DensityConfig, RecipeName
 from counterflow.density.context import Context
-from counterflow.density.detection import Bounds, Kind, check_cells, check_columns, check_sizes, detect
+from counterflow.density.detection import Bounds, Kind, check_columns, check_sizes, detect
 from counterflow.density.inputs import check_text, named_columns
 from counterflow.density.learner import preprocessing, torch_init, with_kernels
 from counterflow.flows.bases import KernelMixture
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
 from counterflow.flows.recipes import IAF, MAF, NSF, Coupling
+from counterflow.io.data.cells import check_cells
 from counterflow.io.json import MAX_QUOTED, from_json, read_json, write_json
 from counterflow.io.serialization import load, save
 from counterflow.random import seeded

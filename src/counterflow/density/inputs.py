@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.density.context import is_numeric
+from counterflow.io.data.cells import is_numeric
 
 Array = np.ndarray[Any, Any]
 

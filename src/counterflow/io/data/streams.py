@@ -16,6 +16,7 @@ import numpy as np
 
 from counterflow.io.atomic import atomic_write
 from counterflow.io.data.arrays import NPZ, Array, check_unpacked, npy_header, npz_member, read_npy
+from counterflow.io.data.cells import numbers, to_numbers_or_texts
 from counterflow.io.data.formats import needs, reading
 from counterflow.io.data.parquet import (
     PARQUET,
@@ -27,7 +28,7 @@ from counterflow.io.data.parquet import (
     text_bytes,
 )
 from counterflow.io.data.source import Part, Source, in_turn, located
-from counterflow.io.data.tables import CSV, csv_header, is_number
+from counterflow.io.data.tables import CSV, csv_header
 from counterflow.io.limits import check_taken
 
 SUFFIXES = (".csv", ".parquet", ".npy", ".npz")
@@ -35,7 +36,6 @@ COLUMN = 1 << 10  # bytes that a name, and what Arrow knows of a column, take
 CELL = 1 << 6  # bytes that Python takes for a text, besides its letters
 FEWER = "write a file of fewer rows, if they are there"
 BLOCK = 1 << 22  # bytes of a CSV or an .npz at a time
-MISSING = ("", "NA", "N/A", "NaN", "nan", "NULL", "null", "None")  # texts that stand for no number
 
 
 def open_table(path: Path, key: str | None = None) -> Source:
@@ -187,67 +187,6 @@ def _as_batch(array: Array, names: Sequence[str]) -> Any:
     return arrow.record_batch(columns, names=list(names))
 
 
-# -- cells -------------------------------------------------------------------------------------------
-
-
-def numbers(batch: Any, names: Sequence[str], path: Path, first: int = 0) -> Array:
-    """(n, D) float64 of these columns of a batch whose first row is row `first` of the file.
-
-    Raises ValueError where a cell is missing, is no number or is not finite, with its row and column.
-    """
-    found = np.empty((batch.num_rows, len(names)))
-    for k, name in enumerate(names):
-        found[:, k] = _column_numbers(batch.column(name), name, path, first)
-    if not np.isfinite(found).all():
-        row, k = np.argwhere(~np.isfinite(found))[0]
-        raise ValueError(
-            f"expected finite numbers in column {names[k]!r:.100} of {path}, got {found[row, k]} in row {first + row} "
-            "(counted from 0); drop or impute such rows"
-        )
-    return found
-
-
-def _column_numbers(column: Any, name: str, path: Path, first: int) -> Array:
-    arrow, compute = needs("pyarrow", "pyarrow", "a table"), needs("pyarrow.compute", "pyarrow", "a table")
-    if arrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
-    try:
-        cast = column if column.null_count else compute.cast(column, arrow.float64())
-    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError):
-        cast = None
-    if cast is not None and not cast.null_count:
-        return cast.to_numpy(zero_copy_only=False)
-    cells = column.to_pylist()
-    for row, cell in enumerate(cells):
-        text = isinstance(cell, str)
-        if cell is None or (text and cell.strip() in MISSING):
-            raise ValueError(
-                f"expected a number in every cell of column {name!r:.100} of {path}, got a missing one in row "
-                f"{first + row} (counted from 0); drop or impute such rows"
-            )
-        if not (is_number(cell.strip()) if text else isinstance(cell, int | float)):
-            raise ValueError(
-                f"expected numbers in column {name!r:.100} of {path}, got {cell!r:.100} in row {first + row} "
-                "(counted from 0); drop the column, encode it as numbers, or name it as context"
-            )
-    return np.array([float(cell.strip() if isinstance(cell, str) else cell) for cell in cells])
-
-
-def column(batch: Any, name: str, path: Path, first: int = 0) -> Array:
-    """A column of a batch as float64 if all of it are numbers, else as texts; None where a cell is missing."""
-    try:
-        return numbers(batch, [name], path, first)[:, 0]
-    except ValueError:
-        return texts(batch, name)
-
-
-def texts(batch: Any, name: str) -> Array:
-    """A column of a batch as texts, (n,) objects; None where a cell is missing."""
-    found = np.empty(batch.num_rows, dtype=object)
-    found[:] = [None if cell is None or cell == "" else str(cell) for cell in batch.column(name).to_pylist()]
-    return found
-
-
 def read_table(source: Source, names: Sequence[str], others: Sequence[str]) -> tuple[Any, dict[str, Array]]:
     """All rows: an Arrow table of these columns as float64, and others as numbers or texts.
 
@@ -270,7 +209,7 @@ def read_table(source: Source, names: Sequence[str], others: Sequence[str]) -> t
         return table, {}
     every = arrow.concat_tables(rest, promote_options="permissive")  # the files of a folder may differ in their types
     joined = every.combine_chunks().to_batches()[0]
-    return table, {name: column(joined, name, source.path) for name in others}
+    return table, {name: to_numbers_or_texts(joined.column(name)) for name in others}
 
 
 # -- writing -----------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from counterflow.io.data.arrays import Array, narrow
+from counterflow.io.data.cells import is_number
 from counterflow.io.data.formats import needs, reading
 from counterflow.io.data.parquet import PARQUET, check_parquet, opened_parquet, row_groups
 from counterflow.io.limits import check_taken
@@ -110,12 +111,3 @@ def _texts(table: Any) -> Iterator[tuple[str, int, object]]:
             for row, cell in enumerate(column.to_pylist()):
                 if cell is not None:
                     yield name, row, cell
-
-
-def is_number(text: str) -> bool:
-    """Whether a text is a number as files write them."""
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return text.isascii() and "_" not in text  # Python alone reads 1_000 and other scripts
