@@ -1,4 +1,4 @@
-"""Checks of arguments that every floor needs."""
+"""Checks of arguments, and the import of optional packages."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ _DISTRIBUTIONS = {"PIL": "pillow", "pyro": "pyro-ppl", "sklearn": "scikit-learn"
 
 
 def check_finite(values: Tensor, what: str) -> None:
-    """Raise ValueError when values (N, ...) hold a NaN or an infinity, naming the first one and how many there are.
+    """Raise ValueError if values (N, ...) hold a NaN or an infinity; the message names the first one and counts all.
+
+    Args:
+        values: numbers with rows along the first axis.
+        what: name of the values for the message, such as a file or "the training rows".
 
     Example:
         >>> import torch
@@ -37,7 +41,7 @@ def check_finite(values: Tensor, what: str) -> None:
 
 
 def check_device(name: str) -> None:
-    """Raise ValueError unless tensors can be made on the device of that name."""
+    """Raise ValueError unless torch can create tensors on the device of that name."""
     if name == "cpu":
         return
     import torch
@@ -45,32 +49,35 @@ def check_device(name: str) -> None:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):  # torch asserts that it was built with CUDA
-        raise ValueError(f"expected device as one that is here, such as cpu, got {name!r}") from None
+        raise ValueError(f"expected device to be an available torch device, such as cpu, got {name!r}") from None
 
 
 def positive(value: int, name: str) -> int:
-    """Return value if it is a whole number of at least 1, else say what came."""
+    """Return value if it is a whole number of at least 1; otherwise raise ValueError with its name and value."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"expected {name} as a whole number of at least 1, got {value!r}")
+        raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
     return value
 
 
 def positive_number(value: float, name: str) -> None:
-    """Raise ValueError unless value is positive and finite."""
+    """Raise ValueError unless value is a positive, finite number."""
     if not (math.isfinite(value) and value > 0):
-        raise ValueError(f"expected {name} as a positive number, got {value!r}")
+        raise ValueError(f"expected {name} to be a positive number, got {value!r}")
 
 
 def require(module: str, extra: str, purpose: str) -> Any:
-    """Import an optional package, or say which extra brings it.
+    """Import an optional package, or raise ImportError with the command that installs it.
 
     Args:
-        module: the import name, such as "pyarrow.parquet".
-        extra: the extra of counterflow that installs it, such as "data".
-        purpose: the rest of "expected PACKAGE for ...".
+        module: import name, such as "pyarrow.parquet".
+        extra: extra of counterflow that installs the package, such as "data".
+        purpose: what needs the package, the end of "expected PACKAGE for ...".
+
+    Returns:
+        The module.
 
     Raises:
-        ImportError: the package does not import.
+        ImportError: the package cannot be imported.
 
     Example:
         >>> require("math", "data", "sums").sqrt(4.0)

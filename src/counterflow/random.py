@@ -1,4 +1,4 @@
-"""Noise that comes of a seed."""
+"""Reproducible random numbers."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 
 @contextmanager
 def seeded(seed: int, *, cuda: bool = False) -> Iterator[None]:
-    """torch's global generators begin at a seed, and stand where they stood before when it ends.
+    """Seed torch's global random generator inside a `with` block, and restore its earlier state afterwards.
 
-    That of the CPU alone, or with cuda those of all GPUs as well.
+    Args:
+        seed: the seed.
+        cuda: True to seed and restore the generators of all GPUs as well; otherwise only that of the CPU.
 
     Example:
         >>> with seeded(3):

@@ -199,8 +199,8 @@ ERRORS = {
         ValueError,
         r"got dim=1 and shapes={'mu': \(\)}",
     ),
-    "dim of zero": (lambda: from_torch(bowl, 0), ValueError, r"expected dim as a whole number of at least 1, got 0"),
-    "dim as a float": (lambda: from_torch(bowl, 2.0), ValueError, r"expected dim as a whole number .*, got 2\.0"),
+    "dim of zero": (lambda: from_torch(bowl, 0), ValueError, r"expected dim to be a whole number of at least 1, got 0"),
+    "dim as a float": (lambda: from_torch(bowl, 2.0), ValueError, r"expected dim to be a whole number .*, got 2\.0"),
     "no variables": (
         lambda: from_torch(bowl, shapes={}),
         ValueError,
@@ -276,7 +276,7 @@ ERRORS = {
     "theta is whole": (
         lambda: from_torch(bowl, 3)(POINTS.long()),
         TypeError,
-        r"expected theta as a floating-point tensor, got a tensor of torch\.int64",
+        r"expected theta to be a floating-point tensor, got a tensor of torch\.int64",
     ),
     "theta is an array": (lambda: from_torch(bowl, 3)(POINTS.numpy()), TypeError, r"got ndarray; .*torch\.as_tensor"),
     "another dim": (

@@ -420,8 +420,8 @@ REFUSED = {
     "infinity": ({"validation": with_one(-math.inf, 0, 0)}, r"the validation data, .* \(-inf\) at row 0, column 0 "),
     "nan row": ({"train": with_one(math.nan, 7)}, "got 2 non-finite of 80, the first .* row 7, column 0 .* 1 of 40 r"),
     "nan in context": ({"train": (ROWS, with_one(math.nan, 1, 0))}, "at row 1, column 0"),
-    "no steps": ({"train": 0}, r"expected the training data as a whole number of at least 1, got 0"),
-    "no evaluations": ({"validation": 0}, r"expected the validation data as a whole number of at least 1, got 0"),
+    "no steps": ({"train": 0}, r"expected the training data to be a whole number of at least 1, got 0"),
+    "no evaluations": ({"validation": 0}, r"expected the validation data to be a whole number of at least 1, got 0"),
     "tuple of two lengths": ({"train": (ROWS, ROWS[:30])}, r"as many rows in each part of the training .* \[30, 40\]"),
     "validation of two lengths": ({"validation": (ROWS, ROWS[:3])}, r"each part of the validation data, got \[3, 40\]"),
 }  # fmt: skip

@@ -21,12 +21,16 @@ def conditional():
 
 # What is called, the error's type, and a pattern: what was expected, what came and, where it is not plain, what to do.
 ERRORS = {
-    "x is a list": (lambda: plain()([1.0]), TypeError, r"expected x as a floating-point tensor, got list; convert it"),
-    "x is None": (lambda: plain()(None), TypeError, r"expected x as a floating-point tensor, got None"),
+    "x is a list": (
+        lambda: plain()([1.0]),
+        TypeError,
+        r"expected x to be a floating-point tensor, got list; convert it",
+    ),
+    "x is None": (lambda: plain()(None), TypeError, r"expected x to be a floating-point tensor, got None"),
     "x is whole": (lambda: plain()(X.long()), TypeError, r"expected x .*, got a tensor of torch.int64; .*\.float\(\)"),
-    "y is whole": (lambda: plain().inverse(X.long()), TypeError, r"expected y as a floating-point tensor"),
-    "c is whole": (lambda: conditional()(X, C.long()), TypeError, r"expected c as .*, got a tensor of torch.int64"),
-    "c is a list": (lambda: conditional()(X, [1.0, 2.0]), TypeError, r"expected c as .*, got list"),
+    "y is whole": (lambda: plain().inverse(X.long()), TypeError, r"expected y to be a floating-point tensor"),
+    "c is whole": (lambda: conditional()(X, C.long()), TypeError, r"expected c to be .*, got a tensor of torch.int64"),
+    "c is a list": (lambda: conditional()(X, [1.0, 2.0]), TypeError, r"expected c to be .*, got list"),
     "x is float64": (
         lambda: plain()(X.double()),
         TypeError,
@@ -78,11 +82,11 @@ ERRORS = {
         ValueError,
         r"expected x of shape \(\.\.\., 1\), got \(5, 3\); this Standardize",
     ),
-    "no features": (lambda: AR(0), ValueError, r"expected features as a whole number of at least 1, got 0"),
-    "features as a float": (lambda: AR(2.0), ValueError, r"expected features as a whole number .*, got 2\.0"),
-    "features as a bool": (lambda: AR(True), ValueError, r"expected features as a whole number .*, got True"),
-    "negative context": (lambda: AR(3, -1), ValueError, r"expected context as a whole number .*, got -1"),
-    "no hidden units": (lambda: AR(3, hidden=(8, 0)), ValueError, r"expected hidden\[1\] as a whole .*, got 0"),
+    "no features": (lambda: AR(0), ValueError, r"expected features to be a whole number of at least 1, got 0"),
+    "features as a float": (lambda: AR(2.0), ValueError, r"expected features to be a whole number .*, got 2\.0"),
+    "features as a bool": (lambda: AR(True), ValueError, r"expected features to be a whole number .*, got True"),
+    "negative context": (lambda: AR(3, -1), ValueError, r"expected context to be a whole number .*, got -1"),
+    "no hidden units": (lambda: AR(3, hidden=(8, 0)), ValueError, r"expected hidden\[1\] to be a whole .*, got 0"),
     "no hidden layers": (
         lambda: AR(3, hidden=()),
         ValueError,
@@ -189,19 +193,23 @@ ERRORS = {
     "one bin": (
         lambda: cf.RationalQuadraticSpline(bins=1),
         ValueError,
-        r"expected bins as a whole number from 2 to 500, got 1",
+        r"expected bins to be a whole number from 2 to 500, got 1",
     ),
     "a float of bins": (lambda: cf.RationalQuadraticSpline(bins=8.0), ValueError, r"expected bins .*, got 8\.0"),
     "too many bins": (lambda: cf.RationalQuadraticSpline(bins=501), ValueError, r"expected bins .*, got 501"),
     "a spline without room": (
         lambda: cf.RationalQuadraticSpline(bound=0.0),
         ValueError,
-        r"expected bound as a positive number, got 0\.0",
+        r"expected bound to be a positive number, got 0\.0",
     ),
-    "a negative clip": (lambda: cf.Affine(bound=-1.0), ValueError, r"expected bound as a positive number, got -1\.0"),
+    "a negative clip": (
+        lambda: cf.Affine(bound=-1.0),
+        ValueError,
+        r"expected bound to be a positive number, got -1\.0",
+    ),
     "a clip that is no number": (lambda: cf.Affine(bound=float("nan")), ValueError, r"expected bound .*, got nan"),
-    "base of no features": (lambda: cf.bases.StandardNormal(0), ValueError, r"expected features as a whole number"),
-    "base of a negative context": (lambda: cf.bases.DiagonalNormal(2, -1), ValueError, r"expected context as a whole"),
+    "base of no features": (lambda: cf.bases.StandardNormal(0), ValueError, r"expected features to be a whole number"),
+    "base of a negative context": (lambda: cf.bases.DiagonalNormal(2, -1), ValueError, r"expected context to be a whole"),
     "base and transform of other features": (
         lambda: cf.Flow(cf.bases.StandardNormal(2), plain()),
         ValueError,
@@ -251,7 +259,7 @@ ERRORS = {
     f"{make.__name__} without {name}": (
         lambda make=make, name=name: make(**{"features": 3, name: 0}),
         ValueError,
-        rf"expected {name} as a whole number of at least 1, got 0",
+        rf"expected {name} to be a whole number of at least 1, got 0",
     )
     for make in (cf.IAF, cf.MAF, cf.NSF, cf.Coupling)
     for name in ("features", "layers")

@@ -144,7 +144,7 @@ def _check_tensor(value: Tensor, name: str) -> None:
     if not (isinstance(value, Tensor) and value.is_floating_point()):
         came = f"a tensor of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
         how = ".float()" if isinstance(value, Tensor) else "torch.as_tensor(...).float()"
-        raise TypeError(f"expected {name} as a floating-point tensor, got {came}; convert it with {how}")
+        raise TypeError(f"expected {name} to be a floating-point tensor, got {came}; convert it with {how}")
 
 
 def rank(x: Tensor, edges: Tensor) -> Tensor:

@@ -4,25 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from counterflow.transforms.base import Transform, prepare, rank
+from counterflow.univariate import rational_quadratic
 
 Knots = tuple[Tensor, Tensor, Tensor]  # x, y and slopes of one feature, (K,) each
-
-
-class Piece(NamedTuple):
-    """The piece of its curve that a number lies in, each (..., D)."""
-
-    x0: Tensor
-    y0: Tensor
-    width: Tensor
-    height: Tensor
-    d0: Tensor
-    d1: Tensor
 
 
 class QuantileSpline(Transform):
@@ -105,7 +95,8 @@ class QuantileSpline(Transform):
         curves = [_lengthened(*curve, K) for curve in curves]
         return cls(*(torch.stack(part).to(rows.dtype) for part in zip(*curves, strict=True)))
 
-    def _piece(self, at: Tensor, edges: Tensor) -> Piece:
+    def _bin(self, at: Tensor, edges: Tensor) -> rational_quadratic.Bin:
+        """Return the bin of each number, the first or last one for numbers beyond the knots."""
         k = rank(at.movedim(-1, 0).reshape(self.features, -1), edges)
         k = (k - 1).clamp(0, edges.shape[1] - 2)
 
@@ -113,18 +104,15 @@ class QuantileSpline(Transform):
             return values.gather(1, k + more).reshape(self.features, *at.shape[:-1]).movedim(0, -1)
 
         x0, y0 = pick(self.x, 0), pick(self.y, 0)
-        return Piece(x0, y0, pick(self.x, 1) - x0, pick(self.y, 1) - y0, pick(self.slopes, 0), pick(self.slopes, 1))
+        return rational_quadratic.Bin(
+            x0, y0, pick(self.x, 1) - x0, pick(self.y, 1) - y0, pick(self.slopes, 0), pick(self.slopes, 1)
+        )
 
-    def _ends(self, edges: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
-        """How far a number lies beyond the knots, negative below them, and the slope there; 0 and 1 between."""
+    def _beyond(self, at: Tensor, edges: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the signed distance of each number beyond the knots, 0 between them, and the slope there, else 1."""
         beyond = (at - edges[:, -1]).clamp_min(0) + (at - edges[:, 0]).clamp_max(0)
         slope = torch.where(beyond > 0, self.slopes[:, -1], torch.where(beyond < 0, self.slopes[:, 0], 1.0))
         return beyond, slope
-
-    def _log_slope(self, p: Piece, s: Tensor, t: Tensor) -> Tensor:
-        u = t * (1 - t)
-        above = p.d1 * t * t + 2 * s * u + p.d0 * (1 - t).square()
-        return 2 * s.log() + above.log() - 2 * (s + (p.d0 + p.d1 - 2 * s) * u).log()
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y and log|det dy/dx|."""
@@ -132,24 +120,16 @@ class QuantileSpline(Transform):
         return y, log_slope.sum(-1)
 
     def _forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        beyond, slope = self._ends(self.x, x)
-        p = self._piece(x, self.x)
-        s, t = p.height / p.width, ((x - beyond - p.x0) / p.width).clamp(0, 1)
-        u = t * (1 - t)
-        y = p.y0 + p.height * (s * t * t + p.d0 * u) / (s + (p.d0 + p.d1 - 2 * s) * u)
-        return y + beyond * slope, torch.where(beyond == 0, self._log_slope(p, s, t), slope.log())
+        beyond, slope = self._beyond(x, self.x)
+        y, log_slope = rational_quadratic.value(self._bin(x, self.x), x - beyond)
+        return y + beyond * slope, torch.where(beyond == 0, log_slope, slope.log())
 
     def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return x and log|det dx/dy|: the root of a quadratic, in the form that does not cancel."""
+        """Return x and log|det dx/dy|."""
         y = prepare(self, y, c, "y")
-        beyond, slope = self._ends(self.y, y)
-        p = self._piece(y, self.y)
-        s, up = p.height / p.width, y - beyond - p.y0
-        mixed = up * (p.d0 + p.d1 - 2 * s)
-        a, b, q = p.height * (s - p.d0) + mixed, p.height * p.d0 - mixed, -s * up
-        t = (2 * q / (-b - torch.sqrt((b * b - 4 * a * q).clamp_min(0)))).clamp(0, 1)
-        log_slope = torch.where(beyond == 0, self._log_slope(p, s, t), slope.log())
-        return p.x0 + t * p.width + beyond / slope, -log_slope.sum(-1)
+        beyond, slope = self._beyond(y, self.y)
+        x, log_slope = rational_quadratic.inverse(self._bin(y, self.y), y - beyond)
+        return x + beyond / slope, torch.where(beyond == 0, log_slope, -slope.log()).sum(-1)
 
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Transform.forward_by_feature`."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from counterflow.checks import positive_number
+from counterflow.univariate import rational_quadratic
 from counterflow.univariate.affine import _softclip
 from counterflow.univariate.base import Partials, Univariate
 
@@ -54,7 +55,7 @@ class RationalQuadraticSpline(Univariate):
 
     def __post_init__(self) -> None:
         if not (isinstance(self.bins, int) and 2 <= self.bins <= 500):
-            raise ValueError(f"expected bins as a whole number from 2 to 500, got {self.bins!r}")
+            raise ValueError(f"expected bins to be a whole number from 2 to 500, got {self.bins!r}")
         positive_number(self.bound, "bound")
         if not 0 < self.min_slope <= 1 / (2 * self.bins):
             raise ValueError(f"expected min_slope above 0 and at most 1 / (2 bins), got {self.min_slope!r}")
@@ -66,56 +67,34 @@ class RationalQuadraticSpline(Univariate):
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Return y and log dy/dx."""
-        inside = x.abs() < self.bound
-        t_x = torch.where(inside, x, torch.zeros_like(x))
+        inside, x_inside = self._inside(x)
         xs, ys, slopes = self._knots(params)
-        x0, x1, y0, y1, d0, d1 = _bin(t_x, xs, xs, ys, slopes)
-        width, height = x1 - x0, y1 - y0
-        s, t = height / width, (t_x - x0) / width
-        u = t * (1 - t)
-        below = s + (d0 + d1 - 2 * s) * u
-        y = y0 + height * (s * t * t + d0 * u) / below
-        log_slope = self._log_slope(s, t, u, d0, d1, below)
+        y, log_slope = rational_quadratic.value(_bin(x_inside, xs, xs, ys, slopes), x_inside)
         return torch.where(inside, y, x), torch.where(inside, log_slope, torch.zeros_like(x))
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy: the root of a quadratic, by the form of it that does not cancel, and a Newton step.
-
-        The step is for slopes that differ a lot: the quadratic's coefficients cancel then, what it is made of does not.
-        """
-        inside = y.abs() < self.bound
-        t_y = torch.where(inside, y, torch.zeros_like(y))
+        """Return x and log dx/dy."""
+        inside, y_inside = self._inside(y)
         xs, ys, slopes = self._knots(params)
-        x0, x1, y0, y1, d0, d1 = _bin(t_y, ys, xs, ys, slopes)
-        width, height = x1 - x0, y1 - y0
-        s, up = height / width, t_y - y0
-        bend = d0 + d1 - 2 * s
-        mixed = up * bend
-        a, b, c = height * (s - d0) + mixed, height * d0 - mixed, -s * up
-        root, forth = torch.sqrt((b * b - 4 * a * c).clamp_min(0)), b >= 0
-        t = (torch.where(forth, 2 * c, root - b) / torch.where(forth, -b - root, 2 * a)).clamp(0, 1)
-        u = t * (1 - t)
-        below, above = s + bend * u, d1 * t * t + 2 * s * u + d0 * (1 - t) * (1 - t)
-        off = height * (s * t * t + d0 * u) - up * below
-        t = (t - off * below / (height * s * above)).clamp(0, 1)
-        u = t * (1 - t)
-        log_slope = self._log_slope(s, t, u, d0, d1, s + bend * u)
-        return torch.where(inside, x0 + t * width, y), torch.where(inside, -log_slope, torch.zeros_like(y))
+        x, log_slope = rational_quadratic.inverse(_bin(y_inside, ys, xs, ys, slopes), y_inside)
+        return torch.where(inside, x, y), torch.where(inside, log_slope, torch.zeros_like(y))
 
     def partials(self, x: Tensor, params: Tensor) -> Partials:
-        """Closed form: by the chain rule to the ends and slopes of the bin, and from there to the params."""
-        inside = x.abs() < self.bound
-        t_x = torch.where(inside, x, torch.zeros_like(x))
+        """Closed form: the chain rule to the ends and slopes of the bin, and from there to the params."""
+        inside, x_inside = self._inside(x)
         xs, ys, slopes = self._knots(params)
-        x0, x1, y0, y1, d0, d1 = _bin(t_x, xs, xs, ys, slopes)
-        width, height = x1 - x0, y1 - y0
-        s, t = height / width, (t_x - x0) / width
-        rest, bend = 1 - t, d0 + d1 - 2 * s
+        found = _bin(x_inside, xs, xs, ys, slopes)
+        x0, _, width, height, d0, d1 = found
+        s = found.s
+        t = (x_inside - x0) / width
+        over, below, above = rational_quadratic.terms(found, t)
+        rest = 1 - t
         u = t * rest
-        over, below = s * t * t + d0 * u, s + bend * u  # y = y0 + height over / below
-        above = d1 * t * t + 2 * s * u + d0 * rest * rest  # l = 2 log s + log above - 2 log below
-        below_t, above_t = bend * (rest - t), 2 * (d1 * t + s * (rest - t) - d0 * rest)
-        dy_dx, dl_dx = s * s * above / (below * below), (above_t / above - 2 * below_t / below) / width
+        bend = d0 + d1 - 2 * s
+        below_t = bend * (rest - t)
+        above_t = 2 * (d1 * t + s * (rest - t) - d0 * rest)
+        dy_dx = s * s * above / (below * below)
+        dl_dx = (above_t / above - 2 * below_t / below) / width
 
         def to_params(by_over: Tensor, by_above: Tensor, by_below: Tensor, by_s: Tensor, by_ends: Tensor) -> Tensor:
             """From derivatives by these to derivatives by the params; by_ends is dy/dy0, which is 1, or dl/dy0."""
@@ -125,9 +104,9 @@ class RationalQuadraticSpline(Univariate):
             by_d0 = by_over * u + by_above * rest * rest + by_below * u
             return torch.cat(
                 [
-                    self._by_shares(w, t_x, xs, xs, -by_t / width - by_width, by_width),
-                    self._by_shares(h, t_x, xs, ys, by_ends - by_height, by_height),
-                    self._by_slopes(d, t_x, xs, slopes, by_d0, by_above * t * t + by_below * u),
+                    self._by_shares(w, x_inside, xs, xs, -by_t / width - by_width, by_width),
+                    self._by_shares(h, x_inside, xs, ys, by_ends - by_height, by_height),
+                    self._by_slopes(d, x_inside, xs, slopes, by_d0, by_above * t * t + by_below * u),
                 ],
                 -1,
             )
@@ -167,9 +146,10 @@ class RationalQuadraticSpline(Univariate):
             return by[..., 1:-1] * inner * (1 + raw.abs() / self._most) ** -2
         return by[..., 1:-1] * -torch.expm1(self.min_slope - inner)  # the sigmoid of what softplus was given
 
-    def _log_slope(self, s: Tensor, t: Tensor, u: Tensor, d0: Tensor, d1: Tensor, below: Tensor) -> Tensor:
-        above = d1 * t * t + 2 * s * u + d0 * (1 - t) * (1 - t)
-        return 2 * s.log() + above.log() - 2 * below.log()
+    def _inside(self, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mask of numbers inside the bound, and the numbers with 0 in place of the others."""
+        inside = v.abs() < self.bound
+        return inside, torch.where(inside, v, torch.zeros_like(v))
 
     def _knots(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Knots xs, ys (..., bins + 1), the outer ones exactly at -bound and bound, and slopes (..., bins + 1)."""
@@ -202,7 +182,8 @@ class RationalQuadraticSpline(Univariate):
         return -math.log(self.min_slope)
 
 
-def _bin(v: Tensor, edges: Tensor, xs: Tensor, ys: Tensor, slopes: Tensor) -> tuple[Tensor, ...]:
-    """Ends of the bin of `edges` in which v lies: x0, x1, y0, y1 and the slopes d0, d1, each (...)."""
+def _bin(v: Tensor, edges: Tensor, xs: Tensor, ys: Tensor, slopes: Tensor) -> rational_quadratic.Bin:
+    """Return the bin of `edges` (..., bins + 1) in which each v (...) lies."""
     k = (v.unsqueeze(-1) >= edges[..., 1:-1]).sum(-1, keepdim=True)
-    return tuple(table.gather(-1, k + side).squeeze(-1) for table in (xs, ys, slopes) for side in (0, 1))
+    x0, x1, y0, y1, d0, d1 = (table.gather(-1, k + side).squeeze(-1) for table in (xs, ys, slopes) for side in (0, 1))
+    return rational_quadratic.Bin(x0, y0, x1 - x0, y1 - y0, d0, d1)

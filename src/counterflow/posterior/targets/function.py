@@ -117,7 +117,7 @@ def as_target(target: Target | Callable[..., Tensor], dim: int | None = None) ->
 
 def _whole(dim: Any) -> int:
     if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"expected dim as a whole number of at least 1, got {dim!r}")
+        raise ValueError(f"expected dim to be a whole number of at least 1, got {dim!r}")
     return dim
 
 

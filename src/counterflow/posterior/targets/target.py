@@ -133,7 +133,9 @@ class Target:
     def _checked(self, theta: Tensor) -> Tensor:
         if not (isinstance(theta, Tensor) and theta.is_floating_point()):
             came = f"a tensor of {theta.dtype}" if isinstance(theta, Tensor) else type(theta).__name__
-            raise TypeError(f"expected theta as a floating-point tensor, got {came}; convert it with torch.as_tensor")
+            raise TypeError(
+                f"expected theta to be a floating-point tensor, got {came}; convert it with torch.as_tensor"
+            )
         if theta.dim() != 2 or theta.shape[1] != self.dim:
             raise ValueError(f"expected theta of shape (B, {self.dim}), got {tuple(theta.shape)}")
         return theta.to(torch.float64)
