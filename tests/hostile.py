@@ -32,7 +32,7 @@ from PIL import Image
 
 import counterflow as cf
 from counterflow.commands.model import kind_of_run
-from counterflow.commands.modelling import read_data
+from counterflow.commands.model_file import read_data
 from counterflow.diagnostics.importance import Verdict
 from counterflow.io.data import load
 from counterflow.io.data.cells import numbers, to_numbers_or_texts

@@ -20,7 +20,8 @@ import counterflow as cf
 from counterflow import plots
 from counterflow.cli import main
 from counterflow.commands.misfit import misfit, noise
-from counterflow.commands.modelling import Tool, find_target, split_name
+from counterflow.commands.model_file import load_target, split_name
+from counterflow.commands.model_tool import Tool
 
 QUICK = shlex.split("--stages 1 --steps 30 --layers 1 --samples 32 --verdict-samples 1000 --starts 2")
 POSTERIOR = [*COMMAND, "posterior"]
@@ -324,22 +325,23 @@ def test_the_same_seed_the_same_draws(here, tmp_path, monkeypatch):
 
 def test_a_file_may_import_its_neighbour_and_bear_a_packages_name(here, tmp_path):
     (tmp_path / "torch.py").write_text("from mine import banana\nimport torch\nfive = torch.tensor(5)\n")
-    assert find_target("torch.py:banana", None, None, None).dim == 2
+    assert load_target("torch.py:banana", None, None, None).dim == 2
     assert sys.modules["torch"] is torch
 
 
 @pytest.mark.parametrize(("package", "code"), [("pyro", "import pyro"), ("numpyro", "from numpyro import sample")])
 def test_the_tool_is_told_by_what_a_function_calls(package, code, here, tmp_path):
     pytest.importorskip(package)
-    from counterflow.commands.modelling import _executed, _tool
+    from counterflow.commands.model_file import _import_file
+    from counterflow.commands.model_tool import find_tool
 
     call = f"{package}.sample" if "import " + package in code else "sample"
     (tmp_path / "told.py").write_text(
         f"import torch\n{code}\ndef inner():\n    return {call}('x', None)\ndef outer():\n    return inner()\n"
         f"def local():\n    import {package}\n    return {package}.sample\n"
     )
-    module = _executed(Path("told.py"))
-    assert [_tool(function) for function in (module.inner, module.outer, module.local)] == [package] * 3
+    module = _import_file(Path("told.py"))
+    assert [find_tool(function) for function in (module.inner, module.outer, module.local)] == [package] * 3
 
 
 # -- what the verdict leads to -----------------------------------------------------------------------
@@ -455,23 +457,23 @@ BAD = {
     "another kind of file": ("notes.txt:model", "expected a model as FILE.py:NAME or FILE.stan, got notes.txt:model"),
     "no name": ("mine.py", "expected mine.py:NAME, got no name; it holds banana, normal, built"),
     "no such name": ("mine.py:bananas", "got bananas, which is not there; it holds banana, normal, built, .*finished"),
-    "no model": ("mine.py:CONSTANT", "expected a model or a function as mine.py:CONSTANT, got int"),
+    "no model": ("mine.py:CONSTANT", "expected mine.py:CONSTANT to be a model or a function, got int"),
     "syntax": ("syntax.py:model", r"expected syntax.py to run, got SyntaxError: .*\(line 1 of syntax.py: def mod"),
     "an error in the file": ("divides.py:x", r"got ZeroDivisionError: division by zero \(line 2 of divides.py: x = 1"),
     "a file that exits": ("exits.py:x", "expected exits.py to run, got SystemExit: usage: model.py"),
     "a missing package": ("lacks.py:x", "expected a_package_that_nobody_has, which is not installed; pip install a_"),
     "missing data file": ("mine.py:built --data no.json", "expected a JSON file after --data, got no.json, which does"),
-    "broken JSON": ("mine.py:built --data broken.json", "expected JSON in broken.json, .*: Expecting value: line 1"),
+    "broken JSON": ("mine.py:built --data broken.json", "expected broken.json to be JSON, .*: Expecting value: line 1"),
     "a list": ("mine.py:built --data list.json", r'expected an object like {"y": \[1, 2\]} in list.json, got list'),
     "data are missing": ("mine.py:built", "expected data y, as mine.py:built takes them, got none; give --data FILE"),
     "other data": ("mine.py:built --data names.json", "as mine.py:built takes them, got y, sd; name them so in"),
     "strange data": ("mine.py:banana --data y.json", "expected data of no name, as mine.py:banana takes them, got y"),
     "data for a finished model": ("mine.py:finished --data y.json", "expected no --data, as mine.py:finished is a mod"),
-    "no dim": ("mine.py:normal --data y.json", "expected a function whose tool can be told, got mine.py:normal"),
+    "no dim": ("mine.py:normal --data y.json", "expected a function whose tool can be found, got mine.py:normal"),
     "dim of a target": ("mine.py:built_with_tensors --data y.json --dim 3", "expected --dim only for a log density"),
     "never finite": ("mine.py:nowhere", "expected a finite log density and gradient at one of 100 random points"),
     "a scalar": ("mine.py:scalar", r"expected a log density of shape \(\d+,\), one for each row of theta, got \(\)"),
-    "a list for a tensor": ("mine.py:listed", "expected the log density as a .*tensor.*, got list"),
+    "a list for a tensor": ("mine.py:listed", "expected the log density to be a .*tensor.*, got list"),
     "a model that raises": ("mine.py:wrong", r"got RuntimeError: size mismatch.*\(line \d+ of mine.py: return theta @"),
     "a returned array": ("mine.py:built --data y.json", r"\(line \d+ of mine.py: return cf.targets.from_torch"),
     "folder that exists": ("mine.py:banana --out old", "expected a new folder for the run, got old, which exists"),

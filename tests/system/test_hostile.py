@@ -37,7 +37,7 @@ from hostile import (
 from hypothesis import HealthCheck, Phase, given, settings
 
 import counterflow as cf
-from counterflow.commands.modelling import read_data
+from counterflow.commands.model_file import read_data
 from counterflow.io.data import formats, load
 from counterflow.io.data.streams import open_table, read_table
 from counterflow.io.json import from_json
@@ -460,7 +460,7 @@ def test_texts_of_data_take_no_memory(tmp_path):
     values = read_data(path)  # as an array of texts it would have 400 GB
     assert isinstance(values["y"], list) and values["n"].shape == (2, 2)
     path.write_text("[" * 10**5)
-    with pytest.raises(ValueError, match=r"expected JSON in .*data\.json, which does not read as such"):
+    with pytest.raises(ValueError, match=r"expected .*data\.json to be JSON, but it does not read as JSON"):
         read_data(path)
     with pytest.raises(ValueError, match=r"data\.json to be the data of a Stan program, but it does not read as JSON"):
         cf.targets.from_stan("parameters { real x; } model { x ~ normal(0, 1); }", path)

@@ -1,4 +1,4 @@
-"""What is particular to each modelling tool: kinds of models, and every error, with the real tool."""
+"""Models with features particular to one modelling tool, and every error, with the real tool."""
 
 import asyncio
 import importlib.util
@@ -15,7 +15,7 @@ from counterflow.posterior.targets.pymc import from_pymc
 from counterflow.posterior.targets.pyro import from_pyro
 from counterflow.posterior.targets.stan import from_stan
 
-# Numba says so of the code that PyTensor makes, whenever that is not in its cache.
+# Numba warns so about the code that PyTensor generates, if its cache does not hold that code.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is faster on contiguous arrays")
 
 slow = pytest.mark.slow
@@ -230,7 +230,7 @@ def test_pyro_masks_scales_and_parameters_count():
 
 
 def pyro_model(name):
-    """Models of one line each, of Pyro or NumPyro, which share their names."""
+    """Return a function that builds a one-line model of Pyro or NumPyro, whose interfaces are alike."""
 
     def build(tool, take):
         from importlib import import_module
@@ -375,7 +375,7 @@ def test_stan_programs_and_data_come_from_files(tmp_path):
     (tmp_path / "data.json").write_text('{"N": 1, "y": [1.5], "unused": [[0, 0, 0], [0, 0, 0]]}')
     target = from_stan(tmp_path / "model.stan", str(tmp_path / "data.json"), observed=["y"])
     np.testing.assert_array_equal(target.observed["y"], [1.5])
-    with pytest.raises(FileNotFoundError, match=r"expected a Stan program in .*nowhere\.stan, where no file is"):
+    with pytest.raises(FileNotFoundError, match=r"expected a Stan program in .*nowhere\.stan, got no such file"):
         from_stan(tmp_path / "nowhere.stan")
     with pytest.raises(FileNotFoundError, match=r"expected data as a mapping or a JSON file, got .*nowhere\.json"):
         from_stan(tmp_path / "model.stan", tmp_path / "nowhere.json")
@@ -421,7 +421,7 @@ def test_bridgestan_agrees(monkeypatch):
 FREE = r"expected a model with a free continuous variable, got none; leave one unobserved"
 START = r"expected a finite log density and gradient at one of 100 random points in \(-2, 2\)\^1, got none; "
 
-# What is called, the error's type, and a pattern of its text.
+# The call, the error's type, and a pattern of its text.
 ERRORS = {
     "pymc: discrete": (
         discrete_pymc,
@@ -543,7 +543,7 @@ def test_errors_of_stan_name_the_variable_and_what_to_do(case):
     ],
 )
 def test_a_missing_tool_is_named_with_its_extra(monkeypatch, missing, call):
-    monkeypatch.setitem(sys.modules, missing, None)  # what import finds where nothing is installed
+    monkeypatch.setitem(sys.modules, missing, None)  # the import system then finds no such package
     monkeypatch.setitem(sys.modules, "bridgestan", None)
     extra = "stan" if missing == "httpstan" else missing
     with pytest.raises(ImportError, match=rf"expected {missing}.*; pip install 'counterflow\[{extra}\]'"):

@@ -1,4 +1,4 @@
-"""One model in five tools is one target: the same density, gradient and variables. And the constraints of each tool."""
+"""The same model in five tools makes the same target: density, gradient and variables; and each tool's constraints."""
 
 from functools import cache
 
@@ -13,7 +13,7 @@ from counterflow.posterior.targets.pymc import from_pymc
 from counterflow.posterior.targets.pyro import from_pyro
 from counterflow.posterior.targets.stan import from_stan
 
-# Numba says so of the code that PyTensor makes, whenever that is not in its cache.
+# Numba warns so about the code that PyTensor generates, if its cache does not hold that code.
 pytestmark = pytest.mark.filterwarnings("ignore:.*is faster on contiguous arrays")
 
 Y = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
@@ -261,7 +261,7 @@ def constrained_stan():
 
 
 def joint(values):
-    """The log density of the constrained variables (S,), as far as a tool has them."""
+    """Return the log density (S,) of the constrained variables that a tool has."""
     weights = torch.tensor([2.0, 3.0, 4.0], dtype=torch.float64)
     terms = {
         "p": lambda p: Dirichlet(weights).log_prob(p),
@@ -274,7 +274,7 @@ def joint(values):
 
 
 def free_elements(values):
-    """The elements of the constrained variables that their densities are over: (S, D)."""
+    """Return the elements of the constrained variables over which their densities are defined, (S, D)."""
     below = torch.tril_indices(3, 3, -1)
     pick = {"p": lambda p: p[:, :2], "chol": lambda chol: chol[:, below[0], below[1]]}
     columns = [pick.get(name, lambda x: x)(value) for name, value in values.items() if name != "twice"]
@@ -283,7 +283,7 @@ def free_elements(values):
 
 # -- the laws ------------------------------------------------------------------------------------------
 
-slow = pytest.mark.slow  # PyTensor and Stan compile what they meet for the first time on a machine
+slow = pytest.mark.slow  # PyTensor and Stan compile each model once per machine
 TOOLS = ["torch", pytest.param("pymc", marks=slow), "pyro", "numpyro", pytest.param("stan", marks=slow)]
 MODELS = [
     pytest.param(f"{model} {tool}", marks=slow if tool in ("pymc", "stan") else ())
@@ -299,7 +299,7 @@ TORCH = {
 
 @cache
 def build(name):
-    """A model of a tool, such as "centered pyro", and the same in torch."""
+    """Return the target of a model in a tool, such as "centered pyro", and that of the same model in torch."""
     model, tool = name.split()
     function = globals()[f"{model if model == 'logistic' else 'schools'}_{tool}"]
     return function(*([] if model == "logistic" else [model == "centered"])), TORCH[model]()
@@ -335,7 +335,7 @@ def test_the_variables_are_those_of_torch(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_rows_do_not_see_each_other_and_any_number_will_do(name):
+def test_rows_are_independent_and_any_number_is_allowed(name):
     target, _ = build(name)
     theta = target.initial(9, seed=2)
     value, slope = target(theta), gradient(target, theta)

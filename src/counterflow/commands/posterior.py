@@ -18,7 +18,9 @@ from rich.table import Table
 from counterflow import plots
 from counterflow.commands import console, training
 from counterflow.commands.misfit import misfit, noise
-from counterflow.commands.modelling import DEFAULT, Tool, blaming, find_target
+from counterflow.commands.model_errors import errors_of_file
+from counterflow.commands.model_file import DEFAULT_MODEL, load_target
+from counterflow.commands.model_tool import Tool
 from counterflow.diagnostics.chains import import_arviz
 from counterflow.diagnostics.importance import resample
 from counterflow.io.atomic import atomic_write, check_room
@@ -48,7 +50,7 @@ class Posterior:
     counterflow.Posterior.load reads. A bad verdict is told on stderr as well; the exit code is 0 all the same.
     """
 
-    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = DEFAULT
+    model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")] = DEFAULT_MODEL
     """FILE.py:NAME, FILE.stan, or eight-schools, which is bundled"""
     data: Path | None = None
     """JSON file with one object; its entries are the model's arguments by name, lists as arrays"""
@@ -76,13 +78,13 @@ class Posterior:
             console.check_new(self.folder.out)
         _check_packages()
         with console.err.status("reading the model"):
-            target = find_target(self.model, self.data, self.tool, self.dim)
-            with blaming(self._file):  # a rehearsal: what is refused is refused before there is a run folder
+            target = load_target(self.model, self.data, self.tool, self.dim)
+            with errors_of_file(self._file):  # a rehearsal: what is refused is refused before there is a run folder
                 target.initial(self.fit.starts, self.fit.seed)
         run = training.begun(self, run, "posterior")
         console.note(f"{self.model}: {target.dim} dimensions ({_listed(target.parameters)}); run folder {run}")
         with training.under_way(run) as stop:
-            with blaming(self._file):
+            with errors_of_file(self._file):
                 found = self._fit(target, run, stop)
             if Workers.here().rank:  # the first process alone writes and draws
                 return 0

@@ -1,4 +1,4 @@
-"""Posteriors to fit: log densities over unconstrained space, of torch functions and the models of four other tools.
+"""Targets for `fit_posterior`: log densities over unconstrained space, from torch functions and models of four tools.
 
 A modelling tool is imported when one of its models is given.
 """

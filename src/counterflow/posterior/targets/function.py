@@ -1,19 +1,17 @@
-"""Targets from log densities that are written in torch."""
+"""Targets from log densities written in torch."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributions.constraints import Constraint, real
 
-from counterflow.posterior.targets.target import Array, Target, float64_by_default
-from counterflow.posterior.targets.variables import Bijections, bijection
-
-NONE: Mapping[str, Any] = MappingProxyType({})
+from counterflow.checks import positive
+from counterflow.posterior.targets.bijections import Bijections, find_bijection
+from counterflow.posterior.targets.target import EMPTY, Array, Program, Target, float64_by_default
 
 
 def from_torch(
@@ -21,25 +19,43 @@ def from_torch(
     dim: int | None = None,
     *,
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    constraints: Mapping[str, Constraint] = NONE,
+    constraints: Mapping[str, Constraint] = EMPTY,
     derived: Callable[..., Mapping[str, Tensor]] | None = None,
-    observed: Mapping[str, Array] = NONE,
-    dims: Mapping[str, Sequence[str]] = NONE,
-    coords: Mapping[str, Sequence[Any]] = NONE,
+    observed: Mapping[str, Array] = EMPTY,
+    dims: Mapping[str, Sequence[str]] = EMPTY,
+    coords: Mapping[str, Sequence[Any]] = EMPTY,
 ) -> Target:
-    """A target from a log density of a batch, written in torch for float64.
+    """Make a target from a log density of a batch, written in torch for float64.
 
-    With `dim`, log_density takes theta (B, dim), free in all directions, and returns (B,); `torch.func.vmap` makes such
-    a function out of one of a single point.
-
-        >>> target = from_torch(lambda theta: -theta.square().sum(-1) / 2, dim=3)
-        >>> target(torch.ones(2, 3))
-        tensor([-1.5000, -1.5000], dtype=torch.float64)
+    With `dim`, log_density takes theta (B, dim), unconstrained, and returns (B,). `torch.func.vmap` makes such a
+    function from one of a single point.
 
     With `shapes`, log_density takes the variables by name, each (B, *shape) and inside its constraint, and returns the
     density of these variables (B,). The Jacobian of the change from unconstrained space is added here:
 
         log p(theta) = log_density(**x) + sum over variables of log|det dx/dtheta|,    x = biject_to(constraint)(theta)
+
+    While log_density runs, torch's default dtype is float64, so that the constants of Normal(0, 5) are exact.
+
+    Args:
+        log_density: the function.
+        dim: D, the length of theta.
+        shapes: name -> shape of each variable, in place of dim.
+        constraints: name -> one of torch.distributions.constraints; a variable without one is unconstrained.
+        derived: takes the variables as log_density does and returns further ones for `constrain`, name -> (B, *shape).
+        observed: the data by name, for ArviZ.
+        dims: names of the dimensions of each variable, for ArviZ.
+        coords: labels along each dimension, for ArviZ.
+
+    Raises:
+        ValueError: names, shapes and constraints that do not fit together; when the target is called, a log density of
+            another shape than (B,).
+        TypeError: when the target is called, a log density that is not float64.
+
+    Example:
+        >>> target = from_torch(lambda theta: -theta.square().sum(-1) / 2, dim=3)
+        >>> target(torch.ones(2, 3))
+        tensor([-1.5000, -1.5000], dtype=torch.float64)
 
         >>> from torch.distributions import Exponential, Normal, constraints
         >>> y = torch.tensor([28.0, 8.0, -3.0], dtype=torch.float64)
@@ -51,56 +67,29 @@ def from_torch(
         >>> target = from_torch(schools, shapes=shapes, constraints={"tau": constraints.positive})
         >>> target.coordinates
         ('mu', 'log(tau)', 'theta[0]', 'theta[1]', 'theta[2]')
-
-    While log_density runs, torch's default dtype is float64, so that the constants of Normal(0, 5) are exact.
-
-    Arguments:
-        constraints   name -> one of torch.distributions.constraints; a name that is left out is unconstrained
-        derived       takes the variables as log_density does; returns further ones for `constrain`, name -> (B, *shape)
-        observed, dims, coords   what ArviZ shows besides: the data by name, the dimensions' names, their labels
-
-    Raises ValueError for names, shapes and constraints that do not fit together and, when the target is called, for a
-    log density of another shape than (B,); TypeError for one that is not float64.
     """
     if (dim is None) == (shapes is None):
         raise ValueError(
             "expected either dim, for a log density of theta (B, dim), or shapes, for one of named variables, got "
             f"dim={dim} and shapes={shapes}; models of Pyro and NumPyro have from_pyro and from_numpyro"
         )
-    variables = _variables({"theta": (_whole(dim),)} if shapes is None else shapes, constraints)
-    layout = variables.layout
-
-    def of_named(theta: Tensor) -> Tensor:
-        free = layout.split(theta)
-        values = variables.constrain(free)
-        density = _checked(log_density, theta, values)
-        return torch.stack([density, *variables.log_jacobians(free, values)]).sum(0)
-
-    def constrain(theta: Tensor) -> dict[str, Tensor]:
-        values = variables.constrain(layout.split(theta))
-        if derived is None:
-            return values
-        with float64_by_default():
-            return {**values, **derived(**values)}
-
-    return Target(
-        of_named if shapes is not None else lambda theta: _checked(log_density, theta, None),
-        constrain,
-        coordinates=layout.coordinates(variables.labels),
-        parameters=tuple(layout.shapes),
-        unconstrain=lambda values: layout.join(variables.unconstrain(values)),
-        observed=observed,
-        dims=dims,
-        coords=coords,
-    )
+    program = _TorchProgram(log_density, dim, shapes, constraints, derived)
+    program.observed = observed
+    program.dims = dims
+    program.coords = coords
+    return Target(program)
 
 
 def as_target(target: Target | Callable[..., Tensor], dim: int | None = None) -> Target:
-    """The target itself, or one made of a function theta (B, dim) -> (B,).
+    """Return the target itself, or make one from a function theta (B, dim) -> (B,).
 
-    dim may also be an attribute of the function.
+    Args:
+        target: a target or a function.
+        dim: D of a function; it may also be an attribute of the function.
 
-    Raises TypeError for what is neither, and ValueError for a missing dim, or one that is not the target's.
+    Raises:
+        TypeError: neither a target nor a function.
+        ValueError: dim is missing, or differs from the target's.
     """
     if isinstance(target, Target):
         if dim not in (None, target.dim):
@@ -115,37 +104,70 @@ def as_target(target: Target | Callable[..., Tensor], dim: int | None = None) ->
     return from_torch(target, getattr(target, "dim", None) if dim is None else dim)
 
 
-def _whole(dim: Any) -> int:
-    if isinstance(dim, bool) or not isinstance(dim, int) or dim < 1:
-        raise ValueError(f"expected dim to be a whole number of at least 1, got {dim!r}")
-    return dim
+class _TorchProgram(Program):
+    """Function of theta, or of named variables under their bijections."""
+
+    def __init__(
+        self,
+        log_density: Callable[..., Tensor],
+        dim: int | None,
+        shapes: Mapping[str, tuple[int, ...]] | None,
+        constraints: Mapping[str, Constraint],
+        derived: Callable[..., Mapping[str, Tensor]] | None,
+    ) -> None:
+        self._function = log_density
+        self._by_name = shapes is not None
+        self._derived = derived
+        self._variables = _bijections({"theta": (positive(dim, "dim"),)} if shapes is None else shapes, constraints)  # type: ignore[arg-type]
+        self._layout = self._variables.layout
+        self.coordinates = self._layout.coordinates(self._variables.labels)
+        self.parameters = tuple(self._layout.shapes)
+
+    def log_density(self, theta: Tensor) -> Tensor:
+        if not self._by_name:
+            return _call(self._function, theta, {})
+        unconstrained = self._layout.split(theta)
+        values = self._variables.constrain(unconstrained)
+        density = _call(self._function, theta, values)
+        return torch.stack([density, *self._variables.log_jacobians(unconstrained, values)]).sum(0)
+
+    def constrain(self, theta: Tensor) -> dict[str, Tensor]:
+        values = self._variables.constrain(self._layout.split(theta))
+        if self._derived is None:
+            return values
+        with float64_by_default():
+            return {**values, **self._derived(**values)}
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        return self._layout.join(self._variables.unconstrain(values))
 
 
-def _variables(shapes: Mapping[str, tuple[int, ...]], constraints: Mapping[str, Constraint]) -> Bijections:
-    strangers = [name for name in constraints if name not in shapes]
-    if strangers:
-        raise ValueError(f"expected constraints of {', '.join(shapes)}, got one of {', '.join(strangers)}")
-    transforms = {name: bijection(name, constraints.get(name, real)) for name in shapes}
+def _bijections(shapes: Mapping[str, tuple[int, ...]], constraints: Mapping[str, Constraint]) -> Bijections:
+    unknown = [name for name in constraints if name not in shapes]
+    if unknown:
+        raise ValueError(f"expected constraints of {', '.join(shapes)}, got one of {', '.join(unknown)}")
+    transforms = {name: find_bijection(name, constraints.get(name, real)) for name in shapes}
     for name, shape in shapes.items():
-        event = transforms[name].codomain.event_dim
-        if len(shape) < event:
+        event_dim = transforms[name].codomain.event_dim
+        if len(shape) < event_dim:
             raise ValueError(
-                f"expected {name} to have {event} axes or more under its constraint {constraints[name]}, got {shape}"
+                f"expected {name} to have {event_dim} axes or more under its constraint {constraints[name]}, "
+                f"got {shape}"
             )
     return Bijections(shapes, transforms)
 
 
-def _checked(log_density: Callable[..., Tensor], theta: Tensor, values: Mapping[str, Tensor] | None) -> Tensor:
-    """The log density (B,) of a user's function, which may be wrong in every way."""
+def _call(function: Callable[..., Tensor], theta: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+    """Return the log density (B,) by the user's function of theta, or of the named values if there are any."""
     try:
         with float64_by_default():
-            density = log_density(theta) if values is None else log_density(**values)
+            density = function(**values) if values else function(theta)
     except RuntimeError as error:
-        error.add_note("theta is float64: tensors that meet it have to be float64 as well, as x.double() makes them")
+        error.add_note("theta is float64, and tensors that meet it have to be float64 as well: convert with x.double()")
         raise
-    came = f"{density.dtype}" if isinstance(density, Tensor) else type(density).__name__
-    if came != "torch.float64":
-        raise TypeError(f"expected the log density as a float64 tensor, got {came}; convert the data with .double()")
+    kind = f"{density.dtype}" if isinstance(density, Tensor) else type(density).__name__
+    if kind != "torch.float64":
+        raise TypeError(f"expected the log density to be a float64 tensor, got {kind}; convert the data with .double()")
     if density.shape != theta.shape[:1]:
         raise ValueError(
             f"expected a log density of shape ({len(theta)},), one for each row of theta, got {tuple(density.shape)}; "

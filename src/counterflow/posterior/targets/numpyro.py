@@ -1,4 +1,4 @@
-"""Targets from NumPyro models: the value and the gradient of a batch, compiled by JAX in float64."""
+"""Targets from NumPyro models: value and gradient of a batch, compiled by JAX in float64."""
 
 from __future__ import annotations
 
@@ -9,24 +9,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterflow.posterior.targets.target import Array, Layout, Target, compiled, not_finite
-from counterflow.posterior.targets.variables import bijection, check_whole, label, misfit, plate_dims
+from counterflow.checks import require
+from counterflow.posterior.targets.bijections import find_bijection, unconstrained_name
+from counterflow.posterior.targets.layout import Layout
+from counterflow.posterior.targets.sites import check_full_plate, data_mismatch_error, is_data, plate_dims
+from counterflow.posterior.targets.target import (
+    Array,
+    Program,
+    Target,
+    describe_nonfinite,
+    log_density_with_gradient,
+)
 
-Choice = Callable[[str, Any, tuple[int, ...]], Any]  # (site, its bijection, the shape of its values) -> unconstrained
+# (site, its bijection, shape of its values) -> its unconstrained form
+Chooser = Callable[[str, Any, tuple[int, ...]], Any]
 
-SMALLEST = 8  # rows: a batch is filled up to a power of two, so that JAX compiles for few sizes
+MIN_ROWS = 8  # batches are padded to a power of two of at least this many rows, so that JAX compiles for few sizes
 
 
 def from_numpyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Target:
-    """A target from a NumPyro model and the arguments that it is called with, its data among them.
+    """Make a target from a NumPyro model and its arguments, which include the data.
 
     The density is that of all sample sites and factors, each latent site under the bijection of its support, which may
-    depend on other sites. `constrain` holds the latent sites and the deterministic ones, `predictive` draws the
-    observed ones anew. Parameters (`numpyro.param`) stay at their initial values.
+    depend on other sites. `constrain` returns the latent and the deterministic sites, `predictive` draws the observed
+    ones anew. Parameters (`numpyro.param`) stay at their initial values.
 
-    The model runs in float64, whatever JAX's own setting is, which stays as it is. JAX compiles once for each power of
-    two of the batch size, and batches are filled up to it.
+    The model runs in float64 whatever JAX's own setting is, and the setting is left as it was. JAX compiles once for
+    each power of two of the batch size; batches are padded.
 
+    Args:
+        model: the model, a function of args and kwargs.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ImportError: NumPyro is not installed.
+        ValueError: a discrete or subsampled site, no latent site, or data that do not fit the model.
+
+    Example:
         >>> import numpyro
         >>> from numpyro.distributions import HalfNormal, Normal
         >>> def model(y):
@@ -36,147 +56,142 @@ def from_numpyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tar
         >>> target = from_numpyro(model, np.array([1.0, -2.0]))
         >>> target.coordinates, target.dims
         (('log(tau)',), {'y': ['row']})
-
-    Raises ImportError where NumPyro is not installed, and ValueError for discrete or subsampled sites, for a model
-    without latent sites, and for data that do not fit the model.
     """
-    program = _Program(model, args, kwargs)
-    return Target(
-        compiled(program.value_and_gradient),
-        program.constrain,
-        coordinates=program.layout.coordinates(program.labels),
-        parameters=tuple(program.layout.shapes),
-        unconstrain=program.unconstrain,
-        predictive=program.predictive,
-        explain=program.explain,
-        observed=program.observed,
-        dims=program.dims,
-    )
+    return Target(_NumpyroProgram(model, args, kwargs))
 
 
-class _Program:
-    """A model with its arguments, and what a first run, at zero, says of its sites."""
+class _NumpyroProgram(Program):
+    """Model with its arguments, and the facts about its sites that one run, at theta = 0, reveals."""
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.jax, self.numpyro = _tools()
-        self.model, self.args, self.kwargs = model, args, kwargs
-        with self.jax.enable_x64(True):
+        self._numpyro = require("numpyro", "numpyro", "models of NumPyro")
+        self._jax = require("jax", "numpyro", "models of NumPyro")
+        self._model = model
+        self._args = args
+        self._kwargs = kwargs
+        with self._jax.enable_x64(True):
             run = self._run(lambda name, transform, shape: np.zeros(transform.inverse_shape(shape)))
-            observed = {name: site for name, site in run.sites.items() if _is_data(site)}
-            self.observed = {name: np.asarray(site["value"]) for name, site in observed.items()}
-        self.layout = Layout({name: np.shape(free) for name, free in run.free.items()})
+            self.observed = {name: np.asarray(site["value"]) for name, site in run.sites.items() if is_data(site)}
+        self._layout = Layout({name: np.shape(free) for name, free in run.unconstrained.items()})
+        self.coordinates = self._layout.coordinates(
+            {name: unconstrained_name(name, transform) for name, transform in run.transforms.items()}
+        )
+        self.parameters = tuple(self._layout.shapes)
+        self.dims = plate_dims({name: run.sites[name] for name in (*self.parameters, *self.observed)})
         derived = [name for name, site in run.sites.items() if site["type"] == "deterministic"]
-        self.names = [*self.layout.shapes, *derived]
-        self.labels = {name: label(name, transform) for name, transform in run.transforms.items()}
-        self.dims = plate_dims({name: run.sites[name] for name in (*self.layout.shapes, *observed)})
-        self._value_and_gradient = self.jax.jit(self.jax.vmap(self.jax.value_and_grad(self._density)))
-        self._constrain = self.jax.jit(self.jax.vmap(self._values))
-        self._unconstrain = self.jax.jit(self.jax.vmap(self._free))
+        self._variables = [*self.parameters, *derived]
+        self._batched_gradient = self._jax.jit(self._jax.vmap(self._jax.value_and_grad(self._log_density_of_row)))
+        self._batched_values = self._jax.jit(self._jax.vmap(self._values_of_row))
+        self._batched_unconstrain = self._jax.jit(self._jax.vmap(self._unconstrain_row))
 
-    def value_and_gradient(self, theta: Array) -> tuple[Array, Array]:
-        value, gradient = self._filled(self._value_and_gradient, theta)
-        return np.array(value), np.array(gradient)
+    def log_density(self, theta: Tensor) -> Tensor:
+        return log_density_with_gradient(self._value_and_gradient, theta)
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
-        values = self._filled(self._constrain, theta.cpu().numpy())
-        return {name: torch.tensor(np.asarray(values[name]), device=theta.device) for name in self.names}
+        values = self._padded(self._batched_values, theta.cpu().numpy())
+        return {name: torch.tensor(np.asarray(values[name]), device=theta.device) for name in self._variables}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        free = self._filled(self._unconstrain, {name: value.cpu().numpy() for name, value in values.items()})
-        return self.layout.join({name: torch.tensor(np.asarray(value)) for name, value in free.items()})
+        arrays = {name: value.cpu().numpy() for name, value in values.items()}
+        unconstrained = self._padded(self._batched_unconstrain, arrays)
+        return self._layout.join({name: torch.tensor(np.asarray(value)) for name, value in unconstrained.items()})
 
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
+        predictive = require("numpyro.infer", "numpyro", "models of NumPyro").Predictive
         values = self.constrain(theta)
-        latent = {name: values[name].cpu().numpy() for name in self.layout.shapes}
-        model = self.numpyro.handlers.uncondition(self.model)
-        draw = self.numpyro.infer.Predictive(model, latent, return_sites=list(self.observed))
-        with self.jax.enable_x64(True):
-            draws = draw(self.jax.random.PRNGKey(seed), *self.args, **self.kwargs)
+        latent = {name: values[name].cpu().numpy() for name in self.parameters}
+        model = self._numpyro.handlers.uncondition(self._model)
+        draw = predictive(model, latent, return_sites=list(self.observed))
+        with self._jax.enable_x64(True):
+            draws = draw(self._jax.random.PRNGKey(seed), *self._args, **self._kwargs)
             return {name: np.asarray(value) for name, value in draws.items()}
 
     def explain(self, theta: Tensor) -> str:
-        with self.jax.enable_x64(True):
-            return not_finite({name: float(term) for name, term in self._at(theta.cpu().numpy()).terms.items()})
+        with self._jax.enable_x64(True):
+            return describe_nonfinite(
+                {name: float(term) for name, term in self._run_at(theta.cpu().numpy()).terms.items()}
+            )
 
-    def _density(self, theta: Any) -> Any:
-        run = self._at(theta)
+    def _value_and_gradient(self, theta: Array) -> tuple[Array, Array]:
+        value, gradient = self._padded(self._batched_gradient, theta)
+        return np.array(value), np.array(gradient)
+
+    def _log_density_of_row(self, theta: Any) -> Any:
+        run = self._run_at(theta)
         return sum(run.terms.values()) + sum(run.log_jacobians)
 
-    def _values(self, theta: Any) -> dict[str, Any]:
-        sites = self._at(theta).sites
-        return {name: sites[name]["value"] for name in self.names}
+    def _values_of_row(self, theta: Any) -> dict[str, Any]:
+        sites = self._run_at(theta).sites
+        return {name: sites[name]["value"] for name in self._variables}
 
-    def _free(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return self._run(lambda name, transform, shape: transform.inv(values[name])).free
+    def _unconstrain_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        return self._run(lambda name, transform, shape: transform.inv(values[name])).unconstrained
 
-    def _at(self, theta: Any) -> _Run:
-        pieces = self.layout.split(theta)
+    def _run_at(self, theta: Any) -> _Run:
+        pieces = self._layout.split(theta)
         return self._run(lambda name, transform, shape: pieces[name])
 
-    def _run(self, choose: Choice) -> _Run:
-        run, handlers = _Run(choose), self.numpyro.handlers
-        model = handlers.substitute(handlers.seed(self.model, 0), substitute_fn=run.substitute)
-        with self.numpyro.validation_enabled(is_validate=False):  # which only warns; `explain` says more
-            run.sites = handlers.trace(model).get_trace(*self.args, **self.kwargs)
-            run.terms = {name: _term(site) for name, site in run.sites.items() if site["type"] == "sample"}
+    def _run(self, choose: Chooser) -> _Run:
+        run = _Run(choose)
+        handlers = self._numpyro.handlers
+        model = handlers.substitute(handlers.seed(self._model, 0), substitute_fn=run.substitute)
+        with self._numpyro.validation_enabled(is_validate=False):  # validation only warns; `explain` says more
+            run.sites = handlers.trace(model).get_trace(*self._args, **self._kwargs)
+            run.terms = {name: _log_prob(site) for name, site in run.sites.items() if site["type"] == "sample"}
         return run
 
-    def _filled(self, function: Callable[[Any], Any], rows: Any) -> Any:
-        """function(rows), an array or arrays by name, which is called with some more rows, copies of the last."""
-        tree_map = self.jax.tree.map
-        (count,) = {len(array) for array in self.jax.tree.leaves(rows)}
-        extra = max(SMALLEST, 1 << (count - 1).bit_length()) - count
-        with self.jax.enable_x64(True):
-            filled = tree_map(lambda array: np.concatenate([array, array[-1:].repeat(extra, 0)]), rows)
-            return tree_map(lambda array: array[:count], function(filled))
+    def _padded(self, function: Callable[[Any], Any], rows: Any) -> Any:
+        """Return function(rows) for an array or arrays by name, called with copies of the last row as padding."""
+        tree_map = self._jax.tree.map
+        (count,) = {len(array) for array in self._jax.tree.leaves(rows)}
+        padding = max(MIN_ROWS, 1 << (count - 1).bit_length()) - count
+        with self._jax.enable_x64(True):
+            padded = tree_map(lambda array: np.concatenate([array, array[-1:].repeat(padding, 0)]), rows)
+            return tree_map(lambda array: array[:count], function(padded))
 
 
 class _Run:
-    """One run of a model: `choose` gives the unconstrained forms of its latent sites."""
+    """One run of a model, in which `choose` gives the unconstrained forms of the latent sites.
 
-    terms: dict[str, Any]
+    Attributes:
+        sites: the trace.
+        terms: name -> log density of each sample site.
+        transforms: name -> bijection of each latent site.
+        unconstrained: name -> unconstrained form of each latent site.
+        log_jacobians: one term for each latent site.
+    """
+
     sites: dict[str, Any]
+    terms: dict[str, Any]
 
-    def __init__(self, choose: Choice) -> None:
-        self.choose = choose
+    def __init__(self, choose: Chooser) -> None:
+        self._choose = choose
         self.transforms: dict[str, Any] = {}
-        self.free: dict[str, Any] = {}
+        self.unconstrained: dict[str, Any] = {}
         self.log_jacobians: list[Any] = []
 
     def substitute(self, site: Mapping[str, Any]) -> Any:
-        """The value of a latent site; None for all other sites, which keep theirs."""
+        """Return the value of a latent site; None for other sites, which keep theirs."""
         from numpyro.distributions import biject_to
 
         name = site["name"]
         if site["type"] == "plate":
-            check_whole(name, *site["args"])
+            check_full_plate(name, *site["args"])
         if site["type"] != "sample" or site["is_observed"]:
             return None
-        self.transforms[name] = transform = bijection(name, site["fn"].support, biject_to)
-        self.free[name] = free = self.choose(name, transform, site["fn"].shape())
-        value = transform(free)
-        self.log_jacobians.append(transform.log_abs_det_jacobian(free, value).sum())
+        transform = find_bijection(name, site["fn"].support, biject_to)
+        unconstrained = self._choose(name, transform, site["fn"].shape())
+        value = transform(unconstrained)
+        self.transforms[name] = transform
+        self.unconstrained[name] = unconstrained
+        self.log_jacobians.append(transform.log_abs_det_jacobian(unconstrained, value).sum())
         return value
 
 
-def _tools() -> tuple[Any, Any]:
-    try:
-        import jax
-        import numpyro
-        import numpyro.infer
-    except ImportError as error:
-        raise ImportError("expected numpyro for its models; pip install 'counterflow[numpyro]'") from error
-    return jax, numpyro
-
-
-def _term(site: Mapping[str, Any]) -> Any:
-    """The log density of a sample site; a mask is part of its distribution."""
+def _log_prob(site: Mapping[str, Any]) -> Any:
+    """Return the log density of a sample site, scaled. Its mask is part of its distribution."""
     try:
         density = site["fn"].log_prob(site["value"])
     except (TypeError, ValueError) as error:
-        raise misfit(site["name"], error) from error
+        raise data_mismatch_error(site["name"], error) from error
     return (density if site["scale"] is None else site["scale"] * density).sum()
-
-
-def _is_data(site: Mapping[str, Any]) -> bool:
-    return site["type"] == "sample" and site["is_observed"] and type(site["fn"]).__name__ != "Unit"

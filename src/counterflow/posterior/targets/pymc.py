@@ -10,29 +10,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterflow.posterior.targets.target import Array, Layout, Target, check_free, compiled, not_finite
+from counterflow.checks import require
+from counterflow.posterior.targets.layout import Layout
+from counterflow.posterior.targets.target import (
+    Array,
+    Program,
+    Target,
+    check_has_free_variables,
+    describe_nonfinite,
+    log_density_with_gradient,
+)
 
 if TYPE_CHECKING:
     from pymc import Model
 
 
-Compiled = Callable[..., list[Array]]
+CompiledFunction = Callable[..., list[Array]]
 
-OCCASIONAL = "FAST_COMPILE"  # PyTensor in plain Python: for what is called now and then, compiling takes longer
+# PyTensor's mode for functions that are called a few times: they run as plain Python, as compiling would take longer.
+RARELY_CALLED = "FAST_COMPILE"
 
 
 def from_pymc(model: Model | None = None) -> Target:
-    """A target from a PyMC model, or from the model of the `with` block around the call.
+    """Make a target from a PyMC model, or from the model of the `with` block around the call.
 
-    The density is the model's joint log density with its potentials, under PyMC's own transforms. `constrain` holds the
-    free variables and the deterministic ones, `predictive` draws the observed ones. Data containers (`pm.Data`) are
-    read at every call.
+    The density is the model's joint log density with its potentials, under PyMC's own transforms. `constrain` returns
+    the free and the deterministic variables, `predictive` draws the observed ones. Data containers (`pm.Data`) are read
+    at every call.
 
     The graph of one point is vectorised over the batch and compiled with Numba: the densities of 256 draws of the eight
-    schools and their gradients take 0.16 ms on one core of an AMD EPYC 9004. Operations that PyTensor never met on a
-    machine take it some 20 s; it keeps most of them on disk, and then needs about a second. What it does not keep is
-    the linear algebra of an LKJ prior: that takes 25 s in each process.
+    schools and their gradients take 0.16 ms on one core of an AMD EPYC 9004. PyTensor needs about 20 s for operations
+    that it has not compiled on a machine before. It caches most of them on disk and then needs about a second. It does
+    not cache the linear algebra of an LKJ prior, which takes 25 s in each process.
 
+    Args:
+        model: the model; None takes that of the `with` block.
+
+    Raises:
+        ImportError: PyMC is not installed.
+        TypeError: not a PyMC model.
+        ValueError: a model with discrete variables, without free ones, or without a gradient.
+
+    Example:
         >>> import pymc as pm
         >>> with pm.Model() as model:
         ...     tau = pm.HalfNormal("tau", 5)
@@ -42,30 +61,12 @@ def from_pymc(model: Model | None = None) -> Target:
         ('log(tau)',)
         >>> target(torch.zeros(3, 1)).shape
         torch.Size([3])
-
-    Raises ImportError where PyMC is not installed, TypeError for what is no model of it, and ValueError for a model
-    with discrete variables, without free ones, or without a gradient.
     """
-    graphs = _Graphs(_checked(model))
-    return Target(
-        compiled(graphs.value_and_gradient()),
-        graphs.constrain,
-        coordinates=graphs.layout.coordinates(graphs.labels),
-        parameters=tuple(graphs.layout.shapes),
-        unconstrain=graphs.unconstrain,
-        predictive=graphs.predictive,
-        explain=graphs.explain,
-        observed=graphs.observed,
-        dims={name: dims for name, dims in graphs.model.named_vars_to_dims.items() if None not in dims},
-        coords={name: list(values) for name, values in graphs.model.coords.items() if values is not None},
-    )
+    return Target(_PymcProgram(_checked(model)))
 
 
 def _checked(model: Model | None) -> Model:
-    try:
-        import pymc
-    except ImportError as error:
-        raise ImportError("expected pymc for its models; pip install 'counterflow[pymc]'") from error
+    pymc = require("pymc", "pymc", "its models")
     model = pymc.modelcontext(model)
     if not isinstance(model, pymc.Model):
         raise TypeError(f"expected a PyMC model, got {type(model).__name__}; give the object that pm.Model() returned")
@@ -75,116 +76,134 @@ def _checked(model: Model | None) -> Model:
             f"expected continuous free variables, got {', '.join(discrete)}, which is discrete; sum it out, by hand or "
             "with pymc_extras.marginalize, as a flow has no place for it"
         )
-    check_free(model.free_RVs)
+    check_has_free_variables(model.free_RVs)
     return model
 
 
-class _Graphs:
-    """The compiled graphs of a model, each made when it is first needed."""
+class _PymcProgram(Program):
+    """Compiled graphs of a model, each made when it is first needed."""
 
     def __init__(self, model: Model) -> None:
         shapes = model.eval_rv_shapes()
         values = {rv.name: model.rvs_to_values[rv].name for rv in model.free_RVs}
-        self.layout = Layout({name: tuple(map(int, shapes[value])) for name, value in values.items()})
-        self.model = model
+        self._model = model
+        self._layout = Layout({name: tuple(map(int, shapes[value])) for name, value in values.items()})
+        self.coordinates = self._layout.coordinates(_labels(model))
+        self.parameters = tuple(self._layout.shapes)
+        self.observed = _observations(model)
+        self.dims = {name: dims for name, dims in model.named_vars_to_dims.items() if None not in dims}
+        self.coords = {name: list(values) for name, values in model.coords.items() if values is not None}
+        self._value_and_gradient = self._compile_value_and_gradient()
 
-    @property
-    def labels(self) -> dict[str, str]:
-        transforms = {rv.name: self.model.rvs_to_transforms[rv] for rv in self.model.free_RVs}
-        return {name: name if way is None else f"{way.name}({name})" for name, way in transforms.items()}
+    def log_density(self, theta: Tensor) -> Tensor:
+        return log_density_with_gradient(self._value_and_gradient, theta)
 
-    @property
-    def observed(self) -> dict[str, Array]:
-        from pymc.backends.arviz import find_observations
+    def constrain(self, theta: Tensor) -> dict[str, Tensor]:
+        values = zip(self._variables, self._constrain(theta.cpu().numpy()), strict=True)
+        return {variable.name: torch.tensor(value, device=theta.device) for variable, value in values}
 
-        return {name: np.asarray(value) for name, value in find_observations(self.model).items()}
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        pieces = self._unconstrain(*(values[name].cpu().numpy() for name in self.parameters))
+        return self._layout.join({name: torch.tensor(p) for name, p in zip(self.parameters, pieces, strict=True)})
 
-    def value_and_gradient(self) -> Compiled:
+    def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
+        from pymc.pytensorf import compile as compile_pymc
+
+        observed = self._model.observed_RVs
+        if not observed:
+            return {}
+        # Row by row, as some random variables of PyMC, such as mixtures and autoregressions, cannot be vectorised.
+        values = self.constrain(theta)
+        inputs, outputs = self._as_functions_of_values(observed)
+        draw = compile_pymc(inputs, outputs, random_seed=seed, mode=RARELY_CALLED, on_unused_input="ignore")
+        columns = [values[name].cpu().numpy() for name in self.parameters]
+        draws = zip(*(draw(*row) for row in zip(*columns, strict=True)), strict=True)
+        return {variable.name: np.stack(rows) for variable, rows in zip(observed, draws, strict=True)}
+
+    def explain(self, theta: Tensor) -> str:
+        terms = [*self._model.basic_RVs, *self._model.potentials]
+        point = self._theta()
+        densities = self._as_functions_of(point, [_without_checks(d).sum() for d in self._model.logp(sum=False)])
+        values = _vectorized([point], densities, RARELY_CALLED)(theta.cpu().numpy()[None])
+        return describe_nonfinite({term.name: float(value[0]) for term, value in zip(terms, values, strict=True)})
+
+    def _compile_value_and_gradient(self) -> CompiledFunction:
         import pytensor
 
         theta = self._theta()
-        (density,) = self._at(theta, [_without_checks(self.model.logp(jacobian=True)).astype("float64")])
+        log_density = _without_checks(self._model.logp(jacobian=True)).astype("float64")
+        (log_density,) = self._as_functions_of(theta, [log_density])
         try:
-            gradient = pytensor.grad(density, theta)
+            gradient = pytensor.grad(log_density, theta)
         except (NotImplementedError, pytensor.gradient.NullTypeGradError) as error:
             raise ValueError(
                 f"expected a log density with a gradient, got one without: {error}; write it with operations of "
                 "PyTensor that have one"
             ) from error
-        return _vectorized([theta], [density, gradient], "NUMBA")
-
-    def constrain(self, theta: Tensor) -> dict[str, Tensor]:
-        values = zip(self._named, self._constrain(theta.cpu().numpy()), strict=True)
-        return {variable.name: torch.tensor(value, device=theta.device) for variable, value in values}
-
-    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        pieces = self._unconstrain(*(values[name].cpu().numpy() for name in self.layout.shapes))
-        return self.layout.join({name: torch.tensor(p) for name, p in zip(self.layout.shapes, pieces, strict=True)})
-
-    def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
-        from pymc.pytensorf import compile as compile_pymc
-
-        # Row by row: not every random variable of PyMC can be vectorised, such as mixtures and autoregressions.
-        values, data = self.constrain(theta), self.model.observed_RVs
-        draw = compile_pymc(*self._given_free(data), random_seed=seed, mode=OCCASIONAL, on_unused_input="ignore")
-        columns = [values[name].cpu().numpy() for name in self.layout.shapes]
-        draws = zip(*(draw(*row) for row in zip(*columns, strict=True)), strict=True)
-        return {variable.name: np.stack(rows) for variable, rows in zip(data, draws, strict=True)} if data else {}
-
-    def explain(self, theta: Tensor) -> str:
-        terms = [*self.model.basic_RVs, *self.model.potentials]
-        point = self._theta()
-        densities = self._at(point, [_without_checks(d).sum() for d in self.model.logp(sum=False)])
-        values = _vectorized([point], densities, OCCASIONAL)(theta.cpu().numpy()[None])
-        return not_finite({term.name: float(value[0]) for term, value in zip(terms, values, strict=True)})
+        return _vectorized([theta], [log_density, gradient], "NUMBA")
 
     @property
-    def _named(self) -> list[Any]:
-        return [*self.model.free_RVs, *self.model.deterministics]
+    def _variables(self) -> list[Any]:
+        return [*self._model.free_RVs, *self._model.deterministics]
 
     @cached_property
-    def _constrain(self) -> Compiled:
+    def _constrain(self) -> CompiledFunction:
         theta = self._theta()
-        return _vectorized([theta], self._at(theta, self.model.replace_rvs_by_values(self._named)), OCCASIONAL)
+        variables = self._as_functions_of(theta, self._model.replace_rvs_by_values(self._variables))
+        return _vectorized([theta], variables, RARELY_CALLED)
 
     @cached_property
-    def _unconstrain(self) -> Compiled:
-        ways = self.model.rvs_to_transforms
-        free = [rv if ways[rv] is None else ways[rv].forward(rv, *rv.owner.inputs) for rv in self.model.free_RVs]
-        return _vectorized(*self._given_free(free), OCCASIONAL)
-
-    def _given_free(self, outputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """New inputs in place of the free variables, and graphs of the model's random variables as graphs of them."""
-        from pytensor.graph.replace import clone_replace
-
-        values = {rv: rv.type() for rv in self.model.free_RVs}
-        return list(values.values()), clone_replace(list(outputs), values, rebuild_strict=False)
+    def _unconstrain(self) -> CompiledFunction:
+        transforms = self._model.rvs_to_transforms
+        unconstrained = [
+            rv if transforms[rv] is None else transforms[rv].forward(rv, *rv.owner.inputs)
+            for rv in self._model.free_RVs
+        ]
+        return _vectorized(*self._as_functions_of_values(unconstrained), RARELY_CALLED)
 
     def _theta(self) -> Any:
         import pytensor.tensor as pt
 
-        return pt.tensor("theta", dtype="float64", shape=(sum(int(np.prod(s)) for s in self.layout.shapes.values()),))
+        return pt.tensor("theta", dtype="float64", shape=(self._layout.dim,))
 
-    def _at(self, theta: Any, outputs: Sequence[Any]) -> list[Any]:
-        """The outputs, which are graphs of the model's value variables, as graphs of theta (D,)."""
+    def _as_functions_of(self, theta: Any, outputs: Sequence[Any]) -> list[Any]:
+        """Return graphs of the model's value variables as graphs of theta (D,)."""
         from pytensor.graph.replace import clone_replace
 
-        pieces, model = self.layout.split(theta), self.model
-        values = {model.rvs_to_values[rv]: pieces[rv.name].astype(rv.dtype) for rv in model.free_RVs}
+        pieces = self._layout.split(theta)
+        values = {self._model.rvs_to_values[rv]: pieces[rv.name].astype(rv.dtype) for rv in self._model.free_RVs}
         return clone_replace(list(outputs), values, rebuild_strict=False)
 
+    def _as_functions_of_values(self, outputs: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        """Return inputs for the values of the free variables, and graphs of random variables as graphs of them."""
+        from pytensor.graph.replace import clone_replace
 
-def _without_checks(density: Any) -> Any:
-    """The density with -inf where parameters are out of bounds: a check would end the batch for one row's sake."""
+        values = {rv: rv.type() for rv in self._model.free_RVs}
+        return list(values.values()), clone_replace(list(outputs), values, rebuild_strict=False)
+
+
+def _labels(model: Model) -> dict[str, str]:
+    transforms = {rv.name: model.rvs_to_transforms[rv] for rv in model.free_RVs}
+    return {name: name if transform is None else f"{transform.name}({name})" for name, transform in transforms.items()}
+
+
+def _observations(model: Model) -> dict[str, Array]:
+    from pymc.backends.arviz import find_observations
+
+    return {name: np.asarray(value) for name, value in find_observations(model).items()}
+
+
+def _without_checks(log_density: Any) -> Any:
+    """Replace checks of parameters by -inf, as a failed check would end a batch because of one row."""
     from pymc.logprob.utils import local_check_parameter_to_ninf_switch
     from pytensor.graph.rewriting.basic import in2out
     from pytensor.graph.rewriting.utils import rewrite_graph
 
-    return rewrite_graph(density, include=(), custom_rewrite=in2out(local_check_parameter_to_ninf_switch))
+    return rewrite_graph(log_density, include=(), custom_rewrite=in2out(local_check_parameter_to_ninf_switch))
 
 
-def _vectorized(inputs: Sequence[Any], outputs: Sequence[Any], mode: str) -> Compiled:
-    """Compile a graph of one point for a batch of them: each input and output has one axis more, the first."""
+def _vectorized(inputs: Sequence[Any], outputs: Sequence[Any], mode: str) -> CompiledFunction:
+    """Compile a graph of one point for a batch: each input and output gets a batch axis, the first."""
     import pytensor
     import pytensor.tensor as pt
     from pytensor.graph.basic import clone_get_equiv
@@ -192,16 +211,17 @@ def _vectorized(inputs: Sequence[Any], outputs: Sequence[Any], mode: str) -> Com
     from pytensor.graph.traversal import graph_inputs
 
     # Compiling rewrites the inner graph of a Scan in place, which would leave the user's model without a gradient.
-    kept = {"copy_inputs": False, "copy_orphans": False}
-    clones = clone_get_equiv(list(graph_inputs(outputs)), outputs, clone_inner_graphs=True, **kept)
-    outputs = [clones[output] for output in outputs]
+    clones = clone_get_equiv(
+        list(graph_inputs(outputs)), outputs, copy_inputs=False, copy_orphans=False, clone_inner_graphs=True
+    )
+    cloned = [clones[output] for output in outputs]
     batches = {x: pt.tensor(x.name, dtype=x.dtype, shape=(None, *x.type.shape)) for x in inputs}
-    many = vectorize_graph(outputs, batches)
-    function = pytensor.function(list(batches.values()), many, mode=mode, on_unused_input="ignore")
-    fixed = [one.ndim == batch.ndim for one, batch in zip(outputs, many, strict=True)]  # does not depend on the inputs
+    batched = vectorize_graph(cloned, batches)
+    function = pytensor.function(list(batches.values()), batched, mode=mode, on_unused_input="ignore")
+    is_constant = [one.ndim == many.ndim for one, many in zip(cloned, batched, strict=True)]  # without a batch axis
 
     def call(*arrays: Array) -> list[Array]:
         values = function(*arrays)
-        return [np.stack([v] * len(arrays[0])) if same else v for v, same in zip(values, fixed, strict=True)]
+        return [np.stack([v] * len(arrays[0])) if same else v for v, same in zip(values, is_constant, strict=True)]
 
     return call

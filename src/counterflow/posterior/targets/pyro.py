@@ -12,25 +12,38 @@ import torch
 from torch import Size, Tensor
 from torch.distributions.transforms import Transform
 
-from counterflow.posterior.targets.target import Array, Layout, Target, float64_by_default, not_finite
-from counterflow.posterior.targets.variables import bijection, check_whole, label, misfit, plate_dims
+from counterflow.checks import require
+from counterflow.posterior.targets.bijections import find_bijection, unconstrained_name
+from counterflow.posterior.targets.layout import Layout
+from counterflow.posterior.targets.sites import check_full_plate, data_mismatch_error, is_data, plate_dims
+from counterflow.posterior.targets.target import Array, Program, Target, describe_nonfinite, float64_by_default
 from counterflow.random import seeded
 
-Named = Mapping[str, Tensor]
-Choice = Callable[[str, Transform, Size], Tensor]  # (site, its bijection, the shape of its values) -> unconstrained
+TensorsByName = Mapping[str, Tensor]
+Chooser = Callable[[str, Transform, Size], Tensor]  # (site, its bijection, shape of its values) -> unconstrained form
 RowFunction = Callable[[Any], dict[str, Tensor]]  # of theta (D,), or of values by name, one row of each
 
 
 def from_pyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Target:
-    """A target from a Pyro model and the arguments that it is called with, its data among them.
+    """Make a target from a Pyro model and its arguments, which include the data.
 
     The density is that of all sample sites and factors, with masks and scales, each latent site under the bijection of
-    its support, which may depend on other sites. `constrain` holds the latent sites and the deterministic ones,
+    its support, which may depend on other sites. `constrain` returns the latent and the deterministic sites,
     `predictive` draws the observed ones anew. Parameters (`pyro.param`) stay as they are.
 
     Tensors among the arguments become float64, and torch's default dtype is float64 while the model runs. A batch is
-    one run under `torch.func.vmap`; a model whose Python branches on the values of its sites runs once for each row.
+    one run under `torch.func.vmap`; a model whose Python code branches on values of its sites runs once for each row.
 
+    Args:
+        model: the model, a function of args and kwargs.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+
+    Raises:
+        ImportError: Pyro is not installed.
+        ValueError: a discrete or subsampled site, no latent site, or data that do not fit the model.
+
+    Example:
         >>> import pyro
         >>> from pyro.distributions import HalfNormal, Normal
         >>> def model(y):
@@ -40,169 +53,150 @@ def from_pyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Target
         >>> target = from_pyro(model, torch.tensor([1.0, -2.0]))
         >>> target.coordinates, target.dims
         (('log(tau)',), {'y': ['row']})
-
-    Raises ImportError where Pyro is not installed, and ValueError for discrete or subsampled sites, for a model without
-    latent sites, and for data that do not fit the model.
     """
-    program = _Program(model, args, kwargs)
-    return Target(
-        program.log_density,
-        program.constrain,
-        coordinates=program.layout.coordinates(program.labels),
-        parameters=tuple(program.layout.shapes),
-        unconstrain=program.unconstrain,
-        predictive=program.predictive,
-        explain=program.explain,
-        observed=program.observed,
-        dims=program.dims,
-    )
+    return Target(_PyroProgram(model, args, kwargs))
 
 
-class _Program:
-    """A model with its arguments, and what a first run, at zero, says of its sites."""
+class _PyroProgram(Program):
+    """Model with its arguments, and the facts about its sites that one run, at theta = 0, reveals."""
 
     def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self.model = model
-        self.args = [_double(value) for value in args]
-        self.kwargs = {name: _double(value) for name, value in kwargs.items()}
+        self._pyro = require("pyro", "pyro", "models of Pyro")
+        self._model = model
+        self._args = [_to_float64(value) for value in args]
+        self._kwargs = {name: _to_float64(value) for name, value in kwargs.items()}
         sites, latent = self._run(lambda name, transform, shape: torch.zeros(transform.inverse_shape(shape)))
-        self.layout = Layout({name: tuple(free.shape) for name, free in latent.free.items()})
-        self.labels = {name: label(name, transform) for name, transform in latent.transforms.items()}
-        self.observed = {name: np.asarray(site["value"]) for name, site in sites.items() if _is_data(site)}
-        self.dims = plate_dims({name: sites[name] for name in (*self.layout.shapes, *self.observed)})
-        self._over_rows = torch.func.vmap if self._takes_batches() else _one_by_one
+        self._layout = Layout({name: tuple(free.shape) for name, free in latent.unconstrained.items()})
+        self.coordinates = self._layout.coordinates(
+            {name: unconstrained_name(name, transform) for name, transform in latent.transforms.items()}
+        )
+        self.parameters = tuple(self._layout.shapes)
+        self.observed = {name: np.asarray(site["value"]) for name, site in sites.items() if is_data(site)}
+        self.dims = plate_dims({name: sites[name] for name in (*self.parameters, *self.observed)})
+        self._over_rows = torch.func.vmap if self._runs_under_vmap() else _one_by_one
 
     def log_density(self, theta: Tensor) -> Tensor:
-        return self._over_rows(self._density)(theta)["log p"]
+        return self._over_rows(self._log_density_of_row)(theta)["log p"]
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
-        return self._over_rows(self._values)(theta)
+        return self._over_rows(self._values_of_row)(theta)
 
-    def unconstrain(self, values: Named) -> Tensor:
-        return self.layout.join(self._over_rows(self._free)(values))
+    def unconstrain(self, values: TensorsByName) -> Tensor:
+        return self._layout.join(self._over_rows(self._unconstrain_row)(values))
 
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
-        from pyro.infer import Predictive
-
+        predictive = require("pyro.infer", "pyro", "models of Pyro").Predictive
         values = self.constrain(theta)
-        latent = {name: values[name] for name in self.layout.shapes}
-        model = _messengers().Unobserved(self.observed)(self.model)
-        draw = Predictive(model, latent, return_sites=tuple(self.observed))
+        latent = {name: values[name] for name in self.parameters}
+        model = _messengers().Unobserved(self.observed)(self._model)
+        draw = predictive(model, latent, return_sites=tuple(self.observed))
         with seeded(seed), float64_by_default():
-            return {name: value.numpy() for name, value in draw(*self.args, **self.kwargs).items()}
+            return {name: value.numpy() for name, value in draw(*self._args, **self._kwargs).items()}
 
     def explain(self, theta: Tensor) -> str:
-        sites, _ = self._at(theta)
-        return not_finite({name: float(site["log_prob_sum"]) for name, site in sites.items()})
+        sites, _ = self._run_at(theta)
+        return describe_nonfinite({name: float(site["log_prob_sum"]) for name, site in sites.items()})
 
-    def _density(self, theta: Tensor) -> dict[str, Tensor]:
-        sites, latent = self._at(theta)
+    def _log_density_of_row(self, theta: Tensor) -> dict[str, Tensor]:
+        sites, latent = self._run_at(theta)
         terms = [*(site["log_prob_sum"] for site in sites.values()), *latent.log_jacobians]
         return {"log p": torch.stack([term.to(theta) for term in terms]).sum()}
 
-    def _values(self, theta: Tensor) -> dict[str, Tensor]:
-        sites, latent = self._at(theta)
+    def _values_of_row(self, theta: Tensor) -> dict[str, Tensor]:
+        sites, latent = self._run_at(theta)
         derived = [name for name, site in sites.items() if site["infer"].get("_deterministic")]
-        return {name: sites[name]["value"] for name in (*latent.free, *derived)}
+        return {name: sites[name]["value"] for name in (*latent.unconstrained, *derived)}
 
-    def _free(self, values: Named) -> dict[str, Tensor]:
-        return self._run(lambda name, transform, shape: transform.inv(values[name]))[1].free
+    def _unconstrain_row(self, values: TensorsByName) -> dict[str, Tensor]:
+        _, latent = self._run(lambda name, transform, shape: transform.inv(values[name]))
+        unconstrained: dict[str, Tensor] = latent.unconstrained
+        return unconstrained
 
-    def _at(self, theta: Tensor) -> tuple[dict[str, Any], Any]:
-        pieces = self.layout.split(theta)
+    def _run_at(self, theta: Tensor) -> tuple[dict[str, Any], Any]:
+        pieces = self._layout.split(theta)
         return self._run(lambda name, transform, shape: pieces[name])
 
-    def _run(self, choose: Choice) -> tuple[dict[str, Any], Any]:
-        """The sample sites of one run, with their log densities, and the messenger that chose the latent ones."""
-        pyro = _pyro()
-        with pyro.validation_enabled(False), float64_by_default():  # vmap cannot look at values, as checks do
+    def _run(self, choose: Chooser) -> tuple[dict[str, Any], Any]:
+        """Return the sample sites of one run, with their log densities, and the messenger with the latent ones."""
+        # Validation looks at values, which torch.func.vmap does not allow.
+        with self._pyro.validation_enabled(False), float64_by_default():
             with _messengers().Latent(choose) as latent:
-                trace = pyro.poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+                trace = self._pyro.poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
             try:
                 trace.compute_log_prob()
             except RuntimeError as error:
                 site = next(n for n, s in trace.nodes.items() if s["type"] == "sample" and "log_prob" not in s)
-                raise misfit(site, error) from error
+                raise data_mismatch_error(site, error) from error
         samples = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
         return {name: site for name, site in samples.items() if not _is_subsample(site)}, latent
 
-    def _takes_batches(self) -> bool:
+    def _runs_under_vmap(self) -> bool:
         try:
-            torch.func.vmap(self._density)(torch.zeros(2, len(self.layout.coordinates({})), dtype=torch.float64))
+            torch.func.vmap(self._log_density_of_row)(torch.zeros(2, self._layout.dim, dtype=torch.float64))
         except (RuntimeError, ValueError):
             return False
         return True
 
 
-def _pyro() -> Any:
-    try:
-        import pyro
-    except ImportError as error:
-        raise ImportError("expected pyro for its models; pip install 'counterflow[pyro]'") from error
-    return pyro
-
-
 @cache
 def _messengers() -> Any:
-    """Two classes of effect handlers, made when Pyro is there."""
+    """Return two classes of effect handlers, which can only be defined once Pyro is imported."""
     from pyro.poutine.messenger import Messenger
 
     class Latent(Messenger):  # type: ignore[misc]
-        """Sets the latent sites of a model to x = b(u), where `choose` gives u."""
+        """Set the latent sites of a model to x = b(u), where `choose` gives u."""
 
-        def __init__(self, choose: Choice) -> None:
+        def __init__(self, choose: Chooser) -> None:
             super().__init__()
-            self.choose = choose
+            self._choose = choose
             self.transforms: dict[str, Transform] = {}
-            self.free: dict[str, Tensor] = {}
+            self.unconstrained: dict[str, Tensor] = {}
             self.log_jacobians: list[Tensor] = []
 
         def _pyro_sample(self, site: dict[str, Any]) -> None:
-            name, fn = site["name"], site["fn"]
+            name = site["name"]
+            fn = site["fn"]
             if _is_subsample(site):
-                check_whole(name, fn.size, fn.subsample_size)
+                check_full_plate(name, fn.size, fn.subsample_size)
             elif site["value"] is None:
-                self.transforms[name] = transform = bijection(name, fn.support)
-                self.free[name] = free = self.choose(name, transform, fn.shape())
-                site["value"] = value = transform(free)
-                self.log_jacobians.append(transform.log_abs_det_jacobian(free, value).sum())
+                transform = find_bijection(name, fn.support)
+                unconstrained = self._choose(name, transform, fn.shape())
+                site["value"] = transform(unconstrained)
+                self.transforms[name] = transform
+                self.unconstrained[name] = unconstrained
+                self.log_jacobians.append(transform.log_abs_det_jacobian(unconstrained, site["value"]).sum())
 
     class Unobserved(Messenger):  # type: ignore[misc]
-        """Lets the model draw its data; poutine.uncondition would draw the deterministic sites as well."""
+        """Let the model draw its data; poutine.uncondition would draw the deterministic sites as well."""
 
         def __init__(self, data: Container[str]) -> None:
             super().__init__()
-            self.data = data
+            self._data = data
 
         def _pyro_sample(self, site: dict[str, Any]) -> None:
-            if site["name"] in self.data:
+            if site["name"] in self._data:
                 site.update(value=None, is_observed=False, done=False)
 
     return SimpleNamespace(Latent=Latent, Unobserved=Unobserved)
 
 
 def _one_by_one(function: RowFunction) -> RowFunction:
-    """What torch.func.vmap does, with a loop."""
+    """Return a loop over rows in place of torch.func.vmap."""
 
     def rows(batch: Any) -> dict[str, Tensor]:
-        results = [function(row) for row in (batch if isinstance(batch, Tensor) else _transposed(batch))]
+        results = [function(row) for row in (batch if isinstance(batch, Tensor) else _rows_of(batch))]
         return {name: torch.stack([result[name] for result in results]) for name in results[0]}
 
     return rows
 
 
-def _transposed(batch: Named) -> Iterator[dict[str, Tensor]]:
+def _rows_of(batch: TensorsByName) -> Iterator[dict[str, Tensor]]:
     return (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
 
 
-def _double(value: Any) -> Any:
+def _to_float64(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _is_subsample(site: Mapping[str, Any]) -> bool:
     return type(site["fn"]).__name__ == "_Subsample"
-
-
-def _is_data(site: Mapping[str, Any]) -> bool:
-    factor = type(site["fn"]).__name__ == "Unit"
-    return site["is_observed"] and not factor and not site["infer"].get("_deterministic")

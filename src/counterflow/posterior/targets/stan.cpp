@@ -1,7 +1,7 @@
-// The C interface to a Stan model that Python calls. stanc's C++ for the model stands above this text in one file.
+// C interface to a Stan model, called from Python. In the compiled file, stanc's C++ for the model precedes this text.
 //
-// Every function returns null, or the message of an error, which lives until the thread's next call. Arrays are
-// row-major, one point a row. What a model prints is dropped.
+// Every function returns null, or an error message that is valid until the thread's next call. Arrays are row-major,
+// one point per row. The model's printed output is dropped.
 
 #include <limits>
 #include <sstream>
@@ -17,7 +17,7 @@ using Points = const double *;
 namespace {
 
 template <typename F>
-const char *guarded(F body) {
+const char *catch_errors(F body) {
   static thread_local std::string message;
   try {
     body();
@@ -39,42 +39,42 @@ Eigen::VectorXd row(Points points, long index, long size) {
 extern "C" {
 
 const char *counterflow_open(const char *json, unsigned int seed, Model **model) {
-  return guarded([&] {
+  return catch_errors([&] {
     std::istringstream text(json);
-    std::ostringstream said;
+    std::ostringstream printed;
     stan::json::json_data data(text);
-    *model = &new_model(data, seed, &said);
+    *model = &new_model(data, seed, &printed);
   });
 }
 
 void counterflow_close(Model *model) { delete model; }
 
-// Names of unconstrained coordinates (what = 0), parameters (1) or all that write_array gives (2), each with a newline.
-const char *counterflow_names(const Model *model, int what) {
+// Names of unconstrained coordinates (kind 0), parameters (1) or all variables of write_array (2), one per line.
+const char *counterflow_names(const Model *model, int kind) {
   static thread_local std::string joined;
   std::vector<std::string> names;
-  if (what == 0)
+  if (kind == 0)
     model->unconstrained_param_names(names, false, false);
   else
-    model->constrained_param_names(names, what == 2, what == 2);
+    model->constrained_param_names(names, kind == 2, kind == 2);
   joined.clear();
   for (const auto &name : names)
     joined += name + "\n";
   return joined.c_str();
 }
 
-// log p (rows) with the Jacobian and all constants, and its gradient (rows, dim). A point that the model rejects has
-// -inf, and a gradient of 0.
+// log p (rows) with the Jacobian and all constants, and its gradient (rows, dim). A point that the model rejects gets
+// -inf and a gradient of 0.
 const char *counterflow_density(const Model *model, Points theta, long rows, long dim, double *value, double *gradient) {
-  static thread_local stan::math::ChainableStack tape;  // Stan wants one for each thread
-  return guarded([&] {
-    std::ostringstream said;
+  static thread_local stan::math::ChainableStack tape;  // Stan needs one per thread
+  return catch_errors([&] {
+    std::ostringstream printed;
     for (long i = 0; i < rows; ++i) {
       stan::math::nested_rev_autodiff freed_at_the_end;
       Eigen::Map<Eigen::VectorXd> slope(gradient + i * dim, dim);
       Eigen::Matrix<stan::math::var, -1, 1> x = row(theta, i, dim).cast<stan::math::var>();
       try {
-        stan::math::var density = model->log_prob_jacobian(x, &said);
+        stan::math::var density = model->log_prob_jacobian(x, &printed);
         density.grad();
         value[i] = density.val();
         slope = x.adj();
@@ -86,24 +86,24 @@ const char *counterflow_density(const Model *model, Points theta, long rows, lon
   });
 }
 
-// Why the model rejects theta (dim).
+// The reason why the model rejects theta (dim); null if it does not.
 const char *counterflow_reason(const Model *model, Points theta, long dim) {
-  return guarded([&] {
-    std::ostringstream said;
+  return catch_errors([&] {
+    std::ostringstream printed;
     Eigen::VectorXd x = row(theta, 0, dim);
-    model->log_prob_jacobian(x, &said);
+    model->log_prob_jacobian(x, &printed);
   });
 }
 
-// All that the model computes (rows, width): parameters, transformed parameters, generated quantities.
+// All variables (rows, width): parameters, transformed parameters, generated quantities.
 const char *counterflow_constrain(const Model *model, Points theta, long rows, long dim, long width, unsigned int seed,
                                   double *values) {
-  return guarded([&] {
-    std::ostringstream said;
+  return catch_errors([&] {
+    std::ostringstream printed;
     for (long i = 0; i < rows; ++i) {
       stan::rng_t random = stan::services::util::create_rng(seed, i + 1);
       Eigen::VectorXd x = row(theta, i, dim), all(width);
-      model->write_array(random, x, all, true, true, &said);
+      model->write_array(random, x, all, true, true, &printed);
       Eigen::Map<Eigen::VectorXd>(values + i * width, width) = all;
     }
   });
@@ -111,11 +111,11 @@ const char *counterflow_constrain(const Model *model, Points theta, long rows, l
 
 // theta (rows, dim) of parameters (rows, width).
 const char *counterflow_unconstrain(const Model *model, Points values, long rows, long dim, long width, double *theta) {
-  return guarded([&] {
-    std::ostringstream said;
+  return catch_errors([&] {
+    std::ostringstream printed;
     for (long i = 0; i < rows; ++i) {
       Eigen::VectorXd x(dim);
-      model->unconstrain_array(row(values, i, width), x, &said);
+      model->unconstrain_array(row(values, i, width), x, &printed);
       Eigen::Map<Eigen::VectorXd>(theta + i * dim, dim) = x;
     }
   });

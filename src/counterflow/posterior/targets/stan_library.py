@@ -1,4 +1,4 @@
-"""Stan programs as compiled libraries: built here with httpstan's copy of Stan, or by BridgeStan."""
+"""Stan programs as compiled libraries, built here with httpstan's copy of Stan or by BridgeStan."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from counterflow.posterior.targets.target import Array
 
 INTERFACE = Path(__file__).with_name("stan.cpp")
 
-# As httpstan compiles its models; the libraries that it ships have the ABI of manylinux2014.
+# The flags with which httpstan compiles its models. The libraries that it ships have the ABI of manylinux2014.
 FLAGS = ("-shared", "-fPIC", "-O3", "-std=c++14", "-w", "-D_GLIBCXX_USE_CXX11_ABI=0")
 DEFINES = ("-DSTAN_THREADS", "-D_REENTRANT", "-DBOOST_DISABLE_ASSERTS", "-DBOOST_PHOENIX_NO_VARIADIC_EXPRESSION")
 LIBRARIES = ("-lsundials_cvodes", "-lsundials_idas", "-lsundials_nvecserial", "-ltbb")
@@ -42,12 +42,13 @@ SIGNATURES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Program(Protocol):
-    """A compiled Stan program with its data.
+class StanLibrary(Protocol):
+    """Compiled Stan program with its data.
 
-    coordinates   the names of the D unconstrained coordinates as Stan has them: "theta.1" is the first of theta
-    parameters    those of the parameters
-    names         those of all that the program computes, the parameters first
+    Attributes:
+        coordinates: Stan's names of the D unconstrained coordinates: "theta.1" is the first element of theta.
+        parameters: Stan's names of the elements of the parameters.
+        names: Stan's names of the elements of all variables that the program computes, the parameters first.
     """
 
     coordinates: list[str]
@@ -55,32 +56,45 @@ class Program(Protocol):
     names: list[str]
 
     def value_and_gradient(self, theta: Array) -> tuple[Array, Array]:
-        """log p (B,) with Jacobian and constants at theta (B, D), and its gradient (B, D); -inf and 0 if rejected."""
+        """Return log p (B,) with Jacobian and constants at theta (B, D), and its gradient (B, D).
+
+        A point that the program rejects has log p = -inf and a gradient of 0.
+        """
 
     def constrain(self, theta: Array) -> Array:
-        """All that the program computes at theta (S, D): (S, len(names))."""
+        """Return all variables that the program computes at theta (S, D): (S, len(names))."""
 
     def unconstrain(self, values: Array) -> Array:
-        """theta (S, D) of parameters (S, len(parameters))."""
+        """Return theta (S, D) of parameters (S, len(parameters))."""
 
-    def reason(self, theta: Array) -> str:
-        """Why the program rejects theta (1, D); empty where it does not."""
+    def rejection_reason(self, theta: Array) -> str:
+        """Return Stan's message if the program rejects theta (1, D), else an empty string."""
 
 
-def open_program(code: str, data: str) -> Program:
-    """Compile a Stan program, unless it was compiled before, and give it its data, a JSON text."""
+def open_library(code: str, data: str) -> StanLibrary:
+    """Return the library of a Stan program with its data, compiling it unless the cache holds it.
+
+    Args:
+        code: the program.
+        data: the data, as JSON.
+
+    Raises:
+        ImportError: neither httpstan nor BridgeStan is installed, or there is no C++ compiler.
+        ValueError: the program does not compile, or the data do not fit it.
+    """
     if importlib.util.find_spec("bridgestan") and _bridgestan_sources().is_dir():
         return BridgeStan(code, data)
     if importlib.util.find_spec("httpstan"):
         return HttpStan(code, data)
-    raise ImportError("expected httpstan, which brings Stan's compiler; pip install 'counterflow[stan]'")
+    raise ImportError("expected httpstan for Stan programs, got no such package; pip install 'counterflow[stan]'")
 
 
 class HttpStan:
-    """A library that is built here, of the program and the interface in stan.cpp."""
+    """Library built here from the program and the interface in stan.cpp."""
 
     def __init__(self, code: str, data: str) -> None:
-        ctypes.CDLL(str(_stan("lib/libtbb.so.2")))  # of this environment: the library may be older than it
+        # Load this environment's libtbb first: the cached library may come from an environment that is gone.
+        ctypes.CDLL(str(_httpstan_path("lib/libtbb.so.2")))
         library = ctypes.CDLL(str(compile_program(code)))
         self._functions = {name: library[f"counterflow_{name}"] for name in SIGNATURES}
         for name, function in self._functions.items():
@@ -91,11 +105,14 @@ class HttpStan:
         close = library.counterflow_close
         close.argtypes = (Handle,)
         weakref.finalize(self, close, self._model)
-        self.coordinates, self.parameters, self.names = map(self._names, range(3))
+        self.coordinates = self._names(0)
+        self.parameters = self._names(1)
+        self.names = self._names(2)
         self._pool = ThreadPoolExecutor(os.cpu_count())
 
     def value_and_gradient(self, theta: Array) -> tuple[Array, Array]:
-        value, gradient = np.empty(len(theta)), np.empty(theta.shape)
+        value = np.empty(len(theta))
+        gradient = np.empty(theta.shape)
         parts = min(torch.get_num_threads(), len(theta))
         batches = [np.array_split(array, parts) for array in (theta, value, gradient)]
         for message in (self._pool.map if parts > 1 else map)(self._density, *batches):
@@ -114,24 +131,25 @@ class HttpStan:
         _raise_if(message, "values within their constraints")
         return theta
 
-    def reason(self, theta: Array) -> str:
+    def rejection_reason(self, theta: Array) -> str:
         message: bytes | None = self._functions["reason"](self._model, theta, theta.size)
-        return _said(message) if message else ""
+        return _decode(message) if message else ""
 
     def _density(self, theta: Array, value: Array, gradient: Array) -> bytes | None:
         return self._functions["density"](self._model, theta, *theta.shape, value, gradient)
 
-    def _names(self, what: int) -> list[str]:
-        return self._functions["names"](self._model, what).decode().splitlines()
+    def _names(self, kind: int) -> list[str]:
+        """Return names of coordinates (kind 0), parameters (1) or all variables (2)."""
+        return self._functions["names"](self._model, kind).decode().splitlines()
 
 
 class BridgeStan:
-    """A library that BridgeStan builds (Roualdes et al. 2023): one call for each point."""
+    """Library built by BridgeStan (Roualdes et al. 2023), with one call for each point."""
 
     def __init__(self, code: str, data: str) -> None:
         import bridgestan
 
-        source = _cache() / f"bridgestan-{_digest(code)}.stan"  # BridgeStan keeps the library beside it
+        source = _cache() / f"bridgestan-{_digest(code)}.stan"  # BridgeStan writes the library beside it
         source.write_text(code, "utf-8")
         try:
             self._model = bridgestan.StanModel(str(source), data, make_args=["STAN_THREADS=True"])
@@ -147,13 +165,13 @@ class BridgeStan:
 
     def constrain(self, theta: Array) -> Array:
         random = self._model.new_rng(0)
-        every = [self._model.param_constrain(row, include_tp=True, include_gq=True, rng=random) for row in theta]
-        return np.stack(every)
+        rows = [self._model.param_constrain(row, include_tp=True, include_gq=True, rng=random) for row in theta]
+        return np.stack(rows)
 
     def unconstrain(self, values: Array) -> Array:
         return np.stack([self._model.param_unconstrain(row) for row in values])
 
-    def reason(self, theta: Array) -> str:
+    def rejection_reason(self, theta: Array) -> str:
         try:
             self._model.log_density(theta[0], propto=False)
         except RuntimeError as error:
@@ -168,9 +186,13 @@ class BridgeStan:
 
 
 def compile_program(code: str) -> Path:
-    """The library of a Stan program, from the cache or compiled; its name is a digest of all that it depends on.
+    """Return the path of a Stan program's library, compiling it unless the cache holds it.
 
-    Raises ValueError for a program that is not right, and ImportError without a C++ compiler.
+    The file is named by a digest of everything that it depends on.
+
+    Raises:
+        ImportError: there is no C++ compiler.
+        ValueError: the program does not compile.
     """
     library = _cache() / f"{_digest(code)}.so"
     if not library.exists():
@@ -181,24 +203,24 @@ def compile_program(code: str) -> Path:
 
 def _build(code: str, digest: str, folder: Path) -> Path:
     (folder / "program.stan").write_text(code, "utf-8")
-    stanc = [str(_stan("stanc")), "--name", f"model_{digest}", "--print-cpp", "program.stan"]
+    stanc = [str(_httpstan_path("stanc")), "--name", f"model_{digest}", "--print-cpp", "program.stan"]
     cpp = _run(stanc, folder, "a Stan program")
     (folder / "program.cpp").write_text(cpp + INTERFACE.read_text("utf-8"), "utf-8")
-    paths = [f"-I{_stan('include')}", f"-L{_stan('lib')}"]
+    paths = [f"-I{_httpstan_path('include')}", f"-L{_httpstan_path('lib')}"]
     compiler = [_compiler(), *FLAGS, *DEFINES, "program.cpp", "-o", "program.so", *paths, *LIBRARIES]
     _run(compiler, folder, "C++ that compiles")
     return folder / "program.so"
 
 
-def _run(command: list[str], folder: Path, wanted: str) -> str:
-    ran = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    if ran.returncode:
-        raise ValueError(f"expected {wanted}, got\n{ran.stderr.strip()[-2000:]}")
-    return ran.stdout
+def _run(command: list[str], folder: Path, expected: str) -> str:
+    completed = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    if completed.returncode:
+        raise ValueError(f"expected {expected}, got\n{completed.stderr.strip()[-2000:]}")
+    return completed.stdout
 
 
-def _stan(part: str) -> Path:
-    """A part of the Stan that httpstan brings."""
+def _httpstan_path(part: str) -> Path:
+    """Return the path of a file or folder inside the httpstan package."""
     return Path(importlib.util.find_spec("httpstan").submodule_search_locations[0], part)  # type: ignore[union-attr, index]
 
 
@@ -206,18 +228,18 @@ def _compiler() -> str:
     name = os.environ.get("CXX", "g++")
     if not shutil.which(name):
         raise ImportError(
-            f"expected a C++ compiler, which Stan needs, got none called {name}; install g++, or name another in the "
-            "environment variable CXX"
+            f"expected a C++ compiler, which Stan needs, got none called {name}; install g++, or set the environment "
+            "variable CXX to another one"
         )
     return name
 
 
-def _raise_if(message: bytes | None, wanted: str) -> None:
+def _raise_if(message: bytes | None, expected: str) -> None:
     if message:
-        raise ValueError(f"expected {wanted}: {_said(message)}")
+        raise ValueError(f"expected {expected}: {_decode(message)}")
 
 
-def _said(message: bytes) -> str:
+def _decode(message: bytes) -> str:
     return message.decode().removeprefix("Exception: ")
 
 
