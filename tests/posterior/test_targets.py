@@ -219,7 +219,7 @@ ERRORS = {
         ValueError,
         r"got dim=1 and shapes={'mu': \(\)}",
     ),
-    "dim of zero": (lambda: from_torch(bowl, 0), ValueError, r"expected dim .* at least 1, got 0"),
+    "dim of zero": (lambda: from_torch(bowl, 0), ValueError, r"expected dim to be a whole number of at least 1, got 0"),
     "dim as a float": (lambda: from_torch(bowl, 2.0), ValueError, r"expected dim .* at least 1, got 2\.0"),
     "no variables": (
         lambda: from_torch(bowl, shapes={}),
