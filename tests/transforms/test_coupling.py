@@ -94,7 +94,7 @@ WRONG = {
     ),
     "an activation": (
         lambda: cf.transforms.CouplingLayer(3, [0], activation="cube"),
-        "expected activation as one of .*, got 'cube'",
+        "expected activation to be one of .*, got 'cube'",
     ),
     "shapes of a matrix": (
         lambda: cf.transforms.Linear(torch.zeros(2), torch.zeros(2, 3)),

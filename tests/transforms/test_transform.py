@@ -106,7 +106,7 @@ ERRORS = {
     "no such activation": (
         lambda: AR(3, activation="rleu"),
         ValueError,
-        r"expected activation as one of elu, leaky_relu, relu, sigmoid, silu, softplus, tanh, got 'rleu'",
+        r"expected activation to be one of elu, leaky_relu, relu, sigmoid, silu, softplus, tanh, got 'rleu'",
     ),
     "univariate as a class": (
         lambda: AR(3, univariate=cf.Gated),
@@ -124,7 +124,7 @@ ERRORS = {
     "no such solver": (
         lambda: setattr(plain(), "solver", "fast"),
         ValueError,
-        r"expected solver as one of auto, reference, sliced.*, got 'fast'",
+        r"expected solver to be one of auto, reference, sliced.*, got 'fast'",
     ),
     "empty Compose": (
         lambda: cf.Compose([]),
@@ -209,7 +209,11 @@ ERRORS = {
     ),
     "a clip that is no number": (lambda: cf.Affine(bound=float("nan")), ValueError, r"expected bound .*, got nan"),
     "base of no features": (lambda: cf.bases.StandardNormal(0), ValueError, r"expected features to be a whole number"),
-    "base of a negative context": (lambda: cf.bases.DiagonalNormal(2, -1), ValueError, r"expected context to be a whole"),
+    "base of a negative context": (
+        lambda: cf.bases.DiagonalNormal(2, -1),
+        ValueError,
+        r"expected context to be a whole",
+    ),
     "base and transform of other features": (
         lambda: cf.Flow(cf.bases.StandardNormal(2), plain()),
         ValueError,

@@ -138,7 +138,7 @@ def test_scaled_affine_is_its_formulas():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (("cube",), "expected scale as one of softplus, sigmoid, softclip, clamp, got 'cube'"),
+        (("cube",), "expected scale to be one of softplus, sigmoid, softclip, clamp, got 'cube'"),
         (("softplus", 1.0), "expected 0 <= min_scale < 1 and low < high, got min_scale=1.0"),
         (("clamp", 1e-3, 3.0, -5.0), "got min_scale=0.001, low=3.0, high=-5.0"),
     ],

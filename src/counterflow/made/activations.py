@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Activation(NamedTuple):
-    """An elementwise function and its derivative, both of the value before activation."""
+    """An elementwise function and its derivative, both as functions of the value before the activation."""
 
     f: Callable[[Tensor], Tensor]
     df: Callable[[Tensor], Tensor]
@@ -46,7 +46,7 @@ def _df_softplus(a: Tensor) -> Tensor:
     return torch.where(a > 20, torch.ones_like(a), torch.sigmoid(a))  # torch's softplus is linear above 20
 
 
-# Named functions, no lambdas: modules that hold them are pickled by whoever starts worker processes.
+# Named functions instead of lambdas, so that modules that hold them can be pickled for worker processes.
 ACTIVATIONS: dict[str, Activation] = {
     "relu": Activation(F.relu, _df_relu),
     "leaky_relu": Activation(F.leaky_relu, _df_leaky_relu),
@@ -59,7 +59,7 @@ ACTIVATIONS: dict[str, Activation] = {
 
 
 def activation_named(name: str) -> Activation:
-    """The activation of that name, or an error that lists all."""
+    """Return the activation of that name; raise ValueError with the list of names if there is none."""
     if name not in ACTIVATIONS:
-        raise ValueError(f"expected activation as one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+        raise ValueError(f"expected activation to be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
     return ACTIVATIONS[name]

@@ -1,7 +1,7 @@
-"""MADE: one network that computes the parameters of every feature from the features before it.
+"""MADE: a network that computes the parameters of every feature from the features before it.
 
-Each feature has a degree d in 1..G, each hidden unit a degree e in 0..G-1, and hidden units are sorted by
-degree, so that every mask is a staircase:
+Each feature has a degree d in 1..G and each hidden unit a degree e in 0..G-1. Hidden units are sorted by degree, so
+that every mask is a staircase:
 
     first layer    unit e sees feature i      when d_i <= e
     hidden layers  unit e sees unit e'        when e' <= e

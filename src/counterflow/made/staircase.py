@@ -1,14 +1,15 @@
-"""Linear layers whose zeros form a staircase: a row of the weight sees the first columns, no fewer than the row before.
+"""Products with a weight whose mask is a staircase: each row sees the first columns, no fewer than the row before.
 
-Where that pays, the weight is cut into steps, blocks of rows, and each product leaves out the columns that no row of a
-step sees:
+If it is faster, the weight is cut into steps, which are blocks of rows, and each product leaves out the columns that no
+row of a step sees:
 
     y[:, rows]           =  b[rows] + x[:, :seen] W[rows, :seen]^T
     x_bar[:, :seen]     +=  y_bar[:, rows] W[rows, :seen]
     W_bar[rows, :seen]   =  y_bar[:, rows]^T x[:, :seen]
 
-Many steps come to half of the dense arithmetic. A finite number has no effect where it is not seen: it is never read,
-or masked on its way into a product. The gradient there is exactly 0, so that a 0 stays a 0 whatever the optimizer.
+With many steps that is half of the dense arithmetic. A masked entry of the weight is never read, or multiplied by 0
+before it is used, so that a finite value there has no effect. Its gradient is exactly 0, so that an entry that starts
+at 0 stays at 0 with any optimizer.
 """
 
 from __future__ import annotations
@@ -21,19 +22,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# Without a public name. The public way, rules for vmap, costs 50 us a layer more (one core of an EPYC 9004).
+# Private in torch. Its public alternative, a vmap rule, costs 50 us more per layer (one core of an EPYC 9004).
 from torch._C import _are_functorch_transforms_active as functions_are_transformed
 from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
 
-# In weights that are multiplied in the same time; from benchmarks/results/staircase.md.
-STEP = 1 << 13  # for a step: its calls, and what its products lose by being narrow
-START = 1 << 15  # not taking the dense product, which is one call
-LINE = 16  # numbers; a cache line in float32, where steps begin and end
+# Overheads, as the number of weights that are multiplied in the same time; measured in benchmarks/results/staircase.md.
+STEP = 1 << 13  # overhead of one step: its calls, and the lower speed of narrow products
+START = 1 << 15  # overhead of the product in steps compared with the dense one, which is a single call
+LINE = 16  # steps begin and end at multiples of it: the number of float32 numbers in a cache line
 
 
 class Step(NamedTuple):
-    """Rows first..last - 1: each sees the columns before `full`, and none sees one from `seen` on."""
+    """Rows first..last - 1; each of them sees all columns before `full` and none sees column `seen` or a later one."""
 
     first: int
     last: int
@@ -43,11 +44,11 @@ class Step(NamedTuple):
 
 @lru_cache(maxsize=256)
 def cut(reach: tuple[int, ...], columns: int) -> tuple[Step, ...]:
-    """The steps with the least sum of rows * seen + STEP; none where the dense product is as good.
+    """Return the steps with the smallest sum of rows * seen + STEP, or () if the dense product is as fast.
 
     Args:
-        reach: how many of the first columns each row sees, in ascending order.
-        columns: of the weight.
+        reach: the number of first columns that each row sees, in ascending order.
+        columns: the number of columns of the weight.
 
     Example:
         >>> cut((0,) * 256 + (512,) * 256, columns=512)
@@ -55,42 +56,51 @@ def cut(reach: tuple[int, ...], columns: int) -> tuple[Step, ...]:
         >>> cut((1, 2, 3), columns=3)
         ()
     """
-    rows, high = len(reach), max(columns // 32, 1)
-    # A border pays only near rows that see more than those before them: there are not more such rows than columns.
+    rows = len(reach)
+    high = max(columns // 32, 1)
+    # A border between two steps helps only next to rows that see more columns than the rows before them.
     near = [row for row in range(0, rows, LINE) if reach[max(row - LINE, 0)] < reach[min(row + LINE, rows) - 1]]
     sudden = [row for row in range(1, rows) if reach[row] - reach[row - 1] >= high]
     borders = sorted({0, *near, *sudden, rows})
-    best = [(0, 0)]  # for the rows before each border: the least cost, and at which border the last step begins
+    best = [(0, 0)]  # for the rows before each border: the smallest cost, and the border where the last step begins
     for k, last in enumerate(borders[1:], 1):
         best.append(min((best[j][0] + (last - borders[j]) * reach[last - 1] + STEP, j) for j in range(k)))
     if best[-1][0] + START >= rows * columns:
         return ()
-    steps, k = [], len(borders) - 1
+    steps = []
+    k = len(borders) - 1
     while k:
-        first, last, k = borders[best[k][1]], borders[k], best[k][1]
-        steps.append(step(reach, columns, first, last))
+        before = best[k][1]
+        steps.append(step(reach, columns, borders[before], borders[k]))
+        k = before
     return tuple(reversed(steps))
 
 
 def step(reach: Sequence[int], columns: int, first: int, last: int) -> Step:
-    """The step of these rows. What only some of them see, its diagonal, is widened to whole cache lines."""
-    full, seen = reach[first], reach[last - 1]
+    """Return the step of rows first..last - 1.
+
+    The columns that only some of these rows see, its diagonal, are widened to whole cache lines.
+    """
+    full = reach[first]
+    seen = reach[last - 1]
     if full < seen:
-        full, seen = full - full % LINE, min(seen + -seen % LINE, columns)
+        full -= full % LINE
+        seen = min(seen + -seen % LINE, columns)
     return Step(first, last, full, seen)
 
 
 class Staircase(nn.Module):
-    """What a weight (out, in) may hold, and how it is cut. Nothing in it is saved or trained.
+    """Mask of a weight (out, in) and the steps into which it is cut. Nothing in it is saved or trained.
 
     Args:
-        mask: (out, in), True where the weight may differ from 0: the first columns of each row, ever more of them.
+        mask: (out, in), True where the weight has an effect: the first columns of each row, no fewer than in the row
+            before.
         steps: chosen by `cut` when not given.
 
     Attributes:
-        mask: numbers where the product is dense, since one with booleans takes five times as long (512 x 512, one core
-            of an EPYC 9004); where it is cut, booleans for the few who ask.
-        diagonals: the masks of all steps' diagonals, flattened and joined.
+        mask: the mask as numbers if the product is dense, since a product with booleans takes five times as long
+            (512 x 512, one core of an EPYC 9004); as booleans if the weight is cut.
+        diagonals: the masks of the diagonals of all steps, flattened and joined.
     """
 
     mask: Tensor
@@ -106,29 +116,29 @@ class Staircase(nn.Module):
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, staircase: Staircase) -> Tensor:
-    """x (..., in), weight (out, in), bias (out,) -> y = b + x (W * mask)^T, (..., out).
+    """Return y = b + x (W * mask)^T, (..., out), for x (..., in), weight (out, in) and bias (out,).
 
-    In steps on the CPU. Other devices, the compiler, tracers and torch.func get the dense product.
+    The product is computed in steps on the CPU; other devices, the compiler, tracers and torch.func use the dense one.
     """
     steps, mask = staircase.steps, staircase.mask
-    in_steps = steps and x.device.type == "cpu" and x.shape[-1:] == weight.shape[1:]  # the dense product refuses others
+    in_steps = steps and x.device.type == "cpu" and x.shape[-1:] == weight.shape[1:]  # F.linear raises for other shapes
     if not in_steps or is_compiling() or is_tracing() or functions_are_transformed():
         return F.linear(x, weight * mask, bias)
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # as for F.linear
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:  # as F.linear does
         low = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(low), weight.to(low), bias.to(low)
     return _Linear.apply(x, weight, bias, mask, staircase.diagonals.to(x.dtype), steps)
 
 
 def weight_gradient(staircase: Staircase, y_bar: Tensor, x: Tensor) -> Tensor:
-    """The gradient (out, in) of the weight, y_bar^T x * mask, for rows y_bar (N, out) and x (N, in)."""
+    """Return the gradient (out, in) of the weight, y_bar^T x * mask, for rows y_bar (N, out) and x (N, in)."""
     if not staircase.steps or y_bar.device.type != "cpu" or is_compiling():
         return (y_bar.T @ x) * staircase.mask
     return _weight_gradient(y_bar, x, staircase.diagonals.to(y_bar.dtype), staircase.steps)
 
 
 def _is_batched(t: Tensor) -> bool:
-    """Whether it stands for many tensors, such as the cotangents of a vectorised Jacobian: then it has no memory."""
+    """Return True for a batched tensor, which has no storage, such as the cotangents of a vectorized Jacobian."""
     try:
         t.untyped_storage()
     except NotImplementedError:
@@ -137,19 +147,19 @@ def _is_batched(t: Tensor) -> bool:
 
 
 def _rows(t: Tensor) -> Tensor:
-    """(..., units) -> (N, units)."""
+    """Reshape (..., units) to (N, units)."""
     return t.reshape(-1, t.shape[-1])
 
 
 def _split(masks: Tensor, steps: Sequence[Step]) -> list[Tensor]:
-    """The mask of each step's diagonal, (rows, seen - full)."""
+    """Return the mask of the diagonal of each step, (rows, seen - full)."""
     shapes = [(last - first, seen - full) for first, last, full, seen in steps]
     parts = masks.split([rows * columns for rows, columns in shapes])
     return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 def _diagonals(weight: Tensor, masks: Tensor, steps: Sequence[Step]) -> list[Tensor]:
-    """What only some rows of a step see, masked."""
+    """Return the diagonal of each step, masked."""
     each = zip(steps, _split(masks, steps), strict=True)
     return [weight[first:last, full:seen] * mask for (first, last, full, seen), mask in each]
 
@@ -183,7 +193,7 @@ def _weight_gradient(y_bar: Tensor, x: Tensor, masks: Tensor, steps: Sequence[St
 
 
 class _Linear(torch.autograd.Function):
-    """The product in steps; its second derivatives are those of the dense one."""
+    """Product in steps; its second derivatives are computed by the dense product."""
 
     @staticmethod
     def forward(
@@ -198,7 +208,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, y_bar: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask, masks, *diagonals = ctx.saved_tensors
-        rows = _rows(y_bar).contiguous()  # those of a sum are one row, expanded
+        rows = _rows(y_bar).contiguous()  # the gradient of a sum is one row, expanded
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
         if torch.is_grad_enabled() or _is_batched(y_bar):
             x_bar, weight_bar = y_bar @ (weight * mask), rows.T @ _rows(x) * mask

@@ -1,1 +1,1 @@
-"""Monotone maps of one feature, given its parameters."""
+"""Strictly increasing maps of one feature, given its parameters: affine, gated, sinh-arcsinh, spline."""

@@ -1,4 +1,7 @@
-"""The contract of a univariate map."""
+"""Base class of the univariate maps.
+
+A univariate map is elementwise: x, y and log dy/dx are (...), and params is (..., P).
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 
 class Partials(NamedTuple):
-    """First derivatives of y = g(x; params) and of l = log dy/dx, at one point."""
+    """First derivatives of y = g(x; params) and of l = log dy/dx."""
 
     dy_dx: Tensor  # (...)
     dy_dparams: Tensor  # (..., P)
@@ -20,7 +23,11 @@ class Partials(NamedTuple):
 
 
 class Univariate(ABC):
-    """A strictly increasing map of one number, with P parameters. With zero parameters it is near the identity."""
+    """Strictly increasing map of one feature with P parameters, y = g(x; params).
+
+    With zero parameters it is the identity or close to it. Subclasses are frozen dataclasses whose fields are their
+    constants.
+    """
 
     parameters: int  # P
 
@@ -33,7 +40,10 @@ class Univariate(ABC):
         """Return x with g(x; params) = y, and log dx/dy."""
 
     def partials(self, x: Tensor, params: Tensor) -> Partials:
-        """The derivatives that back substitution needs; by autograd where no closed form is written."""
+        """Return the derivatives that back substitution needs.
+
+        This default uses autograd; a subclass may override it with a closed form, which is faster.
+        """
         with torch.enable_grad():
             x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
             y, log_slope = self.forward(x, params)
@@ -47,5 +57,5 @@ class Univariate(ABC):
         return Partials(dy[0], dy[1], dl[0], dl[1])
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return asdict(self)  # type: ignore[call-overload]  # every final class here is a dataclass
+        """Return the constructor's arguments."""
+        return asdict(self)  # type: ignore[call-overload]  # every concrete subclass is a dataclass
