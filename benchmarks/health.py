@@ -443,8 +443,9 @@ def main() -> None:
         f"{POINTS} times after a garbage collection and `malloc_trim`. All counts are of what was there after a fifth, "
         f"and + what came by the end; MB is resident memory, its slope by least squares ± standard error. Flat: "
         f"growth below {GROWTH:g} MB, a slope below {SLOPE:g} MB per 1,000 or within two standard errors of 0, and "
-        "no thread, descriptor or tensor more. Trainings write a checkpoint every second where they take `checkpoints`. "
-        "What grows is the history of a training: 0.3 KB for each epoch, and 2 KB where checkpoints are written, which hold it.",
+        "no thread, descriptor or tensor more. Trainings write a checkpoint every second if they take "
+        "`checkpoints`. What grows is the history of a training: 0.3 KB for each epoch, and 2 KB where checkpoints are "
+        "written, which hold it.",
     ]
     for heading, every in lines.items():
         each = [name for name in every if name.startswith(tuple(arguments.only))]

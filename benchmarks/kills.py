@@ -116,7 +116,7 @@ def where(out: Path) -> str:
     """How far a killed run had come."""
     if not (out / "config.json").is_file():
         return "before the run folder"
-    if not any((out / "states").rglob("*.safetensors")):
+    if not any((out / "checkpoints").rglob("*.safetensors")):
         return "after the end" if (out / "summary.json").is_file() else "before the first state"
     return "with a summary" if (out / "summary.json").is_file() else "with states"
 
@@ -200,7 +200,7 @@ def ranks(times: int, launcher: bool) -> list[str]:
         for k in range(times):
             out, log = folder / str(k), folder / f"{k}.log"
             process = started(out, log, 0 if launcher else 3)
-            while not any((out / "states").rglob("*.safetensors")):
+            while not any((out / "checkpoints").rglob("*.safetensors")):
                 assert process.poll() is None
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 4))

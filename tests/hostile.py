@@ -657,7 +657,7 @@ def _posteriors() -> list[Files]:
 @cache
 def _states() -> list[Files]:
     tensors = {"weight": torch.ones(2, 3), "order": torch.arange(4), "generator": torch.zeros(9, dtype=torch.uint8)}
-    facts = {"steps": 12, "record": {"epochs": [1.5, None]}, "best": None}
+    facts = {"steps": 12, "history": {"epochs": [1.5, None]}, "best": None}
     return [
         _saved(lambda folder, k=k: Checkpoints(folder).save(Checkpoint(tensors, facts | {"steps": k}))) for k in (0, 12)
     ]

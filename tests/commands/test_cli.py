@@ -284,8 +284,8 @@ def test_ctrl_c_keeps_the_best_weights(tmp_path, listens_to_ctrl_c):
     assert process.returncode == 130
     assert "Traceback" not in err and "interrupted" in err
     assert str(run / "model-gaussian.safetensors") in err
-    left = {name for name in files(run) if not name.startswith("states/gaussian/")}
-    assert left == {"config.json", "metrics.jsonl", "model-gaussian.safetensors"} and (run / "states").is_dir()
+    left = {name for name in files(run) if not name.startswith("checkpoints/gaussian/")}
+    assert left == {"config.json", "metrics.jsonl", "model-gaussian.safetensors"} and (run / "checkpoints").is_dir()
     assert cf.load(run / "model-gaussian.safetensors").sample(2).shape == (2, 1, 8, 8)
 
 

@@ -99,7 +99,7 @@ def refuse(rank, folder):
     try:
         cf.fit(cf.MAF(2), cf.log_likelihood, torch.randn(40, 2), torch.randn(9, 2), cf.FitConfig(batch_size=9))
     except ValueError as error:
-        assert str(error) == "expected batch_size as a multiple of the 2 processes, got 9"
+        assert str(error) == "expected batch_size to be a multiple of the 2 processes, got 9"
         dist.destroy_process_group()
     else:
         raise AssertionError("no error")

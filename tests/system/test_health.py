@@ -257,12 +257,12 @@ def test_a_state_of_a_longer_course_leaves_nothing_behind(tmp_path):
 
     def types_after(first: int) -> int:
         for k in range(first, first + 40):
-            checkpoints.save(Checkpoint(weights, {"steps": k, "record": list(range(k))}))
+            checkpoints.save(Checkpoint(weights, {"steps": k, "history": list(range(k))}))
         return len(ctypes._pointer_type_cache)
 
     before = types_after(1000)
     assert types_after(1040) <= before + 1
-    assert checkpoints.load().numbers == {"steps": 1079, "record": list(range(1079))}
+    assert checkpoints.load().numbers == {"steps": 1079, "history": list(range(1079))}
 
 
 # -- a real Ctrl-C in the midst of a step ------------------------------------------------------------

@@ -361,7 +361,7 @@ def test_refusals(name, material, here):
 class Second(Workers):
     """The second of two processes, on a disk where the first one's files are not."""
 
-    def broadcast(self, content):
+    def broadcast_bytes(self, content):
         return b'{"value": false}'
 
 
@@ -376,7 +376,7 @@ class Second(Workers):
     "line",
 )
 def test_refusals_of_several_processes(line, material, here, monkeypatch):
-    monkeypatch.setattr(Workers, "here", classmethod(lambda _: Second(1, 2)))
+    monkeypatch.setattr(Workers, "current", classmethod(lambda _: Second(1, 2)))
     before = everything(material)
     code, told, errors = here(*line.split())
     assert (code, told) == (2, "")

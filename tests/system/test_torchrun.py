@@ -90,5 +90,5 @@ def test_what_torchrun_is_told(tmp_path):
     told = ended(torchrun(tmp_path, "vae"), code=1)
     assert told.count("expected --out under torchrun, where a run that is started again finds its checkpoints") == 1
     told = ended(torchrun(tmp_path, *VAE, "--batch-size", "63", "--out", "run"), code=1)
-    assert told.count("expected batch_size as a multiple of the 2 processes, got 63") == 1
+    assert told.count("expected batch_size to be a multiple of the 2 processes, got 63") == 1
     assert not (tmp_path / "run").exists()

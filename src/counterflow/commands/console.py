@@ -38,7 +38,7 @@ def new_run(folder: Path | None, kind: str) -> Path:
 def check_new(folder: Path | None) -> None:
     """Raise FileExistsError for a run folder that exists and holds something."""
     if folder is not None and folder.exists() and (not folder.is_dir() or any(map(_counts, folder.iterdir()))):
-        more = f", or go on with it by --resume {folder}" if (folder / "states").is_dir() else ""
+        more = f", or go on with it by --resume {folder}" if (folder / "checkpoints").is_dir() else ""
         raise FileExistsError(
             f"expected a new folder for the run, got {folder}, which exists; give another --out{more}"
         )

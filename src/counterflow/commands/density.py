@@ -103,7 +103,7 @@ class Density:
         )
         with training.under_way(run) as stop:
             self._fit(density, train, run, stop)
-            if Workers.here().rank:  # the first process alone tests and draws
+            if Workers.current().rank:  # the first process alone tests and draws
                 return 0
             density.save(run)
             with console.err.status("testing, beside Gaussian mixtures"):

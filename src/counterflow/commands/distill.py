@@ -78,7 +78,7 @@ class Distill:
                     raise KeyboardInterrupt
                 console.note("training ended before its first epoch was over: no weights are kept")
                 return 1
-            if Workers.here().rank:  # the first process alone compares and draws
+            if Workers.current().rank:  # the first process alone compares and draws
                 return 0
             self._finish(teacher, folder, made, run)
         if interrupted:

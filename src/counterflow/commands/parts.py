@@ -43,7 +43,7 @@ def folder(out: Path | None) -> Path | None:
     """
     if out is not None and not out.suffix:
         return out
-    if Workers.here().size > 1:
+    if Workers.current().size > 1:
         raise ValueError(
             f"expected --out under torchrun as a folder, a name without a suffix, where each process writes its own "
             f"parts, got {out or 'none'}"
@@ -114,9 +114,9 @@ class Parts:
         if not self._begin(made_of):
             with _heard():
                 count = self._write_mine(itertools.chain([first], coming), do)
-            if Workers.here().rank == 0:
+            if Workers.current().rank == 0:
                 self._finish(count)
-        if Workers.here().rank == 0:
+        if Workers.current().rank == 0:
             summary = read_json(self._summary, "a summary that counterflow wrote")
             parts = "1 part" if summary["parts"] == 1 else f"{summary['parts']} parts"
             console.say(f"{tell(summary['sums'])}; {parts} in {self.folder}")
@@ -124,7 +124,7 @@ class Parts:
 
     def _begin(self, made_of: dict[str, Any]) -> bool:
         """Make the folder, or find it again; whether nothing is left to do. The first process decides for all."""
-        done: bool = Workers.here().told_by_first(lambda: self._open(made_of))
+        done: bool = Workers.current().broadcast_result(lambda: self._open(made_of))
         with _heard():
             if not self._about.is_file():
                 raise ValueError(f"expected --out on a disk that all processes share, got {self.folder}, which is not")
@@ -156,7 +156,7 @@ class Parts:
 
     def _write_mine(self, pieces: Iterable[Piece], do: Callable[[int, Piece, Path, Show], Sums]) -> int:
         """The number of all parts, of which those of this process are there now."""
-        group, count = Workers.here(), 0
+        group, count = Workers.current(), 0
         with console.err.status("looking for what is left to do") as status:
             for number, piece in enumerate(pieces):
                 count = number + 1

@@ -86,7 +86,7 @@ class Posterior:
         with training.under_way(run) as stop:
             with errors_of_file(self._file):
                 found = self._fit(target, run, stop)
-            if Workers.here().rank:  # the first process alone writes and draws
+            if Workers.current().rank:  # the first process alone writes and draws
                 return 0
             self._write(found, target, run)
         interrupted = found.stages[-1].stopped == "interrupted"

@@ -28,7 +28,7 @@ from counterflow.training.checkpoints import Checkpoint, Checkpoints
 from counterflow.training.distributed import Workers
 
 FORMAT = 1  # of the run folder
-STATES = "checkpoints"  # a folder of the run folder, while there is something to go on from
+CHECKPOINTS = "checkpoints"  # a folder of the run folder, while there is something to go on from
 PART = ".part"  # ends the names of what is not whole
 PATIENCE = 0.2  # seconds between two looks for the launcher
 Command = TypeVar("Command")
@@ -73,7 +73,7 @@ def opened(command: Command, name: str) -> tuple[Command, Path | None]:
             raise ValueError(
                 f"expected --resume without other options, which the run knows, got {', '.join(given)} as well"
             )
-        config = Workers.here().told_by_first(lambda: _unfinished(resumed, name))
+        config = Workers.current().broadcast_result(lambda: _unfinished(resumed, name))
         return _built(command, config, resumed), resumed
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return command, None
@@ -82,11 +82,11 @@ def opened(command: Command, name: str) -> tuple[Command, Path | None]:
             "expected --out under torchrun, where a run that is started again finds its checkpoints, got none"
         )
     out = place.out
-    group = Workers.here()
-    (again,) = group.any(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)  # machines count their own
-    if group.told_by_first(lambda: again and _is_finished(out)):
+    group = Workers.current()
+    (again,) = group.any_rank(int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0)  # machines count their own
+    if group.broadcast_result(lambda: again and _is_finished(out)):
         raise SystemExit(0)
-    config = group.told_by_first(lambda: _unfinished(out, name) if _is_begun(out) else None)
+    config = group.broadcast_result(lambda: _unfinished(out, name) if _is_begun(out) else None)
     if config is None:
         return command, None
     if _built(command, config, out) != command:
@@ -108,22 +108,22 @@ def begun(command: Command, run: Path | None, name: str) -> Path:
         write_json(folder / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values})
         return str(folder)
 
-    return Path(Workers.here().told_by_first(make))
+    return Path(Workers.current().broadcast_result(make))
 
 
 @contextmanager
 def under_way(run: Path) -> Iterator[Stop]:
     """While the run is written: signals wait for the end of a step, and an error leaves what can be gone on with.
 
-    A folder that holds neither a state nor weights is removed.
+    A folder that holds neither a checkpoint nor weights is removed.
     """
     with stoppable() as stop:
         try:
             yield stop
         except BaseException as error:
-            if (run / STATES).is_dir():
+            if (run / CHECKPOINTS).is_dir():
                 error.add_note(f"go on with --resume {run}")
-            elif Workers.here().rank == 0 and not any(run.glob("*.safetensors")):
+            elif Workers.current().rank == 0 and not any(run.glob("*.safetensors")):
                 shutil.rmtree(run, ignore_errors=True)
             if isinstance(error, KeyboardInterrupt) and stop.signal is not None:
                 error.args = (stop.signal,)
@@ -132,8 +132,8 @@ def under_way(run: Path) -> Iterator[Stop]:
 
 def finish(run: Path) -> None:
     """Nothing is left to go on from."""
-    if (run / STATES).is_dir():
-        os.replace(run / STATES, run / f"{STATES}{PART}")  # at once, whatever happens next
+    if (run / CHECKPOINTS).is_dir():
+        os.replace(run / CHECKPOINTS, run / f"{CHECKPOINTS}{PART}")  # at once, whatever happens next
     _clear(run)
 
 
@@ -148,7 +148,7 @@ def _is_begun(run: Path) -> bool:
 
 
 def _is_finished(run: Path) -> bool:
-    return (run / "summary.json").is_file() and not (run / STATES).is_dir()
+    return (run / "summary.json").is_file() and not (run / CHECKPOINTS).is_dir()
 
 
 def _unfinished(run: Path, name: str) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _unfinished(run: Path, name: str) -> dict[str, Any]:
 @contextmanager
 def metrics(run: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A function that writes a line of metrics.jsonl; a resumed run writes them all again."""
-    path = run / "metrics.jsonl" if Workers.here().rank == 0 else Path(os.devnull)
+    path = run / "metrics.jsonl" if Workers.current().rank == 0 else Path(os.devnull)
     with path.open("w", encoding="utf-8") as file:
         yield lambda row: print(json.dumps(row), file=file, flush=True)
 
@@ -182,12 +182,12 @@ def checkpoints(
     """Return the run's checkpoints. On resume, report it and write the finished epochs to metrics.jsonl again."""
 
     def on_resume(task: str, checkpoint: Checkpoint) -> None:
-        console.note(f"{task}: resuming from step {checkpoint.steps:,} of {run / STATES}")
+        console.note(f"{task}: resuming from step {checkpoint.steps:,} of {run / CHECKPOINTS}")
         if write is not None:
-            for row in checkpoint.numbers["record"]["epochs"]:
-                write({"task": task, **row})
+            for epoch in checkpoint.history.epochs:
+                write({"task": task, **dataclasses.asdict(epoch)})
 
-    return Checkpoints(run / STATES, place.save_every, on_resume)
+    return Checkpoints(run / CHECKPOINTS, place.save_every, on_resume)
 
 
 # -- signals -----------------------------------------------------------------------------------------
@@ -228,7 +228,7 @@ def stoppable() -> Iterator[Stop]:
         if stop.signal is not None:
             raise KeyboardInterrupt(number)
         stop.signal = number
-        console.note("ending after this step; once more ends at once, without a state to go on from")
+        console.note("ending after this step; once more ends at once, without a checkpoint to resume from")
 
     if threading.current_thread() is not threading.main_thread():  # only that one is given signals
         yield stop

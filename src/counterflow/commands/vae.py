@@ -132,7 +132,7 @@ class Vae:
                 kept = ", ".join(str(file) for file in sorted(run.glob("*.safetensors"))) or "none: no epoch was over"
                 error.add_note(f"the best weights so far: {kept}")
                 raise
-        if Workers.here().rank == 0:
+        if Workers.current().rank == 0:
             training.finish(run)
         return code
 
@@ -148,14 +148,14 @@ class Vae:
             for name, model in models.items():
                 file = run / ("model.safetensors" if name == list(models)[-1] else f"model-{name}.safetensors")
                 records[name] = self._train(name, model, parts, checkpoints.for_task(name), write, stop)
-                if records[name].best is not None and Workers.here().rank == 0:
+                if records[name].best is not None and Workers.current().rank == 0:
                     save(model, file)
                 if records[name].stopped == "interrupted":
                     raise KeyboardInterrupt
                 if records[name].best is None:
                     console.note(f"training of {name} ended before its first epoch was over: no weights are kept")
                     return 1
-        if Workers.here().rank:  # the first process alone tests and draws
+        if Workers.current().rank:  # the first process alone tests and draws
             return 0
         for name, model in models.items():
             with console.err.status(f"testing {name} with {self.test_samples} samples a datum"):

@@ -260,7 +260,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         x = self._numbers(X, reset=True)
         names = self.get_feature_names_out().tolist()
         rng = check_random_state(self.random_state)
-        self.seed_ = int(Workers.here().first(rng.randint(2**31 - 1)))
+        self.seed_ = int(Workers.current().broadcast_value(rng.randint(2**31 - 1)))
         c = weights = self.context_ = None
         if context is not None:
             table = named_columns(context, len(x))
@@ -289,7 +289,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
         weights = None if table.weights is None else table.weights[order[held_out:].numpy()]
         flow = self._recipe(table.context, seed)
         before = preprocessing(self.columns_, train[0], weights, seed, correlated).float()
-        rows, processes = N - held_out, Workers.here().size
+        rows, processes = N - held_out, Workers.current().size
         batch_size = min(self.batch_size, rows, max(32, rows // 20))
         config = FitConfig(
             epochs=self.epochs,

@@ -125,7 +125,7 @@ def distill_with_history(
     device = device_of(teacher)
     teacher = copy.deepcopy(teacher).to(config.device).eval().requires_grad_(False)
     parts = flatten(teacher.transform)
-    samples = Workers.here().share(config.samples, "samples")  # each process draws its own
+    samples = Workers.current().share(config.samples, "samples")  # each process draws its own
     with seeded(config.seed, cuda=True):
         made = mirror(teacher, parts, draw, config.hidden) if student is None else check_student(student, teacher)
     made.to(config.device)

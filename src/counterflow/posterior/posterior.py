@@ -97,15 +97,15 @@ def fit_posterior(
         >>> posterior.resampled, posterior.sample(50)["theta"].shape
         (True, torch.Size([50, 2]))
     """
-    begun, group = time.perf_counter(), Workers.here()
+    begun, group = time.perf_counter(), Workers.current()
     target = as_target(target, dim)
     generator = torch.Generator().manual_seed(config.seed)
     found = initial_gaussians(target, target.initial(config.starts, config.seed), generator)
-    with seeded(group.seed(config.seed)):
+    with seeded(group.rank_seed(config.seed)):
         fitted = fit_flow(target, found, config, begun + config.seconds, on_stage, on_epoch, on_step, checkpoints)
         doubtful = newton_paths(target, undercovered_points(target, fitted.flow, config.starts), CLIMBS, generator)
         found = join(found, refine_and_dedupe(target, doubtful, generator))
-        missed = group.first(missed_mass(target, fitted.flow, found, generator))
+        missed = group.broadcast_value(missed_mass(target, fitted.flow, found, generator))
     values = target.constrain(fitted.pool.theta)
     return Posterior(target, config, fitted, values, missed, time.perf_counter() - begun)
 

@@ -109,7 +109,7 @@ def fit_flow(
 
     Of several processes each makes its share of the draws, and all come to the same flow and the same verdict.
     """
-    group = Workers.here()
+    group = Workers.current()
     base = StudentT(start.mean.shape[-1], config.df)
     parts: list[Transform] = [*_layers(config, 0, start), Inverse(Whiten(start.mean[0], start.factor[0]))]
     stages: list[Stage] = []
@@ -117,7 +117,7 @@ def fit_flow(
     for number, plan in enumerate(plans(config)):
         kept = None if checkpoints is None else checkpoints.for_task(f"stage {number + 1}")
         late = bool(stages) and time.perf_counter() + _expected_seconds(plan, stages[-1]) > deadline
-        if group.first(late) and (kept is None or kept.load() is None):  # one that was begun goes on
+        if group.broadcast_value(late) and (kept is None or kept.load() is None):  # one that was begun goes on
             break
         begun = time.perf_counter()
         if plan.more_layers:
@@ -131,7 +131,7 @@ def fit_flow(
             on_stage(stages[-1])
         if best is None or _rank(verdict) > _rank(best.verdict):
             best = FlowFit(copy.deepcopy(flow), pool, verdict, ())
-        if group.first(stages[-1].good) or record.stopped == "interrupted":
+        if group.broadcast_value(stages[-1].good) or record.stopped == "interrupted":
             break
     return best._replace(stages=tuple(stages))  # type: ignore[union-attr]  # the first stage always runs
 
@@ -208,7 +208,7 @@ def _train(
 ) -> History:
     """One stage by the library's training loop; the flow ends with the averaged weights of the best ELBO."""
     estimator, epochs = ESTIMATORS[plan.estimator], min(10, plan.steps)
-    samples = Workers.here().share(plan.samples, "samples")  # of each process, with noise of its own
+    samples = Workers.current().share(plan.samples, "samples")  # of each process, with noise of its own
 
     def objective(flow: nn.Module, batch: None) -> Tensor:
         return estimator(TargetModel(flow, target), None, samples)  # type: ignore[arg-type]  # it is the flow

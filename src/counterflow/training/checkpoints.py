@@ -1,4 +1,4 @@
-"""Checkpoints of trainings in files: a killed training resumes from the last one, bit for bit. Never pickle."""
+"""Checkpoints of a training in safetensors files, from which the same call resumes bit for bit; no pickle."""
 
 from __future__ import annotations
 
@@ -18,35 +18,44 @@ from counterflow.io.atomic import write_bytes
 from counterflow.io.json import from_json
 from counterflow.io.tensors import contiguous_copies
 from counterflow.training.distributed import Workers
+from counterflow.training.history import Epoch, History, Stopped
 
-NUMBERS = "numbers"  # the tensor that holds the JSON
-KEPT = 2  # of a training; where the newest does not read, the one before does
+NUMBERS = "numbers"  # name of the uint8 tensor that holds the JSON of Checkpoint.numbers
+KEPT = 2  # files kept per training: if the newest cannot be read, the one before it is used
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All that a training needs to go on from between two steps as if it had never stopped, bit by bit."""
+    """The complete state of a training between two steps."""
 
-    tensors: dict[str, Tensor]  # weights, averaged and best weights, the optimizer's moments, generators, order of rows
-    numbers: dict[str, Any]  # position, sums, epochs: what JSON can hold
+    tensors: dict[str, Tensor]
+    """weights, averaged and best weights, the optimizer's moments, random generators, order of the rows"""
+    numbers: dict[str, Any]
+    """position, sums, history and configuration, as JSON can hold them"""
 
     @property
     def steps(self) -> int:
-        """The steps that are done."""
+        """The number of steps that are done."""
         return int(self.numbers["steps"])
+
+    @property
+    def history(self) -> History:
+        """The finished epochs. An interruption is not part of it: the training is about to resume."""
+        values = self.numbers["history"]
+        stopped: Stopped = "patience" if values["stopped"] == "patience" else "finished"
+        return History([Epoch(**epoch) for epoch in values["epochs"]], stopped, values["seconds"])
 
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where the checkpoints of a training are kept: give it to the same call again, and the training goes on.
+    """A folder of checkpoints. The same call with the same checkpoints resumes the training.
 
-    A state is written to a temporary file, synced and renamed, so that there is always a whole one; the last two are
-    kept. Several trainings of one name each have a folder within it. Where torch.distributed has a process group, the
-    first process writes, and reads for all.
+    Each checkpoint is written to a temporary file, synced and renamed, so that a complete one always exists; the last
+    two are kept. If torch.distributed has a process group, rank 0 writes, and reads for all processes.
 
     Args:
-        folder: made when there is something to write; remove it to begin anew.
-        every: seconds between two checkpoints; one more is written at the end and on an interruption.
+        folder: created when the first checkpoint is written; remove it to start again.
+        every: seconds between two checkpoints; one more is written after an interruption and at the end.
         on_resume: called as on_resume(task, checkpoint) when a training resumes from a checkpoint.
 
     Example:
@@ -56,10 +65,10 @@ class Checkpoints:
         ...     flow = cf.MAF(2, layers=1, hidden=(8,), seed=0)
         ...     config = cf.FitConfig(epochs=2, batch_size=50)
         ...     return cf.fit(flow, cf.log_likelihood, x, x, config, checkpoints=checkpoints)
-        >>> record = train()
+        >>> history = train()
         >>> checkpoints.load().steps
         8
-        >>> train().epochs == record.epochs  # nothing was left to do
+        >>> train().epochs == history.epochs  # resumes at the end, where nothing is left to do
         True
     """
 
@@ -75,45 +84,46 @@ class Checkpoints:
         return Checkpoints(self.folder / task.replace(" ", "-"), self.every, self.on_resume)
 
     def load(self) -> Checkpoint | None:
-        """The newest one that reads; None where there is none."""
-        content = Workers.here().broadcast(self._newest())
+        """Return the newest checkpoint that can be read, or None."""
+        content = Workers.current().broadcast_bytes(self._newest())
         if not content:
             return None
         tensors = safetensors.torch.load(content)
-        return Checkpoint(tensors, _numbers(tensors))
+        return Checkpoint(tensors, _pop_numbers(tensors))
 
-    def save(self, state: Checkpoint) -> None:
-        """Write one, and remove all but the last two."""
-        if Workers.here().rank:
+    def save(self, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint and remove all but the last two."""
+        if Workers.current().rank:
             return
-        text = json.dumps(state.numbers).encode()
-        text = text.ljust(1 << len(text).bit_length())  # safetensors keeps some 10 KB for every new length
-        tensors = {**contiguous_copies(state.tensors), NUMBERS: torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-        write_bytes(self.folder / f"{state.steps:012d}.safetensors", safetensors.torch.save(tensors))
-        for old in [*self._files()[KEPT:], *self.folder.glob("*.part")]:  # and what a killed process left half-written
+        text = json.dumps(checkpoint.numbers).encode()
+        text = text.ljust(1 << len(text).bit_length())  # safetensors leaks some 10 KB for every new length
+        tensors = contiguous_copies(checkpoint.tensors)
+        tensors[NUMBERS] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        write_bytes(self.folder / f"{checkpoint.steps:012d}.safetensors", safetensors.torch.save(tensors))
+        for old in [*self._files()[KEPT:], *self.folder.glob("*.part")]:  # .part: left by a killed process
             old.unlink()
 
     def _newest(self) -> bytes:
-        """What the newest file that reads holds; nothing where there is none, or another process reads."""
-        for path in [] if Workers.here().rank else self._files():
+        """Return the content of the newest file that can be read; empty if there is none, and on other ranks."""
+        for path in [] if Workers.current().rank else self._files():
             content = path.read_bytes()
             try:
-                _numbers(safetensors.torch.load(content))
+                _pop_numbers(safetensors.torch.load(content))
                 return content
-            except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # too deep is one as well
+            except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:  # incl. RecursionError
                 warnings.warn(
-                    f"{path} does not read ({error}); taking the state before it", RuntimeWarning, stacklevel=3
+                    f"cannot read {path} ({error}); using the checkpoint before it", RuntimeWarning, stacklevel=3
                 )
         return b""
 
     def _files(self) -> list[Path]:
-        """The newest first."""
+        """Return the checkpoint files, newest first."""
         return sorted(self.folder.glob("*.safetensors"), reverse=True)
 
 
-def _numbers(tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """The JSON among the tensors, which is taken out of them."""
+def _pop_numbers(tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """Remove the tensor that holds the JSON and return what it says."""
     numbers: dict[str, Any] = json.loads(tensors.pop(NUMBERS).numpy().tobytes())
     if from_json(numbers["steps"], int, "steps") < 0:
-        raise ValueError(f"expected steps of at least 0, got {numbers['steps']}")
+        raise ValueError(f"expected steps to be at least 0, got {numbers['steps']}")
     return numbers

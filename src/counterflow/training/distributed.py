@@ -1,4 +1,4 @@
-"""Group: the processes that train together, as torch.distributed has them."""
+"""Processes that train together: what they share, and the numbers that travel with the gradients."""
 
 from __future__ import annotations
 
@@ -14,58 +14,57 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Workers:
-    """The processes that train together, and what they tell each other; one process is a group as well."""
+    """The processes of the default torch.distributed group, or this process alone.
+
+    Every method with communication is a collective: all processes must call it, in the same order.
+    """
 
     rank: int = 0
     size: int = 1
 
     @classmethod
-    def here(cls) -> Workers:
-        """That of torch.distributed, if it has been set up."""
+    def current(cls) -> Workers:
+        """Return the group of torch.distributed if it is initialized, else a group of one."""
         if dist.is_available() and dist.is_initialized():
             return cls(dist.get_rank(), dist.get_world_size())
         return cls()
 
-    def share(self, whole: int, name: str) -> int:
-        """This process' part of a number; ValueError where it cannot be divided."""
-        if whole % self.size:
-            raise ValueError(f"expected {name} as a multiple of the {self.size} processes, got {whole}")
-        return whole // self.size
+    def share(self, total: int, name: str) -> int:
+        """Return each process's share of a total; ValueError if the processes do not divide it."""
+        if total % self.size:
+            raise ValueError(f"expected {name} to be a multiple of the {self.size} processes, got {total}")
+        return total // self.size
 
-    def seed(self, seed: int) -> int:
-        """A seed of its own for each process; that of the first one is the seed itself."""
+    def rank_seed(self, seed: int) -> int:
+        """Return a different seed for each process; rank 0 keeps the given one."""
         return seed + 1_000_003 * self.rank
 
     def sum(self, *values: float) -> list[float]:
-        """Sums over all processes."""
+        """Return the sum of each value over all processes."""
         if self.size == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self._device)
         dist.all_reduce(total)
         return total.tolist()
 
-    def any(self, *values: bool) -> list[bool]:
-        """Whether it is so in one process at least."""
+    def any_rank(self, *values: bool) -> list[bool]:
+        """Return for each value if it is true in at least one process."""
         return [total > 0 for total in self.sum(*map(float, values))]
 
-    def first(self, value: float) -> float:
-        """What the first process has."""
-        return self.sum(value if self.rank == 0 else 0.0)[0]
-
-    def wait(self) -> None:
-        """Until all processes are here."""
-        self.sum(0.0)
-
     def gather(self, mine: Tensor) -> list[Tensor]:
-        """The tensors of all processes, of one shape."""
+        """Return the tensors of all processes, which have one shape, on the CPU."""
         if self.size == 1:
             return [mine]
         every = [torch.empty_like(mine, device=self._device) for _ in range(self.size)]
         dist.all_gather(every, mine.to(self._device))
         return [each.cpu() for each in every]
 
-    def broadcast(self, content: bytes) -> bytes:
-        """What the first process gave."""
+    def broadcast_value(self, value: float) -> float:
+        """Return the value that rank 0 was given."""
+        return self.sum(value if self.rank == 0 else 0.0)[0]
+
+    def broadcast_bytes(self, content: bytes) -> bytes:
+        """Return the bytes that rank 0 was given."""
         if self.size == 1:
             return content
         length = torch.tensor(len(content), device=self._device)
@@ -76,21 +75,23 @@ class Workers:
         dist.broadcast(every, 0)
         return every.cpu().numpy().tobytes()
 
-    def told_by_first(self, look: Callable[[], Any]) -> Any:
-        """What the first process finds, as JSON has it, or the error that it meets, in all: they may see other disks.
+    def broadcast_result(self, function: Callable[[], Any]) -> Any:
+        """Call a function on rank 0 only and return its result in all processes, for they may see different disks.
+
+        The result must be JSON serializable.
 
         Raises:
-            ValueError: the first process meets that or an OSError.
+            ValueError: the function raised ValueError or OSError on rank 0.
         """
         found: dict[str, Any] = {}
         if self.rank == 0:
             try:
-                found = {"value": look()}
+                found = {"value": function()}
             except (ValueError, OSError) as error:
                 if self.size == 1:
                     raise
                 found = {"error": str(error)}
-        found = json.loads(self.broadcast(json.dumps(found).encode()))
+        found = json.loads(self.broadcast_bytes(json.dumps(found).encode()))
         if "error" in found:
             raise ValueError(found["error"])
         return found["value"]

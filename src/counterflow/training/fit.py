@@ -71,26 +71,26 @@ def fit(
         >>> import torch, counterflow as cf
         >>> flow = cf.MAF(features=2, layers=1, hidden=(8,), seed=0)
         >>> rows = 3 + torch.randn(400, 2)
-        >>> record = cf.fit(flow, cf.log_likelihood, rows[:300], rows[300:], cf.FitConfig(epochs=3, batch_size=50))
-        >>> len(record.epochs), record.stopped
+        >>> history = cf.fit(flow, cf.log_likelihood, rows[:300], rows[300:], cf.FitConfig(epochs=3, batch_size=50))
+        >>> len(history.epochs), history.stopped
         (3, 'finished')
     """
     steps_per_epoch = check_rows(train, "the training data", config.batch_size) // config.batch_size
     check_rows(validation, "the validation data", 1)
-    device, group = torch.device(config.device), Workers.here()
+    device, group = torch.device(config.device), Workers.current()
     group.share(config.batch_size, "batch_size")
     fingerprint = "" if checkpoints is None else fingerprint_of((train, validation))
     training = Trainer(model.to(device), objective, config, steps_per_epoch, fingerprint, group)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
     started = saved = time.perf_counter()
-    with seeded(group.seed(config.seed), cuda=True):
+    with seeded(group.rank_seed(config.seed), cuda=True):
         if checkpoints is not None:
             _resume(training, checkpoints, task)
-        before = training.record.seconds
+        before = training.history.seconds
 
         def keep() -> None:
             nonlocal saved
-            training.record.seconds = before + time.perf_counter() - started
+            training.history.seconds = before + time.perf_counter() - started
             if checkpoints is not None:
                 checkpoints.save(training.state())
             saved = time.perf_counter()
@@ -120,22 +120,22 @@ def fit(
                     on_epoch(task, row)
             keep()
         except KeyboardInterrupt:
-            training.record.stopped = "interrupted"
+            training.history.stopped = "interrupted"
         except NotFiniteError:
-            training.record.stopped = "not finite"
-    record = training.record
+            training.history.stopped = "not finite"
+    history = training.history
     if training.best_weights:
         model.load_state_dict(training.best_weights)
     model.eval()
-    record.seconds = before + time.perf_counter() - started
-    if record.stopped == "not finite":
+    history.seconds = before + time.perf_counter() - started
+    if history.stopped == "not finite":
         warnings.warn(
             f"training ended: {config.max_skipped} steps in a row had a loss or gradient that is not finite; the "
             "best weights so far are kept. Try a smaller learning_rate, a smaller clip_norm, or data on a scale near 1",
             RuntimeWarning,
             stacklevel=2,
         )
-    return record
+    return history
 
 
 def _resume(training: Trainer, checkpoints: Checkpoints, task: str) -> None:
@@ -147,7 +147,9 @@ def _resume(training: Trainer, checkpoints: Checkpoints, task: str) -> None:
         training.restore(state)
     except (KeyError, IndexError, TypeError, RuntimeError) as error:
         came = f"{type(error).__name__}: {error}"
-        raise ValueError(f"expected a whole state of this training in {checkpoints.folder}, got {came}") from None
+        raise ValueError(
+            f"expected a complete checkpoint of this training in {checkpoints.folder}, got {came}"
+        ) from None
     if checkpoints.on_resume is not None:
         checkpoints.on_resume(task, state)
 
@@ -170,7 +172,7 @@ def _validate(
     model.eval()
     device = torch.device(config.device)
     total, rows = 0.0, 0.0
-    with seeded(group.seed(config.seed), cuda=True):
+    with seeded(group.rank_seed(config.seed), cuda=True):
         for batch, size in islice(in_order(data, config.batch_size), group.rank, None, group.size):
             with autocast:
                 terms = objective(model, moved(batch, device))

@@ -18,7 +18,7 @@ from counterflow.training.batches import Batch, parts_of
 from counterflow.training.checkpoints import Checkpoint
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
-from counterflow.training.history import Epoch, History, Stopped
+from counterflow.training.history import Epoch, History
 
 Objective = Callable[..., Tensor]  # (model, batch, **annealed) -> terms in nats; the loss is their negative mean
 OPTIMIZERS = {"adam": torch.optim.Adam, "adamax": torch.optim.Adamax, "adamw": torch.optim.AdamW}
@@ -49,7 +49,7 @@ class Trainer:
         )
         self.averaged = AveragedModel(model, multi_avg_fn=_ema(config.ema)) if config.ema else None
         self.evaluated: nn.Module = model if self.averaged is None else self.averaged.module
-        self.record = History()
+        self.history = History()
         self.steps = 0  # done, over all epochs
         self.order: Tensor | None = None  # of the rows, in this epoch
         self.total, self.counted, self.skipped = 0.0, 0, 0  # of this epoch
@@ -59,7 +59,7 @@ class Trainer:
     @property
     def goes_on(self) -> bool:
         """Whether there is another epoch."""
-        return self.record.stopped != "patience" and len(self.record.epochs) < self.config.epochs
+        return self.history.stopped != "patience" and len(self.history.epochs) < self.config.epochs
 
     @property
     def progress(self) -> float:
@@ -71,7 +71,7 @@ class Trainer:
 
         In a new random order; rows that do not fill a batch wait for another one.
         """
-        done = self.steps - len(self.record.epochs) * self.steps_per_epoch
+        done = self.steps - len(self.history.epochs) * self.steps_per_epoch
         if isinstance(data, int):
             yield from repeat(None, data - done)
             return
@@ -117,7 +117,7 @@ class Trainer:
         else:
             self.since_best += 1
         row = Epoch(
-            epoch=len(self.record.epochs) + 1,
+            epoch=len(self.history.epochs) + 1,
             train=self.total / self.counted if self.counted else math.nan,
             validation=reached,
             best=better,
@@ -126,10 +126,10 @@ class Trainer:
             rows_per_second=self.steps_per_epoch * self.config.batch_size / seconds,
             skipped=self.skipped,
         )
-        self.record.epochs.append(row)
+        self.history.epochs.append(row)
         self.order, self.total, self.counted, self.skipped = None, 0.0, 0, 0
         if self.config.patience and self.since_best >= self.config.patience:
-            self.record.stopped = "patience"
+            self.history.stopped = "patience"
         return row
 
     def state(self) -> Checkpoint:
@@ -143,7 +143,7 @@ class Trainer:
         if self.order is not None:
             tensors["order"] = self.order
         numbers = {name: getattr(self, name) for name in _POSITION}
-        numbers |= {"fingerprint": self.fingerprint, "config": asdict(self.config), "record": asdict(self.record)}
+        numbers |= {"fingerprint": self.fingerprint, "config": asdict(self.config), "history": asdict(self.history)}
         return Checkpoint(tensors, numbers)
 
     def restore(self, state: Checkpoint) -> None:
@@ -172,13 +172,11 @@ class Trainer:
         if len(noise) == self.group.size:
             self._set_noise(noise[str(self.group.rank)].cpu())
         else:  # other processes than before: new noise, the same in every repetition
-            torch.manual_seed(self.group.seed(self.config.seed) + state.steps)
+            torch.manual_seed(self.group.rank_seed(self.config.seed) + state.steps)
         self.order = tensors.get("order")
         for name in _POSITION:
             setattr(self, name, state.numbers[name])
-        course = state.numbers["record"]
-        stopped: Stopped = "patience" if course["stopped"] == "patience" else "finished"
-        self.record = History([Epoch(**row) for row in course["epochs"]], stopped, course["seconds"])
+        self.history = state.history
 
     def _noise(self) -> Tensor:
         """The state of the generator that noise comes from, on the device of the training."""
