@@ -20,9 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as functions_are_transformed
+from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
+from torch.nn import Parameter
 
 from counterflow.engine.contract import Body, Layout, Solution, System
-from counterflow.made.staircase import Staircase, weight_gradient
+from counterflow.made.staircase import Staircase, is_batched, weight_gradient
 
 # Largest number of values of the network that a solve without gradients holds at a time: 128 MiB in float32.
 MAX_VALUES = 1 << 25
@@ -36,8 +39,23 @@ def check_solver(name: str) -> str:
     return name
 
 
-def body_for(solver: str, layout: Layout, device: torch.device) -> Body:
-    """Return the body of a solver's name; "auto" is `cpu` if it supports the layout and the device, else `sliced`.
+def is_transformed() -> bool:
+    """Return True where torch must see, and differentiate, every operation.
+
+    That is inside the transforms of torch.func, under torch.jit.trace, and under dispatch modes such as make_fx.
+    """
+    if torch.compiler.is_compiling():  # the compiler sees one operator: see traced.py
+        return False
+    return functions_are_transformed() or is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def has_memory(*tensors: Tensor) -> bool:
+    """Return True if compiled code can read these tensors: wrapper subclasses and fake tensors have no memory."""
+    return all(type(t) in (Tensor, Parameter) and not torch._is_functional_tensor(t) for t in tensors)
+
+
+def body_for(solver: str, layout: Layout, *tensors: Tensor) -> Body:
+    """Return the body of a solver's name; "auto" is `cpu` if it supports layout and tensors, else `sliced`.
 
     At the sizes of benchmarks/results/bench.md `sliced` takes 2.6 to 9 times as long as `cpu` (EPYC 9004, two cores).
     """
@@ -47,11 +65,14 @@ def body_for(solver: str, layout: Layout, device: torch.device) -> Body:
         return Traced(solver)
     if solver in ("auto", "cpu"):
         # Imported at the first solve, because it imports Numba.
-        supported = device.type == "cpu" and import_module("counterflow.engine.cpu").supports(layout)
+        device = tensors[0].device.type
+        readable = has_memory(*tensors) and not is_transformed()
+        supported = device == "cpu" and readable and import_module("counterflow.engine.cpu").supports(layout)
         if solver == "cpu" and not supported:
+            came = f"{layout.univariate} on {device}" if readable else "tensors that torch traces or transforms"
             raise ValueError(
                 "expected Affine, Gated, RationalQuadraticSpline or ForeignAffine on the CPU for solver='cpu', "
-                f"got {layout.univariate} on {device.type}; use solver='auto'"
+                f"got {came}; use solver='auto'"
             )
         solver = "cpu" if supported else "sliced"
     return import_module(f"counterflow.engine.{solver}")
@@ -103,6 +124,11 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, x_bar: Tensor, log_det_bar: Tensor) -> tuple[Tensor | None, ...]:
+        if is_batched(x_bar) or is_batched(log_det_bar):
+            raise RuntimeError(
+                "expected one cotangent at a time for the solved direction of an autoregressive map, got "
+                "is_grads_batched=True; use torch.func.vmap, torch.func.jacrev, or the one-pass direction"
+            )
         needed = ctx.needs_input_grad[4:]
         with without_autocast(x_bar.device.type):
             grads = _SolveBackward.apply(

@@ -62,7 +62,7 @@ def _forward(
     solver: str, layout: str, y: Tensor, biases: Sequence[Tensor], weights: Sequence[Tensor], keep: bool
 ) -> list[Tensor]:
     system = System(LAYOUTS[layout], tuple(weights), tuple(biases))
-    solution = body_for(solver, system.layout, y.device).forward_substitution(system, y, keep=keep)
+    solution = body_for(solver, system.layout, y).forward_substitution(system, y, keep=keep)
     kept = [solution.params, *solution.hidden] if keep else []
     return _contiguous_copies([solution.x, solution.log_det, *kept])
 
@@ -95,7 +95,7 @@ def _back(
     system = System(LAYOUTS[layout], tuple(weights), tuple(biases))
     x, log_det, params, *hidden = known
     solution = Solution(x, log_det, params, tuple(hidden))
-    adjoints = body_for(solver, system.layout, v.device).back_substitution(system, solution, v, w)
+    adjoints = body_for(solver, system.layout, v).back_substitution(system, solution, v, w)
     return _contiguous_copies([adjoints.u, adjoints.params, *adjoints.hidden])
 
 

@@ -137,7 +137,7 @@ def weight_gradient(staircase: Staircase, y_bar: Tensor, x: Tensor) -> Tensor:
     return _weight_gradient(y_bar, x, staircase.diagonals.to(y_bar.dtype), staircase.steps)
 
 
-def _is_batched(t: Tensor) -> bool:
+def is_batched(t: Tensor) -> bool:
     """Return True for a batched tensor, which has no storage, such as the cotangents of a vectorized Jacobian."""
     try:
         t.untyped_storage()
@@ -210,7 +210,7 @@ class _Linear(torch.autograd.Function):
         x, weight, mask, masks, *diagonals = ctx.saved_tensors
         rows = _rows(y_bar).contiguous()  # the gradient of a sum is one row, expanded
         of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled() or _is_batched(y_bar):
+        if torch.is_grad_enabled() or is_batched(y_bar):
             x_bar, weight_bar = y_bar @ (weight * mask), rows.T @ _rows(x) * mask
         else:
             x_bar = _input_gradient(rows, weight, ctx.steps, diagonals).view(x.shape) if of_x else None

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from counterflow.checks import positive
 from counterflow.engine.contract import Body, Layout, Solution, System
-from counterflow.engine.solve import body_for, check_solver, solve, without_autocast
+from counterflow.engine.solve import body_for, check_solver, is_transformed, solve, without_autocast
 from counterflow.made.architecture import Architecture
 from counterflow.made.network import MADE
 from counterflow.made.staircase import Staircase
@@ -103,8 +103,8 @@ class Autoregressive(Transform):
     def _staircases(self) -> tuple[Staircase, ...]:
         return tuple(layer.staircase for layer in self.made.masked_layers())
 
-    def _body(self, y: Tensor) -> Body:
-        return body_for(self._solver, self._layout, y.device)
+    def _body(self, y: Tensor, system: System) -> Body:
+        return body_for(self._solver, self._layout, y, *system.weights, *system.biases)
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y (..., D) and log|det dy/dx| (...). One pass."""
@@ -124,9 +124,20 @@ class Autoregressive(Transform):
         y = self._prepare(y, c, "y")
         with without_autocast(y.device.type):
             y, c = _at_least_float32(y), None if c is None else _at_least_float32(c)
+            if is_transformed():
+                return self._invert_by_passes(y, c)
             flat = self._sort(y).reshape(-1, self.features)
-            x, log_det = solve(self._body(y), self._system(y, c), self._staircases, flat)
+            system = self._system(y, c)
+            x, log_det = solve(self._body(y, system), system, self._staircases, flat)
         return self._unsort(x.reshape(y.shape)).contiguous(), log_det.reshape(y.shape[:-1])
+
+    def _invert_by_passes(self, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Compute the inverse by one pass per degree, in operations that torch.func can transform any number of times."""
+        target = self._sort(y)
+        x = torch.zeros_like(target)
+        for _ in range(self._layout.groups):
+            x, log_slope = self.univariate.inverse(target, self.made(x, c).to(x.dtype))
+        return self._unsort(x), log_slope.sum(-1)
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Transform.push_score`: one pass, then one back substitution."""
@@ -140,7 +151,8 @@ class Autoregressive(Transform):
         with torch.no_grad(), without_autocast(x.device.type):
             solution = Solution(flat, -log_det, params, tuple(a.to(flat.dtype) for a in hidden))
             v, w = self._sort(score.expand(x.shape)).reshape(flat.shape), torch.ones_like(log_det)
-            u = self._body(x).back_substitution(self._system(flat, rows), solution, v, w).u
+            system = self._system(flat, rows)
+            u = self._body(flat, system).back_substitution(system, solution, v, w).u
         return self._unsort(y.reshape(x.shape)), log_det.reshape(x.shape[:-1]), self._unsort(u.reshape(x.shape))
 
     def _prepare(self, x: Tensor, c: Tensor | None, name: str) -> Tensor:
