@@ -616,7 +616,12 @@ MODELS: tuple[Callable[[], torch.nn.Module], ...] = (
     ),
     lambda: cf.Flow(
         cf.bases.StandardNormal(2),
-        cf.transforms.TableTransform([cf.transforms.Column("a", "log", low=0.0), cf.transforms.Column("b", step=1.0)]),
+        cf.transforms.TableTransform(
+            [
+                cf.transforms.LogColumn("a", low=0.0),
+                cf.transforms.GridColumn(cf.transforms.LinearColumn("b"), step=1.0),
+            ]
+        ),
     ),
 )
 

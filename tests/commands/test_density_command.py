@@ -274,7 +274,7 @@ BAD = {
     "cube": ("density cube.npy", r"expected rows \(N, D\) in cube.npy, got shape \(3, 4, 5\)"),
     "no key": ("density numbers.npz", "expected a key that names one array of numbers.npz, got no key"),
     "key elsewhere": ("density numbers.csv --key a", "expected a key only with an .npz file, got 'a'"),
-    "copies": ("density same.csv", "expected columns that vary and differ, got constant: 'still'; copies: 'copy' of '"),
+    "copies": ("density same.csv", "expected distinct, non-constant columns; 'still' is constant and 'copy' is an aff"),
     "strange context": ("density numbers.csv --context hue", r"expected names of columns \(x, count, income\), got hu"),
     "all dropped": ("density numbers.csv --drop x count income", "expected a column that is neither --context nor --d"),
     "old run": ("density numbers.csv --out plain", "expected a new folder for the run, got plain, which exists"),

@@ -111,7 +111,7 @@ def test_repeated_numbers_do_not_let_the_density_diverge():
     density = cf.FlowDensity(**SMALL).fit(x)
     atoms = density.score_samples(x)[(x == 0).all(1)]
     # 0.09 of the rows on a square as wide as the typical gap between numbers
-    width = density.columns_.columns[0].step
+    width = density.columns_.columns[0].width
     assert np.all(atoms < math.log(0.09) - 2 * math.log(width) + 1) and np.isfinite(atoms).all()
 
 
@@ -256,7 +256,7 @@ TEXT = pd.DataFrame({"a": RNG.normal(size=20), "b": ["x", "y"] * 10, "c": pd.Cat
 REFUSED = {
     "missing": (HOLES, {}, r"got 2 missing \(NaN\): row 3 of 'x1', row 7 of 'x0' .* impute .* or drop 2 of 300 rows"),
     "infinite": (np.where(ROWS > 15, np.inf, ROWS), {}, r"infinite \(inf\): row .* of 'x0'"),
-    "copies": (np.concatenate([ROWS, 3 * ROWS, np.ones((300, 1))], 1), {}, "constant: 'x4'; copies: 'x2' of 'x0', 'x3"),
+    "copies": (np.concatenate([ROWS, 3 * ROWS, np.ones((300, 1))], 1), {}, "'x4' is constant, 'x2' is an affine copy"),
     "text": (TEXT, {}, "got text or categories in 'b', 'c'; give them as context"),
     "one row": (ROWS[:1], {}, "minimum of 2 is required"),
     "fraction": (ROWS, {"validation_fraction": 1.0}, r"expected validation_fraction in \(0, 1\), got 1.0"),
@@ -266,7 +266,7 @@ REFUSED = {
     "epochs": (ROWS, {"epochs": 0}, "expected epochs of at least 1, got 0"),
     "hidden": (ROWS, {"hidden": (0,)}, r"expected hidden\[0\] to be a whole number"),
     "hidden sizes": (ROWS, {"hidden": 8}, "expected the sizes of the hidden layers, such as .* got hidden=8"),
-    "columns": (ROWS, {"columns": 3}, "expected columns as one of auto, real, integer, ordinal, or as kinds by name"),
+    "columns": (ROWS, {"columns": 3}, "expected columns to be one of auto, real, integer, ordinal, or kinds by name"),
     "bounds": (ROWS, {"bounds": {"x0": (0, 5)}}, r"expected numbers in \[0, 5\] in column 'x0'"),
 }  # fmt: skip
 

@@ -62,7 +62,7 @@ CONSTANT = {
         [0.5 * size, -size], [[size, 0.0], [2 * size, 3 * size]]
     ),
     "columns": lambda size: cf.transforms.TableTransform(
-        [cf.transforms.Column("a", scale=size), cf.transforms.Column("b", "asinh", low=size, unit=size, scale=2.0)]
+        [cf.transforms.LinearColumn("a", scale=size), cf.transforms.AsinhColumn("b", size, unit=size, scale=2.0)]
     ),
 }
 

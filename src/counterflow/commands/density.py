@@ -28,7 +28,7 @@ from counterflow.training.history import Epoch
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Permute
-from counterflow.transforms.table.columns import TableTransform
+from counterflow.transforms.table.table import TableTransform
 
 if TYPE_CHECKING:  # scikit-learn takes seconds to import, which no other command should wait for
     from counterflow.density.estimator import FlowDensity
@@ -246,7 +246,7 @@ def mixture_scores(
             if k * numbers <= len(rows)
         ]
     best = min(fitted, key=lambda mixture: mixture.bic(rows))
-    times = cell_points if columns.quantised else 1
+    times = cell_points if columns.quantized else 1
     drawn = [noisy(test) for _ in range(times)]
     scores = torch.stack([torch.from_numpy(best.score_samples((x - mean) / std)) for x, _ in drawn])
     log_p = torch.logsumexp(scores, 0) - math.log(times) - float(np.log(std).sum()) + columns.log_mass(drawn[0][1])

@@ -15,9 +15,10 @@ from torch import Tensor
 from counterflow.checks import check_device
 from counterflow.density.config import DESCRIPTION, MODEL, DensityConfig, RecipeName
 from counterflow.density.context import Context
-from counterflow.density.detection import Bounds, Kind, check_columns, check_sizes, detect
+from counterflow.density.detection import Bounds, Kind, detect
 from counterflow.density.inputs import check_text, named_columns
 from counterflow.density.learner import preprocessing, torch_init, with_kernels
+from counterflow.density.validation import check_columns, check_sizes
 from counterflow.flows.bases import KernelMixture
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
@@ -32,7 +33,7 @@ from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
 from counterflow.training.history import History, OnEpoch, OnStep
 from counterflow.transforms.compose import Compose, Inverse
-from counterflow.transforms.table.columns import TableTransform
+from counterflow.transforms.table.table import TableTransform
 from counterflow.univariate.spline import RationalQuadraticSpline
 
 try:
@@ -274,7 +275,7 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
             raise ValueError(f"expected at least two rows of a weight above 0, got n_samples={len(x)}; bring more data")
         check_sizes(x, names)
         self.columns_ = detect(x, names, self.columns, self.bounds, self.seed_)
-        check_columns(x, names, self.columns_.quantised)
+        check_columns(x, names, self.columns_.quantized)
         parts = [torch.from_numpy(part).float() for part in (c, weights) if part is not None]
         rows = _Rows((_tensor(x), *parts), 0 if c is None else c.shape[1], weights)
         self._task(rows, 0, False)  # which refuses settings that no training could have
@@ -380,12 +381,12 @@ class FlowDensity(DensityMixin, BaseEstimator):  # type: ignore[misc]  # scikit-
 
     def _points(self) -> Tensor | None:
         """S points (S, D) in the cells; 0 for columns without, and None where no column has them."""
-        quantised = self.columns_.quantised
-        if not quantised:
+        quantized = self.columns_.quantized
+        if not quantized:
             return None
-        sobol = torch.quasirandom.SobolEngine(len(quantised), scramble=True, seed=self.seed_)
+        sobol = torch.quasirandom.SobolEngine(len(quantized), scramble=True, seed=self.seed_)
         points = torch.zeros(self.cell_points, self.n_features_in_, dtype=torch.float64)
-        points[:, quantised] = sobol.draw(self.cell_points, dtype=torch.float64)
+        points[:, quantized] = sobol.draw(self.cell_points, dtype=torch.float64)
         return points.to(self.device)
 
     def score(self, X: Any, y: Any = None, context: Any = None) -> float:

@@ -16,7 +16,7 @@ from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Whiten
 from counterflow.transforms.quantile_spline import QuantileSpline
-from counterflow.transforms.table.columns import TableTransform
+from counterflow.transforms.table.table import TableTransform
 
 Array = np.ndarray[Any, Any]
 

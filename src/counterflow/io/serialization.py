@@ -24,7 +24,16 @@ from counterflow.transforms.constant import Linear, Permute, Standardize, Whiten
 from counterflow.transforms.context import StandardizedContext
 from counterflow.transforms.coupling import CouplingLayer
 from counterflow.transforms.quantile_spline import QuantileSpline
-from counterflow.transforms.table.columns import TableTransform
+from counterflow.transforms.table.columns import (
+    AsinhColumn,
+    GridColumn,
+    LinearColumn,
+    LogColumn,
+    LogitColumn,
+    OrdinalColumn,
+    SpikedColumn,
+)
+from counterflow.transforms.table.table import TableTransform
 from counterflow.univariate.affine import Affine, ForeignAffine, Gated
 from counterflow.univariate.base import Univariate
 from counterflow.univariate.sinh_arcsinh import SinhArcsinh
@@ -36,29 +45,36 @@ TYPES: dict[str, type] = {
     t.__name__: t
     for t in (
         Affine,
+        Architecture,
+        AsinhColumn,
         Autoregressive,
-        TableTransform,
         Compose,
         CouplingLayer,
         DiagonalNormal,
         Flow,
         FlowMixture,
+        ForeignAffine,
         Gated,
+        GridColumn,
         Inverse,
         KernelMixture,
         Linear,
-        QuantileSpline,
+        LinearColumn,
+        LogColumn,
+        LogitColumn,
+        OrdinalColumn,
         Permute,
+        QuantileSpline,
         RationalQuadraticSpline,
-        ForeignAffine,
         SinhArcsinh,
+        SpikedColumn,
         StandardNormal,
         Standardize,
         StandardizedContext,
         StudentT,
-        Whiten,
+        TableTransform,
         VAE,
-        Architecture,
+        Whiten,
     )
 }
 KEY = "counterflow"  # in the header of the file

@@ -8,7 +8,16 @@ from counterflow.transforms.constant import Linear, Permute, Standardize, Whiten
 from counterflow.transforms.context import StandardizedContext
 from counterflow.transforms.coupling import CouplingLayer
 from counterflow.transforms.quantile_spline import QuantileSpline
-from counterflow.transforms.table.columns import Column, TableTransform
+from counterflow.transforms.table.columns import (
+    AsinhColumn,
+    GridColumn,
+    LinearColumn,
+    LogColumn,
+    LogitColumn,
+    OrdinalColumn,
+    SpikedColumn,
+)
+from counterflow.transforms.table.table import TableTransform
 from counterflow.univariate.affine import Affine, ForeignAffine, Gated
 from counterflow.univariate.base import Univariate
 from counterflow.univariate.sinh_arcsinh import SinhArcsinh
@@ -17,18 +26,24 @@ from counterflow.univariate.spline import RationalQuadraticSpline
 __all__ = [
     "Affine",
     "Architecture",
+    "AsinhColumn",
     "Autoregressive",
-    "Column",
     "Compose",
     "CouplingLayer",
     "ForeignAffine",
     "Gated",
+    "GridColumn",
     "Inverse",
     "Linear",
+    "LinearColumn",
+    "LogColumn",
+    "LogitColumn",
+    "OrdinalColumn",
     "Permute",
     "QuantileSpline",
     "RationalQuadraticSpline",
     "SinhArcsinh",
+    "SpikedColumn",
     "Standardize",
     "StandardizedContext",
     "TableTransform",

@@ -1,342 +1,583 @@
-"""Columns: the invertible map from a table in its own units to real numbers on a scale near 1."""
+"""Columns of a table: one increasing map per kind of column, from the column's own units to a scale near 1."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from counterflow.transforms.base import Transform, prepare, rank
-
-MAPS = ("linear", "log", "logit", "asinh", "ordinal")
+from counterflow.transforms.base import rank
 
 
-@dataclass(frozen=True)
-class Column:
-    """One column: y = (v - center) / scale, where v depends on the map.
+class Column(nn.Module, ABC):
+    """One column of a table and its increasing map y = g(x). Tensors hold numbers of this column alone, (...).
 
-        linear   v = x
-        log      v = log(x - low), or -log(high - x) where high alone is given
-        logit    v = log(x - low) - log(high - x)
-        asinh    v = asinh((x - low) / unit), any x: its tails become those of a logarithm
-        ordinal  v = Phi^-1(F(x)), F linear from share to share within the cell of each of the values
+    The maps with a center and a scale are y = (v(x) - center) / scale; the subclasses say what v is. `GridColumn` and
+    `SpikedColumn` wrap another column whose recorded numbers stand for intervals, called cells.
 
-    Recorded numbers fill a cell. The cell of x is [x - step / 2, x + step / 2], where spikes are given only if x is one
-    of them; that of an ordinal value ends half-way to its neighbours. With step = 0 a number is its own cell.
-
-    A cell of a spike holds far more rows than its width deserves. Before the map it is stretched,
-
-        x + sum over the spikes of room_k clip((x - spike_k) / step + 1 / 2, 0, 1)
-
-    and the numbers of the map (low but for asinh, high, unit) are taken before, center and scale after it.
-
-    Raises:
-        ValueError: a map that does not exist, or numbers that do not fit it.
+    Attributes:
+        name: the name of the column.
+        map: the name of the map v, such as "log".
+        quantized: True if some numbers of the column fill a cell.
+        mass: True if the density of a row counts the probability mass of the cell instead of its mean density.
     """
 
-    name: str
-    map: str = "linear"
-    low: float | None = None  # of the support; the middle, for asinh
-    high: float | None = None
-    unit: float = 0.0  # log, logit: nothing is nearer to a bound than this; asinh: where it bends
-    center: float = 0.0
-    scale: float = 1.0
-    step: float = 0.0  # width of a cell
-    offset: float = 0.0  # a number of the even grid
-    mass: bool = False  # the log density counts the mass of the cell, not mass / width
-    least: float | None = None  # what samples of a column with a grid are kept within
-    most: float | None = None
-    spikes: tuple[float, ...] = ()  # values that repeat in a column that is continuous otherwise
-    room: tuple[float, ...] = ()  # what the cell of each spike is stretched by
-    values: tuple[float, ...] = ()  # of an ordinal column, ascending
-    shares: tuple[float, ...] = ()  # of the rows that have them, above 0, with sum 1
+    map: str
+    quantized: bool = False
+    mass: bool = False
 
-    def __post_init__(self) -> None:
-        for name in ("spikes", "room", "values", "shares"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if self.map not in MAPS:
-            raise ValueError(f"expected map as one of {', '.join(MAPS)}, got {self.map!r} for column {self.name!r}")
-        wanted = {
-            "log": (self.low is None) != (self.high is None),
-            "logit": self.low is not None and self.high is not None and self.low < self.high,
-            "asinh": self.low is not None and self.unit > 0,
-            "ordinal": len(self.values) > 1
-            and len(self.shares) == len(self.values)
-            and min(self.shares) > 0
-            and all(a < b for a, b in pairwise(self.values)),
-        }
-        fits = wanted.get(self.map, True) and self.scale > 0 and self.step >= 0 and len(self.room) == len(self.spikes)
-        if not fits or (self.spikes and not self.step):
-            raise ValueError(f"expected the numbers that the map {self.map!r} of Column takes, got {self}")
+    def __init__(self, name: str, center: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__()
+        if not scale > 0:
+            raise ValueError(f"expected scale of column {name!r} to be positive, got {scale}")
+        self.name = name
+        self.center = float(center)
+        self.scale = float(scale)
 
-    @property
-    def top(self) -> float | None:
-        """Where high is after stretching."""
-        return None if self.high is None else self.high + sum(self.room)
+    @abstractmethod
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx, both (...)."""
 
-    @property
-    def edges(self) -> list[float]:
-        """The ends of the cells of an ordinal column, one more than values."""
-        v = self.values
-        inner = [(a + b) / 2 for a, b in pairwise(v)]
-        return [v[0] - (inner[0] - v[0]), *inner, v[-1] + (v[-1] - inner[-1])]
+    @abstractmethod
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy, both (...)."""
+
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return True for each number in the support, its ends included."""
+        return torch.ones_like(x, dtype=torch.bool)
+
+    def cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lower end and the width of the cell that each number fills; width 0 if it fills none."""
+        return x, torch.zeros_like(x)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Round each number to one that the column records."""
+        return x
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments as text."""
+        return ", ".join(f"{name}={value!r}" for name, value in self.config().items() if name != "column")
+
+    def _to_scale(self, v: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y = (v - center) / scale and log dy/dx for v and log dv/dx."""
+        return (v - self.center) / self.scale, log_slope - math.log(self.scale)
+
+    def _from_scale(self, y: Tensor) -> Tensor:
+        """Return v = scale * y + center."""
+        return y * self.scale + self.center
 
 
-class TableTransform(Transform):
-    """The columns of a table, each by its own map: y_i = g_i(x_i), log_det = sum_i log dy_i/dx_i.
-
-    The maps are those of `Column`; their numbers are constants. x is in the units of the table, y on a scale near 1.
-    Within `unit` of a bound the map of log and logit columns is taken at `unit`.
+class LinearColumn(Column):
+    """Column without bounds: v = x.
 
     Args:
-        columns: a Column for each feature.
+        name: the name of the column.
+        center, scale: y = (v - center) / scale; scale is positive.
 
     Raises:
-        ValueError: no columns.
+        ValueError: scale is not positive.
 
     Example:
         >>> import torch, counterflow as cf
-        >>> t = cf.transforms.TableTransform([cf.transforms.Column("length", scale=2.0), cf.transforms.Column("price", "log", low=0.0)])
-        >>> y, log_det = t(torch.tensor([4.0, 1.0], dtype=torch.float64))
-        >>> y.tolist(), round(log_det.item(), 4)
-        ([2.0, 0.0], -0.6931)
+        >>> cf.transforms.LinearColumn("length", center=1.0, scale=2.0)(torch.tensor([5.0]))[0].tolist()
+        [2.0]
     """
 
-    center: Tensor
-    scale: Tensor
-    step: Tensor
-    offset: Tensor
-    low: Tensor
-    high: Tensor
-    top: Tensor
-    near_low: Tensor
-    near_high: Tensor
-    middle: Tensor
-    bend: Tensor
-
-    def __init__(self, columns: Sequence[Column | Sequence[Any]]) -> None:
-        super().__init__()
-        self.columns = tuple(c if isinstance(c, Column) else Column(*c) for c in columns)
-        if not self.columns:
-            raise ValueError("expected at least one column in Columns, got none")
-        self.features = len(self.columns)
-        self._constant("center", [c.center for c in self.columns])
-        self._constant("scale", [c.scale for c in self.columns])
-        self._constant("step", [0.0 if c.spikes else c.step for c in self.columns])
-        self._constant("offset", [c.offset for c in self.columns])
-        self._below, self._above, self._bent, self._ordinal = (
-            [i for i, c in enumerate(self.columns) if chosen(c)]
-            for chosen in (
-                lambda c: c.map in ("log", "logit") and c.low is not None,
-                lambda c: c.map in ("log", "logit") and c.high is not None,
-                lambda c: c.map == "asinh",
-                lambda c: c.map == "ordinal",
-            )
-        )
-        self._constant("low", [self.columns[i].low for i in self._below])
-        self._constant("high", [self.columns[i].high for i in self._above])
-        self._constant("top", [self.columns[i].top for i in self._above])
-        self._constant("near_low", [self.columns[i].unit for i in self._below])
-        self._constant("near_high", [self.columns[i].unit for i in self._above])
-        self._constant("middle", [self.columns[i].low for i in self._bent])
-        self._constant("bend", [self.columns[i].unit for i in self._bent])
-        self.ranks = nn.ModuleList(_Ranks(self.columns[i]) for i in self._ordinal)
-        self._spiked = [i for i, c in enumerate(self.columns) if c.spikes]
-        for i in self._spiked:
-            self._constant(f"spikes_{i}", self.columns[i].spikes)
-            self._constant(f"room_{i}", self.columns[i].room)
-        self._mass = [i for i, c in enumerate(self.columns) if c.mass]
-
-    def _constant(self, name: str, numbers: Sequence[float | None] | Sequence[float]) -> None:
-        """Built from the configuration, so not saved a second time."""
-        self.register_buffer(name, torch.tensor(numbers, dtype=torch.float64), persistent=False)
-
-    def _ranked(self) -> Iterator[tuple[int, _Ranks]]:
-        """The ordinal features, each with its map."""
-        yield from zip(self._ordinal, self.ranks, strict=True)
-
-    @property
-    def quantised(self) -> list[int]:
-        """The features whose numbers fill a cell."""
-        return [i for i, c in enumerate(self.columns) if c.step or c.map == "ordinal"]
-
-    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return y and log|det dy/dx|."""
-        x = prepare(self, x, c)
-        total = (-self.scale.log().sum()).expand(x.shape[:-1])
-        if not (self._ordinal or self._below or self._above or self._bent or self._spiked):
-            return (x - self.center) / self.scale, total
-        v = x.clone()
-        for i in self._spiked:
-            v[..., i], log_slope = self._stretch(i, x[..., i])
-            total = total + log_slope
-        if self._below or self._above:
-            from_low = (v[..., self._below] - self.low).clamp_min(self.near_low)
-            to_high = (self.top - v[..., self._above]).clamp_min(self.near_high)
-            v[..., self._below + self._above] = 0.0
-            v[..., self._below] += from_low.log()
-            v[..., self._above] -= to_high.log()
-            total = total + self._log_slope(from_low, to_high)
-        if self._bent:
-            t = (v[..., self._bent] - self.middle) / self.bend
-            v[..., self._bent] = torch.asinh(t)
-            total = total - (torch.log1p(t * t) / 2 + self.bend.log()).sum(-1)
-        for i, ranks in self._ranked():
-            v[..., i], log_slope = ranks(x[..., i])
-            total = total + log_slope
-        return (v - self.center) / self.scale, total
-
-    def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return x and log|det dx/dy|."""
-        y = prepare(self, y, c, "y")
-        v = y * self.scale + self.center
-        total = self.scale.log().sum().expand(y.shape[:-1])
-        x = v.clone()
-        if self._below or self._above:
-            x[..., self._below] = self.low + v[..., self._below].exp()
-            x[..., self._above] = self.top - (-v[..., self._above]).exp()
-            for i in sorted({*self._below} & {*self._above}):
-                column = self.columns[i]
-                # such columns have both bounds, which mypy does not know
-                x[..., i] = column.low + (column.top - column.low) * torch.sigmoid(v[..., i])  # type: ignore[operator]
-            from_low = (x[..., self._below] - self.low).clamp_min(self.near_low)
-            to_high = (self.top - x[..., self._above]).clamp_min(self.near_high)
-            total = total - self._log_slope(from_low, to_high)
-        if self._bent:
-            u = v[..., self._bent]
-            x[..., self._bent] = self.middle + self.bend * torch.sinh(u)
-            total = total + (u.abs() + torch.log1p(torch.exp(-2 * u.abs())) - math.log(2) + self.bend.log()).sum(-1)
-        for i, ranks in self._ranked():
-            x[..., i], log_slope = ranks.inverse(v[..., i])
-            total = total + log_slope
-        for i in self._spiked:
-            x[..., i], log_slope = self._relax(i, x[..., i])
-            total = total + log_slope
-        return x, total
-
-    def _stretch(self, i: int, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The cells of the spikes of column i made wider, and the log-slope."""
-        spikes, room, step = self.get_buffer(f"spikes_{i}"), self.get_buffer(f"room_{i}"), self.columns[i].step
-        t = (x[..., None] - spikes) / step + 0.5
-        inside = (t > 0) & (t < 1)
-        return x + (room * t.clamp(0, 1)).sum(-1), (inside * torch.log1p(room / step)).sum(-1)
-
-    def _relax(self, i: int, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse of `_stretch`."""
-        spikes, room, step = self.get_buffer(f"spikes_{i}"), self.get_buffer(f"room_{i}"), self.columns[i].step
-        start = spikes - step / 2 + room.cumsum(0) - room
-        t = (v[..., None] - start) / (step + room)
-        inside = (t > 0) & (t < 1)
-        return v - (room * t.clamp(0, 1)).sum(-1), -(inside * torch.log1p(room / step)).sum(-1)
-
-    def _log_slope(self, from_low: Tensor, to_high: Tensor) -> Tensor:
-        """sum log dv/dx of the log and logit columns: 1 / a for one bound, 1 / a + 1 / b for two."""
-        both = sorted({*self._below} & {*self._above})
-        # as their name says, they have both bounds
-        width = sum(math.log(self.columns[i].top - self.columns[i].low) for i in both)  # type: ignore[operator,misc]
-        return width - from_low.log().sum(-1) - to_high.log().sum(-1)
-
-    def inside(self, x: Tensor) -> Tensor:
-        """Whether rows (..., D) lie in the support, its ends included: (...), boolean."""
-        inside = torch.ones(x.shape[:-1], dtype=torch.bool, device=x.device)
-        if self._below or self._above:
-            low, high = x[..., self._below] >= self.low, x[..., self._above] <= self.high
-            inside = low.all(-1) & high.all(-1)
-        for i, ranks in self._ranked():
-            inside = inside & (x[..., i] >= ranks.edges[0]) & (x[..., i] <= ranks.edges[-1])
-        return inside
-
-    def cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The lower ends and the widths of the cells that numbers (..., D) fill; width 0 where they have none."""
-        width = self.step.expand(x.shape)
-        if not (self._ordinal or self._spiked):
-            return x - width / 2, width
-        width = width.clone()
-        for i in self._spiked:
-            width[..., i] = torch.isin(x[..., i], self.get_buffer(f"spikes_{i}")) * self.columns[i].step
-        start = x - width / 2
-        for i, ranks in self._ranked():
-            k = ranks.place(x[..., i])
-            start[..., i], width[..., i] = ranks.edges[k], ranks.widths[k]
-        return start, width
-
-    def log_mass(self, width: Tensor) -> Tensor:
-        """What turns a density into the mass of cells of these widths (..., D), where columns ask for it: (...)."""
-        return width[..., self._mass].log().sum(-1)
-
-    def snap(self, x: Tensor) -> Tensor:
-        """Numbers (..., D) put back to those that are recorded: to the grid, the values, the spikes."""
-        on_grid = self.offset + self.step * torch.round((x - self.offset) / self.step)
-        x = torch.where(self.step > 0, on_grid, x)
-        for i, column in enumerate(self.columns):
-            if column.least is not None or column.most is not None:
-                x[..., i] = x[..., i].clamp(column.least, column.most)
-        for i in self._spiked:
-            spikes = self.get_buffer(f"spikes_{i}")
-            away = (x[..., i, None] - spikes).abs()
-            nearest = away.argmin(-1)
-            near = away.gather(-1, nearest[..., None])[..., 0] <= self.columns[i].step / 2
-            x[..., i] = torch.where(near, spikes[nearest], x[..., i])
-        for i, ranks in self._ranked():
-            x[..., i] = ranks.values[ranks.place(x[..., i])]
-        return x
-
-    def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
-        return {"columns": [list(astuple(c)) for c in self.columns]}
-
-    def __repr__(self) -> str:
-        maps = [c.map for c in self.columns]
-        counts = ", ".join(f"{maps.count(m)} {m}" for m in MAPS if m in maps)
-        cells = len(self.quantised)
-        return f"TableTransform({counts}" + (f"; {cells} with cells)" if cells else ")")
-
-
-class _Ranks(nn.Module):
-    """v = Phi^-1(F(x)) of an ordinal column, F linear within each cell."""
-
-    values: Tensor
-    edges: Tensor
-    widths: Tensor
-    below: Tensor
-    shares: Tensor
-
-    least = 1e-12  # of F, and its distance from 1
-
-    def __init__(self, column: Column) -> None:
-        super().__init__()
-        edges = torch.tensor(column.edges, dtype=torch.float64)
-        shares = torch.tensor(column.shares, dtype=torch.float64)
-        numbers = {
-            "values": torch.tensor(column.values, dtype=torch.float64),
-            "edges": edges,
-            "widths": edges.diff(),
-            "below": shares.cumsum(0) - shares,
-            "shares": shares,
-        }
-        for name, value in numbers.items():
-            self.register_buffer(name, value, persistent=False)
-
-    def place(self, x: Tensor) -> Tensor:
-        """In which cell x lies; the outer ones reach on for ever."""
-        return rank(x, self.edges[1:-1])
+    map = "linear"
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        k = self.place(x)
-        u = self.below[k] + self.shares[k] * (x - self.edges[k]) / self.widths[k]
-        v = torch.special.ndtri(u.clamp(self.least, 1 - self.least))
-        return v, self._log_slope(k, v)
+        """Return y and log dy/dx."""
+        return self._to_scale(x, torch.zeros_like(x))
 
-    def inverse(self, v: Tensor) -> tuple[Tensor, Tensor]:
-        u = torch.special.ndtr(v)
-        k = rank(u, self.below[1:])
-        return self.edges[k] + self.widths[k] * (u - self.below[k]) / self.shares[k], -self._log_slope(k, v)
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy."""
+        return self._from_scale(y), torch.full_like(y, math.log(self.scale))
 
-    def _log_slope(self, k: Tensor, v: Tensor) -> Tensor:
-        """log dv/dx = log(share / width) - log phi(v)."""
-        return (self.shares[k] / self.widths[k]).log() + (v * v + math.log(2 * math.pi)) / 2
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"name": self.name, "center": self.center, "scale": self.scale}
+
+
+class LogColumn(Column):
+    """Column with one bound: v = log(x - low) for a lower bound, v = -log(high - x) for an upper bound.
+
+    Args:
+        name: the name of the column.
+        low, high: the bound; exactly one of them.
+        min_distance: numbers nearer to the bound are mapped as if they had this distance.
+        center, scale: y = (v - center) / scale; scale is positive.
+
+    Raises:
+        ValueError: none or both of low and high, or a scale that is not positive.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> cf.transforms.LogColumn("price", low=0.0)(torch.tensor([1.0]))[0].tolist()
+        [0.0]
+    """
+
+    map = "log"
+
+    def __init__(
+        self,
+        name: str,
+        low: float | None = None,
+        high: float | None = None,
+        min_distance: float = 0.0,
+        center: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(name, center, scale)
+        if (low is None) == (high is None):
+            raise ValueError(f"expected one bound, low or high, for column {name!r}, got low={low}, high={high}")
+        self.low = _optional(low)
+        self.high = _optional(high)
+        self.min_distance = float(min_distance)
+        self._sign = 1.0 if high is None else -1.0
+        self._bound = float(low if high is None else high)  # type: ignore[arg-type]  # one of them is given
+
+    def _distance(self, x: Tensor) -> Tensor:
+        """Return the distance of x from the bound."""
+        return (self._sign * (x - self._bound)).clamp_min(self.min_distance)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx."""
+        log_distance = self._distance(x).log()
+        return self._to_scale(self._sign * log_distance, -log_distance)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy."""
+        distance = (self._sign * self._from_scale(y)).exp()
+        x = self._bound + self._sign * distance
+        return x, self._distance(x).log() + math.log(self.scale)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return True for each number on the right side of the bound."""
+        return self._sign * (x - self._bound) >= 0
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "name": self.name,
+            "low": self.low,
+            "high": self.high,
+            "min_distance": self.min_distance,
+            "center": self.center,
+            "scale": self.scale,
+        }
+
+
+class LogitColumn(Column):
+    """Column with two bounds: v = log(x - low) - log(high - x).
+
+    Args:
+        name: the name of the column.
+        low, high: the bounds, low < high.
+        min_distance: numbers nearer to a bound are mapped as if they had this distance.
+        center, scale: y = (v - center) / scale; scale is positive.
+
+    Raises:
+        ValueError: low is not below high, or scale is not positive.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> cf.transforms.LogitColumn("share", low=0.0, high=2.0)(torch.tensor([1.0]))[0].tolist()
+        [0.0]
+    """
+
+    map = "logit"
+
+    def __init__(
+        self,
+        name: str,
+        low: float,
+        high: float,
+        min_distance: float = 0.0,
+        center: float = 0.0,
+        scale: float = 1.0,
+    ) -> None:
+        super().__init__(name, center, scale)
+        if not low < high:
+            raise ValueError(f"expected low < high for column {name!r}, got low={low}, high={high}")
+        self.low = float(low)
+        self.high = float(high)
+        self.min_distance = float(min_distance)
+
+    def _log_distances(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logs of the distances of x from both bounds."""
+        from_low = (x - self.low).clamp_min(self.min_distance)
+        to_high = (self.high - x).clamp_min(self.min_distance)
+        return from_low.log(), to_high.log()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx."""
+        from_low, to_high = self._log_distances(x)
+        return self._to_scale(from_low - to_high, math.log(self.high - self.low) - from_low - to_high)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy."""
+        x = self.low + (self.high - self.low) * torch.sigmoid(self._from_scale(y))
+        from_low, to_high = self._log_distances(x)
+        return x, from_low + to_high - math.log(self.high - self.low) + math.log(self.scale)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return True for each number between the bounds."""
+        return (x >= self.low) & (x <= self.high)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "name": self.name,
+            "low": self.low,
+            "high": self.high,
+            "min_distance": self.min_distance,
+            "center": self.center,
+            "scale": self.scale,
+        }
+
+
+class AsinhColumn(Column):
+    """Column with heavy tails: v = asinh((x - middle) / unit), linear near the middle and logarithmic far from it.
+
+    Args:
+        name: the name of the column.
+        middle: the point around which the map is linear.
+        unit: the distance from the middle at which the map bends; positive.
+        center, scale: y = (v - center) / scale; scale is positive.
+
+    Raises:
+        ValueError: unit or scale is not positive.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> cf.transforms.AsinhColumn("return", middle=1.0, unit=0.5)(torch.tensor([1.0]))[0].tolist()
+        [0.0]
+    """
+
+    map = "asinh"
+
+    def __init__(self, name: str, middle: float, unit: float, center: float = 0.0, scale: float = 1.0) -> None:
+        super().__init__(name, center, scale)
+        if not unit > 0:
+            raise ValueError(f"expected unit of column {name!r} to be positive, got {unit}")
+        self.middle = float(middle)
+        self.unit = float(unit)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx."""
+        t = (x - self.middle) / self.unit
+        return self._to_scale(torch.asinh(t), -torch.log1p(t * t) / 2 - math.log(self.unit))
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy = log cosh v + log unit + log scale."""
+        v = self._from_scale(y)
+        log_cosh = v.abs() + torch.log1p(torch.exp(-2 * v.abs())) - math.log(2)
+        return self.middle + self.unit * torch.sinh(v), log_cosh + math.log(self.unit) + math.log(self.scale)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "name": self.name,
+            "middle": self.middle,
+            "unit": self.unit,
+            "center": self.center,
+            "scale": self.scale,
+        }
+
+
+class OrdinalColumn(Column):
+    """Column of a few ordered values: y = Phi^-1(F(x)), where F is linear within the cell of each value.
+
+    The cell of a value ends half-way to its neighbours, and F rises by the value's share within it. F is clipped to
+    [1e-12, 1 - 1e-12]. The density counts the mass of the cell.
+
+    Args:
+        name: the name of the column.
+        values: the values, ascending; at least two.
+        shares: the probability of each value, positive, with sum 1.
+
+    Raises:
+        ValueError: fewer than two values, values that do not ascend, or shares that are not one positive number each.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> column = cf.transforms.OrdinalColumn("grade", values=[1.0, 2.0], shares=[0.5, 0.5])
+        >>> column(torch.tensor([1.5], dtype=torch.float64))[0].tolist()
+        [0.0]
+    """
+
+    map = "ordinal"
+    quantized = True
+    mass = True
+
+    MIN_PROBABILITY = 1e-12  # smallest F, and its smallest distance from 1
+
+    _values: Tensor
+    _shares: Tensor
+    _edges: Tensor  # ends of the cells, one more than there are values
+    _widths: Tensor
+    _below: Tensor  # F at the lower end of each cell
+
+    def __init__(self, name: str, values: Sequence[float], shares: Sequence[float]) -> None:
+        super().__init__(name)
+        if len(values) < 2 or any(a >= b for a, b in pairwise(values)):
+            raise ValueError(f"expected at least two ascending values for column {name!r}, got {list(values)}")
+        if len(shares) != len(values) or min(shares) <= 0:
+            raise ValueError(f"expected {len(values)} positive shares for column {name!r}, got {list(shares)}")
+        self.values = tuple(values)
+        self.shares = tuple(shares)
+        inner = [(a + b) / 2 for a, b in pairwise(values)]
+        first = values[0] - (inner[0] - values[0])
+        last = values[-1] + (values[-1] - inner[-1])
+        edges = torch.tensor([first, *inner, last], dtype=torch.float64)
+        probabilities = torch.tensor(shares, dtype=torch.float64)
+        # The buffers follow from the constructor's arguments, so they are not saved a second time.
+        self.register_buffer("_values", torch.tensor(values, dtype=torch.float64), persistent=False)
+        self.register_buffer("_shares", probabilities, persistent=False)
+        self.register_buffer("_edges", edges, persistent=False)
+        self.register_buffer("_widths", edges.diff(), persistent=False)
+        self.register_buffer("_below", probabilities.cumsum(0) - probabilities, persistent=False)
+
+    def _cell(self, x: Tensor) -> Tensor:
+        """Return the index of the cell that each number lies in; the outer cells reach to infinity."""
+        return rank(x, self._edges[1:-1])
+
+    def _log_slope(self, k: Tensor, y: Tensor) -> Tensor:
+        """Return log dy/dx = log(share / width) - log phi(y) in cell k."""
+        return (self._shares[k] / self._widths[k]).log() + (y * y + math.log(2 * math.pi)) / 2
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx."""
+        k = self._cell(x)
+        F = self._below[k] + self._shares[k] * (x - self._edges[k]) / self._widths[k]
+        y = torch.special.ndtri(F.clamp(self.MIN_PROBABILITY, 1 - self.MIN_PROBABILITY))
+        return y, self._log_slope(k, y)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy."""
+        F = torch.special.ndtr(y)
+        k = rank(F, self._below[1:])
+        return self._edges[k] + self._widths[k] * (F - self._below[k]) / self._shares[k], -self._log_slope(k, y)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return True for each number in one of the cells."""
+        return (x >= self._edges[0]) & (x <= self._edges[-1])
+
+    def cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lower end and the width of the cell of each number."""
+        k = self._cell(x)
+        return self._edges[k], self._widths[k]
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Round each number to the value of its cell."""
+        return self._values[self._cell(x)]
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {"name": self.name, "values": list(self.values), "shares": list(self.shares)}
+
+
+class GridColumn(Column):
+    """Column recorded on an even grid, such as whole numbers or numbers with one decimal.
+
+    The map is that of the wrapped column. Each number fills the cell [x - step / 2, x + step / 2].
+
+    Args:
+        column: the map of the numbers within their cells.
+        step: the width of a cell; positive.
+        offset: a number of the grid.
+        mass: whether the density of a row counts the mass of the cell, as for whole numbers, or its mean density.
+        minimum, maximum: range that samples are clamped to; None for no limit.
+
+    Raises:
+        ValueError: step is not positive.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> column = cf.transforms.GridColumn(cf.transforms.LinearColumn("children"), step=1.0, minimum=0.0)
+        >>> column.snap(torch.tensor([-0.7, 1.6])).tolist(), column.cells(torch.tensor([2.0]))[0].tolist()
+        ([0.0, 2.0], [1.5])
+    """
+
+    quantized = True
+
+    def __init__(
+        self,
+        column: Column,
+        step: float,
+        offset: float = 0.0,
+        mass: bool = False,
+        minimum: float | None = None,
+        maximum: float | None = None,
+    ) -> None:
+        super().__init__(column.name)
+        if not step > 0:
+            raise ValueError(f"expected step of column {column.name!r} to be positive, got {step}")
+        self.column = column
+        self.map = column.map
+        self.step = float(step)
+        self.offset = float(offset)
+        self.mass = bool(mass)
+        self.minimum = _optional(minimum)
+        self.maximum = _optional(maximum)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx of the wrapped column."""
+        return self.column(x)
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy of the wrapped column."""
+        return self.column.inverse(y)
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return True for each number in the support of the wrapped column."""
+        return self.column.inside(x)
+
+    def cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lower end and the width of the cell of each number."""
+        return x - self.step / 2, torch.full_like(x, self.step)
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Round each number to the grid."""
+        return _clamp(self.offset + self.step * torch.round((x - self.offset) / self.step), self.minimum, self.maximum)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "column": self.column,
+            "step": self.step,
+            "offset": self.offset,
+            "mass": self.mass,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+        }
+
+
+class SpikedColumn(Column):
+    """Continuous column in which some values, called spikes, repeat.
+
+    A spike fills the cell [spike - width / 2, spike + width / 2]. The cell holds far more rows than its width deserves,
+    so it is stretched before the wrapped column maps the result u:
+
+        u = x + sum over the spikes of room_k clip((x - spike_k) / width + 1 / 2, 0, 1)
+
+    Args:
+        column: the map of the stretched numbers u. Its upper bound, if any, is larger by the sum of the rooms.
+        spikes: the values that repeat, ascending; their cells must not overlap.
+        room: the length that is added to the cell of each spike, at least 0.
+        width: the width of a cell before stretching; positive.
+        minimum, maximum: range that samples are clamped to; None for no limit.
+
+    Raises:
+        ValueError: no spikes, a number of rooms that differs from theirs, or a width that is not positive.
+
+    Example:
+        >>> import torch, counterflow as cf
+        >>> rain = cf.transforms.SpikedColumn(cf.transforms.LinearColumn("rain"), [0.0], [3.0], width=1.0)
+        >>> rain(torch.tensor([-0.5, 0.0, 0.5]))[0].tolist()
+        [-0.5, 1.5, 3.5]
+    """
+
+    quantized = True
+
+    _spikes: Tensor
+    _room: Tensor
+
+    def __init__(
+        self,
+        column: Column,
+        spikes: Sequence[float],
+        room: Sequence[float],
+        width: float,
+        minimum: float | None = None,
+        maximum: float | None = None,
+    ) -> None:
+        super().__init__(column.name)
+        if not spikes or len(room) != len(spikes):
+            raise ValueError(
+                f"expected spikes and one room for each in column {column.name!r}, got {len(spikes)} spikes and "
+                f"{len(room)} rooms"
+            )
+        if not width > 0:
+            raise ValueError(f"expected width of the spikes of column {column.name!r} to be positive, got {width}")
+        self.column = column
+        self.map = column.map
+        self.spikes = tuple(spikes)
+        self.room = tuple(room)
+        self.width = float(width)
+        self.minimum = _optional(minimum)
+        self.maximum = _optional(maximum)
+        self.register_buffer("_spikes", torch.tensor(spikes, dtype=torch.float64), persistent=False)
+        self.register_buffer("_room", torch.tensor(room, dtype=torch.float64), persistent=False)
+
+    def _stretch(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return u and log du/dx."""
+        t = (x[..., None] - self._spikes) / self.width + 0.5
+        in_cell = (t > 0) & (t < 1)
+        return x + (self._room * t.clamp(0, 1)).sum(-1), (in_cell * torch.log1p(self._room / self.width)).sum(-1)
+
+    def _shrink(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/du, the inverse of `_stretch`."""
+        start = self._spikes - self.width / 2 + self._room.cumsum(0) - self._room
+        t = (u[..., None] - start) / (self.width + self._room)
+        in_cell = (t > 0) & (t < 1)
+        return u - (self._room * t.clamp(0, 1)).sum(-1), -(in_cell * torch.log1p(self._room / self.width)).sum(-1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y and log dy/dx."""
+        u, log_stretch = self._stretch(x)
+        y, log_slope = self.column(u)
+        return y, log_slope + log_stretch
+
+    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x and log dx/dy."""
+        u, log_slope = self.column.inverse(y)
+        x, log_shrink = self._shrink(u)
+        return x, log_slope + log_shrink
+
+    def inside(self, x: Tensor) -> Tensor:
+        """Return True for each number that is stretched into the support of the wrapped column."""
+        return self.column.inside(self._stretch(x)[0])
+
+    def cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the lower end and the width of the cell of each number; width 0 for all but the spikes."""
+        width = torch.isin(x, self._spikes).to(x) * self.width
+        return x - width / 2, width
+
+    def snap(self, x: Tensor) -> Tensor:
+        """Round the numbers in the cells of the spikes to these."""
+        x = _clamp(x, self.minimum, self.maximum)
+        distance = (x[..., None] - self._spikes).abs()
+        nearest = distance.argmin(-1)
+        in_cell = distance.gather(-1, nearest[..., None])[..., 0] <= self.width / 2
+        return torch.where(in_cell, self._spikes[nearest], x)
+
+    def config(self) -> dict[str, Any]:
+        """Return the constructor's arguments."""
+        return {
+            "column": self.column,
+            "spikes": list(self.spikes),
+            "room": list(self.room),
+            "width": self.width,
+            "minimum": self.minimum,
+            "maximum": self.maximum,
+        }
+
+
+def _optional(value: float | None) -> float | None:
+    """Return value as a float, or None for None."""
+    return None if value is None else float(value)
+
+
+def _clamp(x: Tensor, minimum: float | None, maximum: float | None) -> Tensor:
+    """Return x clamped to the limits that are given."""
+    return x if minimum is None and maximum is None else x.clamp(minimum, maximum)
