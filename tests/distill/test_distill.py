@@ -13,7 +13,8 @@ import counterflow as cf
 from counterflow.cli import main
 from counterflow.distill.distill import distill_with_history
 from counterflow.distill.losses import _layer_loss
-from counterflow.distill.student import Trace, _linear, _mirrored, flatten, mirror
+from counterflow.distill.student import Trace, _linear, _mirrored, mirror
+from counterflow.transforms.compose import flatten
 
 UNTRAINED = cf.DistillConfig(layer_steps=0, flow_steps=0)
 SHORT = cf.DistillConfig(layer_steps=60, flow_steps=40, samples=128, ema=0.9)

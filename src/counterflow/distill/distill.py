@@ -17,7 +17,7 @@ from torch import Tensor
 
 from counterflow.distill.config import EPOCH, DistillConfig
 from counterflow.distill.losses import flow_objective, layer_objective
-from counterflow.distill.student import check_student, flatten, mirror, solved_layer
+from counterflow.distill.student import check_student, mirror, solved_layer
 from counterflow.flows.contexts import Contexts, contexts_of, device_of
 from counterflow.flows.flow import Flow
 from counterflow.random import seeded
@@ -25,6 +25,7 @@ from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
 from counterflow.training.history import History, OnEpoch, OnStep
+from counterflow.transforms.compose import flatten
 
 Task = Literal["layers", "flow"]
 EVALUATIONS = 8  # batches of draws in each evaluation

@@ -15,7 +15,7 @@ from counterflow.flows.flow import Flow
 from counterflow.transforms.autoregressive import Autoregressive
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
-from counterflow.transforms.constant import Permute, Whiten
+from counterflow.transforms.constant import Whiten
 from counterflow.univariate.affine import Affine
 from counterflow.univariate.base import Univariate
 from counterflow.univariate.sinh_arcsinh import SinhArcsinh
@@ -27,19 +27,6 @@ PLAIN = ("features", "context", "univariate", "degrees", "activation")  # what f
 
 
 # -- the student -------------------------------------------------------------------------------------
-
-
-def flatten(t: Transform) -> list[Transform]:
-    """The maps that t is a chain of, from eps to x; an inverse stands at single maps only."""
-    if isinstance(t, Compose):
-        return [part for each in t for part in flatten(each)]
-    if isinstance(t, Inverse) and isinstance(t.transform, Compose):
-        return [part for each in reversed(list(t.transform)) for part in flatten(Inverse(each))]
-    if isinstance(t, Inverse) and isinstance(t.transform, Inverse):
-        return flatten(t.transform.transform)
-    if isinstance(t, Inverse) and isinstance(t.transform, Permute):
-        return [Permute(t.transform.places)]
-    return [t]
 
 
 def solved_layer(part: Transform) -> Autoregressive | None:

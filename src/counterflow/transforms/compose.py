@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from counterflow.transforms.base import Cost, Transform, prepare
+from counterflow.transforms.constant import Permute
 
 
 class Compose(Transform):
@@ -141,3 +142,26 @@ class Inverse(Transform):
 
     def __repr__(self) -> str:
         return f"Inverse({self.transform!r})"
+
+
+def flatten(transform: Transform) -> list[Transform]:
+    """Return the single transforms of a chain in the order of forward. Only single transforms stay inverted.
+
+    An inverted permutation becomes the permutation that undoes it, so that reading the chain needs no case for it.
+
+    Example:
+        >>> import counterflow as cf
+        >>> from counterflow.transforms.compose import flatten
+        >>> turn, scale = cf.Permute([1, 2, 0]), cf.Standardize([0.0, 0.0, 0.0], [1.0, 2.0, 3.0])
+        >>> flatten(cf.Inverse(cf.Compose([turn, scale])))
+        [Inverse(Standardize(features=3)), Permute([2, 0, 1])]
+    """
+    if isinstance(transform, Compose):
+        return [single for part in transform for single in flatten(part)]
+    if isinstance(transform, Inverse) and isinstance(transform.transform, Compose):
+        return [single for part in reversed(list(transform.transform)) for single in flatten(Inverse(part))]
+    if isinstance(transform, Inverse) and isinstance(transform.transform, Inverse):
+        return flatten(transform.transform.transform)
+    if isinstance(transform, Inverse) and isinstance(transform.transform, Permute):
+        return [Permute(transform.transform.places)]
+    return [transform]
