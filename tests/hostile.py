@@ -33,7 +33,7 @@ from PIL import Image
 import counterflow as cf
 from counterflow.commands.model import kind_of_run
 from counterflow.commands.model_file import read_data
-from counterflow.diagnostics.importance import Verdict
+from counterflow.diagnostics.verdict import Verdict
 from counterflow.io.data import load
 from counterflow.io.data.cells import numbers, to_numbers_or_texts
 from counterflow.io.data.streams import open_table
@@ -652,11 +652,11 @@ def pandas_of(columns: dict[str, Any]) -> Any:
 @cache
 def _posteriors() -> list[Files]:
     theta = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)).double()
-    pool = WeightedDraws(theta, theta[:, 0], theta[:, 1])
+    draws = WeightedDraws(theta, theta[:, 0], theta[:, 1], torch.full((30,), -math.log(30)))
     stage = Stage("path", 2, 8, 5, 0, "finished", 0.5, (1.0, math.nan), 0.3, 15.0, 30, -1.0, True)
-    fitted = FlowFit(cf.IAF(2, **SMALL).double(), pool, Verdict(30, 0.3, 15.0, -1.0, 0.1, -0.9, (3.0, 4.0)), (stage,))
+    fitted = FlowFit(cf.IAF(2, **SMALL).double(), draws, Verdict(30, 0.3, 15.0, -1.0, 0.1, -0.9, (3.0, 4.0)), (stage,))
     values = {"mu": theta[:, 0].contiguous(), "z": theta[:, :, None].contiguous()}
-    return [_saved(Posterior(None, PosteriorConfig(hidden=(4,)), fitted, values, 0.0, 1.5).save)]
+    return [_saved(Posterior(None, PosteriorConfig(hidden=(4,)), fitted, values, 1.5).save)]
 
 
 @cache

@@ -30,7 +30,7 @@ FILES = {
     *("model.safetensors", "draws.safetensors", "posterior.json"),
     *("plots/marginals.png", "plots/pairs.png", "plots/elbo.png", "plots/weights.png"),
 }
-KEYS = {"model", "verdict", "resampled", "k_hat", "ess", "draws", "elbo", "seconds", "stopped", "table"}
+KEYS = {"model", "verdict", "trusted", "k_hat", "ess", "samples", "elbo", "seconds", "stopped", "table"}
 
 TORCH = """
 import torch
@@ -217,7 +217,7 @@ def test_without_arguments_it_fits_the_eight_schools(schools):
 def test_the_summary_of_a_run(schools):
     found = summary(schools[1])
     assert found.keys() >= KEYS and found["model"] == "eight-schools" and found["stopped"] == "finished"
-    assert found["resampled"] and found["k_hat"] < 0.7 and found["ess"] > 2_000 and found["draws"] == 4_000
+    assert found["trusted"] and found["k_hat"] < 0.7 and found["ess"] > 2_000 and found["samples"] == 4_000
     # mean 4.4 and sd 3.3 of mu, mean 3.6 and sd 3.2 of tau by posteriordb's reference draws
     table = rows(schools[1])
     assert table["mu"]["mean"] == pytest.approx(4.4, abs=0.4) and table["mu"]["sd"] == pytest.approx(3.3, abs=0.4)
@@ -250,7 +250,7 @@ def test_the_configuration_and_the_metrics_of_a_run(schools):
     assert (config["command"], config["model"], config["fit"]["steps"]) == ("posterior", "eight-schools", 100)
     stages = [json.loads(line) for line in (schools[1] / "metrics.jsonl").read_text().splitlines()]
     assert [stage["stage"] for stage in stages] == list(range(1, summary(schools[1])["stages"] + 1))
-    assert len(stages[0]["course"]) == 10 and all(map(math.isfinite, stages[0]["course"]))
+    assert len(stages[0]["elbos"]) == 10 and all(map(math.isfinite, stages[0]["elbos"]))
 
 
 def test_the_pictures_of_a_run(schools):
@@ -350,7 +350,7 @@ def test_the_tool_is_told_by_what_a_function_calls(package, code, here, tmp_path
 def test_a_bad_verdict_is_told_on_stderr_and_the_exit_code_is_0(here, tmp_path):
     code, out, err = here("mine.py:modes", *QUICK, "--out", "run")
     verdict = summary(tmp_path / "run")["verdict"]
-    assert code == 0 and "cannot be trusted" in verdict and not summary(tmp_path / "run")["resampled"]
+    assert code == 0 and "cannot be trusted" in verdict and not summary(tmp_path / "run")["trusted"]
     assert verdict in out and f"counterflow: {verdict}" in err and "not corrected" in err
 
 

@@ -32,7 +32,7 @@ def contexts_for(flow, n=64, seed=3):
 
 def found(teacher, student, contexts=None, samples=2000):
     torch.manual_seed(11)
-    return cf.diagnostics.agreement(teacher, student, contexts, samples=samples, tested=100)
+    return cf.diagnostics.agreement(teacher, student, contexts, samples=samples, test_samples=100)
 
 
 def affine_layer(D=4):
@@ -251,7 +251,7 @@ def test_agreement_of_two_gaussians():
     one = cf.Flow(cf.bases.StandardNormal(D), cf.Inverse(cf.transforms.Whiten([0.0, 0.0], [[1.0, 0.0], [0.0, 1.0]])))
     two = cf.Flow(cf.bases.StandardNormal(D), cf.Inverse(cf.transforms.Whiten([shift, 0.0], [[1.0, 0.0], [0.0, 1.0]])))
     torch.manual_seed(0)
-    came = cf.diagnostics.agreement(one, two, samples=20_001, tested=500)
+    came = cf.diagnostics.agreement(one, two, samples=20_001, test_samples=500)
     kl = shift**2 / 2
     assert abs(came.reverse - kl) < 4 * came.reverse_error
     assert abs(came.forward - kl) < 4 * came.forward_error

@@ -1,4 +1,4 @@
-"""Chains of an imperfect flow: draws of the target itself, and what is said of them."""
+"""Markov chains that use an imperfect flow: their draws are those of the target."""
 
 import copy
 import math
@@ -21,7 +21,7 @@ COVARIANCE = torch.tensor([[1.0, 0.6, -0.3], [0.6, 0.8, 0.1], [-0.3, 0.1, 0.5]])
 
 
 def gaussian(z):
-    """Far from zero, as log densities of many data are: float32 keeps no digit behind the point of 1e7."""
+    """Log density far from zero, as with many data; float32 has no decimals there."""
     return MultivariateNormal(MEAN, COVARIANCE).log_prob(z) - 3e7
 
 
@@ -39,7 +39,7 @@ FLOW = cf.IAF(2, layers=1, hidden=(4,))
 
 
 class Bend(cf.transforms.Transform):
-    """y_1 = x_1, y_2 = x_2 + (x_1^2 - 1) / 3: less bent than the banana, which takes x_2 to be narrower besides."""
+    """y_1 = x_1, y_2 = x_2 + (x_1^2 - 1) / 3: less bent than the banana, and wider in x_2."""
 
     features = 2
 
@@ -66,7 +66,7 @@ SHAPES = {
 
 
 def imperfect(target="banana"):
-    """A float32 flow that lies elsewhere or bends too little, is too wide, and has tails that are too heavy."""
+    """Return a float32 flow that is off-centre or bends too little, is too wide and has tails that are too heavy."""
     torch.manual_seed(3)
     last = SHAPES[target]
     first = cf.IAF(last.features, layers=2, hidden=(16,)).transform
@@ -80,12 +80,9 @@ def standard(z):
     return -z.square().sum(-1) / 2
 
 
-# -- exactness ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sampler", ["metropolis", pytest.param("neutra", marks=pytest.mark.slow)])
 @over(TARGETS, "target")
-def test_draws_have_the_moments_of_the_target_and_not_those_of_the_flow(sampler, target):
+def test_draws_have_the_moments_of_the_target_instead_of_the_flow(sampler, target):
     log_density, mean, std = TARGETS[target]
     flow = imperfect(target)
     before = copy.deepcopy(flow.state_dict())
@@ -102,24 +99,24 @@ def test_draws_have_the_moments_of_the_target_and_not_those_of_the_flow(sampler,
 
 
 @pytest.mark.slow
-def test_neutra_of_a_target_that_computes_in_jax_itself():
-    """The sampler and the target share one JAX: a normal mean with a normal prior, known variance and seven data."""
+def test_neutra_of_a_target_that_computes_in_jax():
+    """Sampler and target share JAX; the model is a normal mean with a normal prior, known variance and seven data."""
     from numpyro import distributions, sample
 
     y = torch.arange(7.0).numpy()
     target = cf.targets.from_numpyro(
         lambda: sample("y", distributions.Normal(sample("mean", distributions.Normal(0, 2)), 1.5).expand([7]), obs=y)
     )
-    found = neutra(cf.IAF(1, layers=1, hidden=(4,)), target, draws=100, warm_up=100)
+    found = neutra(cf.IAF(1, layers=1, hidden=(4,)), target, samples=100, warm_up=100)
     precision = 1 / 2**2 + 7 / 1.5**2
     error = precision**-0.5 / found.convergence.ess_bulk.item() ** 0.5
     assert abs(found.draws.mean().item() - 21 / 1.5**2 / precision) < 5 * error
     assert abs(found.draws.std().item() - precision**-0.5) < 5 * error
 
 
-def test_metropolis_has_the_whole_distribution_of_its_target():
+def test_metropolis_has_the_distribution_of_its_target():
     wide = cf.Flow(cf.bases.StudentT(1, max_df=3.0), cf.IAF(1, layers=1, hidden=(4,)).transform)
-    found = independence_metropolis(wide, standard, chains=64, draws=2_000)
+    found = independence_metropolis(wide, standard, chains=64, samples=2_000)
     thinned = found.draws[:, ::20, 0].flatten().numpy()
     assert stats.kstest(thinned, "norm").pvalue > 1e-3
     assert stats.kstest(wide().sample((len(thinned),))[:, 0].numpy(), "norm").pvalue < 1e-3
@@ -127,7 +124,7 @@ def test_metropolis_has_the_whole_distribution_of_its_target():
 
 def test_metropolis_accepts_every_draw_of_an_exact_flow():
     exact = cf.Flow(cf.bases.StandardNormal(2), cf.Permute([1, 0]))
-    found = independence_metropolis(exact, standard, chains=3, draws=50, warm_up=0)
+    found = independence_metropolis(exact, standard, chains=3, samples=50, warm_up=0)
     assert found.acceptance == 1 and found.divergences == 0
     assert len(found.draws.flatten(0, 1).unique(dim=0)) == 150
 
@@ -138,8 +135,8 @@ def test_metropolis_accepts_as_often_as_the_densities_say():
     s = 0.8
     with torch.no_grad():
         flow.base.constant[1] = 7 * math.atanh(math.log(s) / 7)
-    found = independence_metropolis(flow, standard, chains=100, draws=2_000)
-    # The chain's z is of N(0, 1) and its proposal z' of N(0, s^2); it moves where |z'| > |z|, and otherwise with
+    found = independence_metropolis(flow, standard, chains=100, samples=2_000)
+    # The chain's z is N(0, 1) and its proposal z' is N(0, s^2); it moves if |z'| > |z|, and otherwise with
     # probability exp(-(1 / s^2 - 1) (z^2 - z'^2) / 2): by symmetry twice the probability that |z'| > |z|.
     assert found.acceptance == pytest.approx(4 / math.pi * math.atan(s), abs=0.01)
 
@@ -148,19 +145,16 @@ def test_metropolis_outside_the_support_of_its_target():
     def half(z):
         return torch.where(z[:, 0] < 0.5, math.nan, standard(z))
 
-    found = independence_metropolis(imperfect(), half, chains=32, draws=500)
+    found = independence_metropolis(imperfect(), half, chains=32, samples=500)
     assert (found.draws[..., 0] >= 0.5).all()
     expected = stats.truncnorm(0.5, math.inf).mean()
     assert found.draws[..., 0].mean().item() == pytest.approx(expected, abs=0.05)
 
 
-# -- chains ------------------------------------------------------------------------------------------
-
-
-def test_chains_repeat_with_their_seed_and_leave_the_global_one():
+def test_chains_depend_only_on_their_seed():
     state = torch.get_rng_state()
     first, again, other = (
-        independence_metropolis(FLOW, standard, chains=2, draws=30, seed=seed).draws for seed in (1, 1, 2)
+        independence_metropolis(FLOW, standard, chains=2, samples=30, seed=seed).draws for seed in (1, 1, 2)
     )
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), state)
@@ -168,9 +162,9 @@ def test_chains_repeat_with_their_seed_and_leave_the_global_one():
 
 @over([(1, 4, 0), (7, 33, 5)], "sizes")
 def test_sizes_of_chains(sizes):
-    chains, draws, warm_up = sizes
-    found = independence_metropolis(FLOW, standard, chains=chains, draws=draws, warm_up=warm_up)
-    assert found.draws.shape == (chains, draws, 2)
+    chains, samples, warm_up = sizes
+    found = independence_metropolis(FLOW, standard, chains=chains, samples=samples, warm_up=warm_up)
+    assert found.draws.shape == (chains, samples, 2)
 
 
 def test_the_sentence():
@@ -183,13 +177,11 @@ def test_the_sentence():
     assert "have not mixed: draw more, or train" in Chains(torch.zeros(4, 9, 2), 0.1, 0, stuck).sentence
 
 
-# -- errors ------------------------------------------------------------------------------------------
-
 CONDITIONAL = cf.IAF(2, 3, layers=1, hidden=(4,))
 REFUSED = {
     "context": ({"flow": CONDITIONAL}, "expected a flow without a context, got context=3"),
-    "chains": ({"chains": 0}, "expected chains of at least 1, draws of at least 4 and warm_up .* got 0, "),
-    "draws": ({"draws": 3}, "expected chains .* got [0-9]+, 3 and "),
+    "chains": ({"chains": 0}, "expected chains of at least 1, samples of at least 4 and warm_up .* got 0, "),
+    "samples": ({"samples": 3}, "expected chains .* got [0-9]+, 3 and "),
     "warm_up": ({"warm_up": -1}, "expected chains .* and -1"),
 }
 
@@ -210,7 +202,7 @@ def test_target_acceptance(target_acceptance):
 @pytest.mark.parametrize(
     ("sampler", "message"),
     [
-        ("metropolis", "a weight above zero, got .* that are all -inf"),
+        ("metropolis", "at least one draw with a positive weight, got .* that are all -inf"),
         ("neutra", "got 0 of 256 draws with a finite log"),
     ],
 )
@@ -219,36 +211,35 @@ def test_a_target_that_is_zero_everywhere(sampler, message):
         SAMPLERS[sampler](FLOW, lambda z: z.sum(-1) - math.inf)
 
 
-def failing(call, of):
-    """A target that does something else when it is called for the n-th time."""
+def failing(call, action):
+    """Return a target that runs an action when it is called for the n-th time."""
     calls = 0
 
     def target(z):
         nonlocal calls
         calls += 1
         if calls == call:
-            of()
+            action()
         return standard(z)
 
     return target
 
 
-def test_an_error_of_the_target_comes_through_neutra():
+@pytest.mark.slow  # JAX compiles
+def test_neutra_raises_an_error_of_the_target():
     def fail():
         raise ZeroDivisionError("of the model")
 
     with pytest.raises(ZeroDivisionError, match="of the model"):
-        neutra(FLOW, failing(50, fail), chains=4, draws=20, warm_up=20)
+        neutra(FLOW, failing(50, fail), chains=4, samples=20, warm_up=20)
 
 
 @pytest.mark.slow
 def test_neutra_can_be_interrupted():
     interrupted = failing(50, lambda: os.kill(os.getpid(), signal.SIGINT))
-    linear = cf.Flow(
-        cf.bases.StandardNormal(2), cf.Permute([1, 0])
-    )  # its log-determinant is a constant without a graph
+    linear = cf.Flow(cf.bases.StandardNormal(2), cf.Permute([1, 0]))  # its log-determinant is a constant
     with pytest.raises(KeyboardInterrupt):
-        neutra(linear, interrupted, chains=4, draws=2_000, warm_up=20)
+        neutra(linear, interrupted, chains=4, samples=2_000, warm_up=20)
 
 
 def test_without_numpyro(monkeypatch):

@@ -436,11 +436,11 @@ def test_a_posterior_that_lacks_a_fact_is_refused(tmp_path):
     for name in facts:
         write(tmp_path, files)
         (tmp_path / "posterior.json").write_text(json.dumps({k: v for k, v in facts.items() if k != name}))
-        with pytest.raises(ValueError, match=f"as Posterior.save writes it, got: KeyError.'{name}'"):
+        with pytest.raises(ValueError, match=f"to be a folder written by Posterior.save, got: KeyError.'{name}'"):
             cf.posterior.Posterior.load(tmp_path)
     write(tmp_path, files)
     safetensors.torch.save_file({"theta": torch.zeros(30, 9)}, tmp_path / "draws.safetensors")
-    with pytest.raises(ValueError, match=r"as Posterior.save writes it, got: "):
+    with pytest.raises(ValueError, match=r"to be a folder written by Posterior.save, got: "):
         cf.posterior.Posterior.load(tmp_path)
 
 

@@ -48,8 +48,8 @@ def test_every_command_that_trains_runs_in_two_processes(tmp_path):
     np.testing.assert_allclose(two, one, rtol=1e-4)  # no draws in it: the same steps
     told = ended(torchrun(tmp_path, "posterior", "--steps", "100", "--stages", "1", "--out", "posterior"))
     found = cf.Posterior.load(tmp_path / "posterior")
-    assert found.k_hat < 0.7 and len(found.pool.theta) == 10_000 and told.count("stage 1: 100 steps") == 1
-    halves = found.pool.theta.chunk(2)  # of both processes
+    assert found.k_hat < 0.7 and len(found.draws.theta) == 10_000 and told.count("stage 1: 100 steps") == 1
+    halves = found.draws.theta.chunk(2)  # of both processes
     assert not (halves[0] == halves[1]).any()
     distill = ["distill", "two", "--train.layer-steps", "100", "--train.flow-steps", "50", "--samples", "500"]
     ended(torchrun(tmp_path, *distill, "--out", "student"))

@@ -28,6 +28,8 @@ from counterflow.io.json import write_json
 from counterflow.posterior import posterior as fitting
 from counterflow.posterior.config import PosteriorConfig
 from counterflow.posterior.stages import Stage
+from counterflow.posterior.summary import Summary
+from counterflow.posterior.targets.layout import element_name
 from counterflow.posterior.targets.target import Target
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch
@@ -203,7 +205,7 @@ def _write_parquet(path: Path, data: Any, names: Iterable[str]) -> None:
 def _columns(name: str, draws: plots.Array) -> Iterator[tuple[str, plots.Array]]:
     """name[i,j] and its draws, for draws (S, *shape)."""
     for index in np.ndindex(*draws.shape[1:]):
-        yield name + (f"[{','.join(map(str, index))}]" if index else ""), draws[(slice(None), *index)]
+        yield element_name(name, index), draws[(slice(None), *index)]
 
 
 def _summary(found: fitting.Posterior, model: str) -> dict[str, Any]:
@@ -212,10 +214,10 @@ def _summary(found: fitting.Posterior, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "verdict": found.sentence,
-        "resampled": found.resampled,
+        "trusted": found.trusted,
         "k_hat": found.k_hat,
         "ess": found.ess,
-        "draws": found.verdict.draws,
+        "samples": found.verdict.samples,
         "elbo": found.elbo,
         "elbo_error": found.verdict.elbo_error,
         "iw_elbo": found.verdict.iw_elbo,
@@ -241,7 +243,7 @@ def _tell(found: fitting.Posterior, run: Path, interrupted: bool) -> None:
     console.say(f"run folder: {run}  (pictures in {run / 'plots'})")
 
 
-def _table(summary: fitting.Summary) -> Table:
+def _table(summary: Summary) -> Table:
     table = Table()
     for name in ("variable", "mean", "sd", "5%", "95%", "ESS"):
         table.add_column(name, justify="left" if name == "variable" else "right", no_wrap=True)
@@ -262,10 +264,10 @@ def _draw(found: fitting.Posterior, target: Target, folder: Path) -> None:
     _draw_marginals(found, weights, folder / "marginals.png")
     if target.dim > 1:
         _draw_pairs(found, target, weights, folder / "pairs.png")
-    raw = (found.pool.log_p - found.pool.log_q).numpy()
+    raw = (found.draws.log_p - found.draws.log_q).numpy()
     plots.weight_tail(folder / "weights.png", raw, found.log_weights.numpy(), f"k-hat {found.k_hat:.2f}")
     courses = [
-        plots.StageCurve(f"{k}, {stage.estimator.replace('_', ' ')}", stage.steps, stage.course, _judged(stage))
+        plots.StageCurve(f"{k}, {stage.estimator.replace('_', ' ')}", stage.steps, stage.elbos, _judged(stage))
         for k, stage in enumerate(found.stages, 1)
     ]
     plots.stage_curves(folder / "elbo.png", courses)
@@ -287,7 +289,7 @@ def _draw_marginals(found: fitting.Posterior, weights: plots.Array, path: Path) 
 
 def _draw_pairs(found: fitting.Posterior, target: Target, weights: plots.Array, path: Path) -> None:
     """The pairs of unconstrained coordinates, in which the flow works, that differ most."""
-    theta = found.pool.theta
+    theta = found.draws.theta
     truth = resample(theta, found.log_weights, SHOWN).numpy()
     panels = []
     for i, j, share in misfit(theta.numpy(), weights).pairs[:PAIRS]:

@@ -1,11 +1,10 @@
-"""Diagnostics: importance weights, chains, two-sample tests, calibration, agreement of two flows."""
+"""Diagnostics: importance weights and the verdict, chains, two-sample tests, calibration, agreement of two flows."""
 
 from counterflow.diagnostics.agreement import Agreement, agreement
 from counterflow.diagnostics.calibration import Calibration, simulation_based_calibration
 from counterflow.diagnostics.chains import Convergence, convergence
 from counterflow.diagnostics.importance import (
-    Verdict,
-    diagnose,
+    SmoothedWeights,
     effective_sample_size,
     effective_sample_size_of_means,
     k_hat,
@@ -14,11 +13,13 @@ from counterflow.diagnostics.importance import (
     resample,
 )
 from counterflow.diagnostics.two_sample import TwoSamples, energy_test
+from counterflow.diagnostics.verdict import Verdict, diagnose
 
 __all__ = [
     "Agreement",
     "Calibration",
     "Convergence",
+    "SmoothedWeights",
     "TwoSamples",
     "Verdict",
     "agreement",

@@ -1,8 +1,4 @@
-"""How far an approximate posterior can be trusted: importance weights, chains and calibration.
-
-Log weights are log p(z_s) - log q(z_s) in nats for S draws z_s ~ q, where p need not integrate to one. None of this can
-see a part of p in which no draw fell: a k-hat of 0.1 says that the draws are right where they are.
-"""
+"""Simulation-based calibration of a procedure that fits posteriors."""
 
 from __future__ import annotations
 
@@ -13,34 +9,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# -- calibration -------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class Calibration:
-    """What simulation-based calibration found; see `simulation_based_calibration`."""
+    """Result of `simulation_based_calibration`."""
 
-    probabilities: Tensor  # where the truth lies in its approximate posterior, (replications, D), in (0, 1)
-    bias: Tensor  # p-values of symmetry about 1/2, (D,): small where the posterior lies to one side of the truth
-    spread: Tensor  # p-values of the probabilities' scatter, (D,): small where the posterior is too narrow or too wide
+    probabilities: Tensor  # posterior probability below the truth, (replications, D), in (0, 1)
+    bias: Tensor  # p-values of symmetry about 1/2, (D,); small if the posterior tends to lie to one side of the truth
+    spread: Tensor  # p-values of the scatter, (D,); small if the posterior is too narrow or too wide
 
 
 def simulation_based_calibration(
     simulate: Callable[[], tuple[Tensor, Any]], fit: Callable[[Any], Tensor], replications: int = 100
 ) -> Calibration:
-    """Fit data whose truth is known, again and again, and ask where in the posterior the truth lies.
+    """Fit simulated data repeatedly and test where in the posterior the true parameters lie.
 
         p_i = (#{draws of theta_i below the truth} + u) / (L + 1),    u ~ U(0, 1)
 
-    is uniform where the posterior is exact. Posteriors to one side of the truth make p lopsided, which Wilcoxon's
-    signed-rank test of p - 1/2 shows. Posteriors that are too narrow push p towards 0 and 1, those too wide towards
-    1/2, which sum Phi^-1(p)^2 shows, compared with chi-squared of as many degrees of freedom as there are replications.
-    The whole costs as many fits as replications; noise comes from torch's global generator.
+    is uniform if the posterior is exact. Wilcoxon's signed-rank test of p - 1/2 detects posteriors that lie to one side
+    of the truth. Posteriors that are too narrow push p towards 0 and 1, posteriors that are too wide towards 1/2; the
+    sum of Phi^-1(p)^2 detects both, as it is chi-squared with as many degrees of freedom as there are replications.
+    The cost is one fit per replication. Noise comes from torch's global generator.
 
     Args:
-        simulate: draws the truth theta (D,) from the prior and data given theta from the model: () -> (theta, data).
-        fit: data -> L draws (L, D) of the approximate posterior.
-        replications: how many; under 20 the tests say little.
+        simulate: draws the truth theta (D,) from the prior and data from the model given theta: () -> (theta, data).
+        fit: maps data to L draws (L, D) of the approximate posterior.
+        replications: number of simulated data sets; with fewer than 20 the tests have little power.
 
     Raises:
         ValueError: replications below 2, or a truth and draws that are not (D,) and (L, D).
@@ -62,7 +56,7 @@ def simulation_based_calibration(
     """
     if replications < 2:
         raise ValueError(f"expected replications of at least 2, got {replications}")
-    p = torch.stack([_place(*_replicate(simulate, fit)) for _ in range(replications)])
+    p = torch.stack([_randomised_rank(*_replicate(simulate, fit)) for _ in range(replications)])
     return Calibration(p, _symmetry(p), _scatter(p))
 
 
@@ -77,21 +71,22 @@ def _replicate(simulate: Callable[[], tuple[Tensor, Any]], fit: Callable[[Any], 
     return truth, draws
 
 
-def _place(truth: Tensor, draws: Tensor) -> Tensor:
-    """Randomised ranks: exactly uniform where truth and draws are of one distribution, however few the draws are."""
+def _randomised_rank(truth: Tensor, draws: Tensor) -> Tensor:
+    """Randomised ranks (D,), exactly uniform for any number of draws if truth and draws have the same distribution."""
     return ((draws < truth).sum(0).cpu() + torch.rand(len(truth), dtype=torch.float64)) / (len(draws) + 1)
 
 
 def _symmetry(p: Tensor) -> Tensor:
-    """Two-sided p-values of Wilcoxon's signed-rank test, in its normal approximation."""
-    R, away = len(p), p - 0.5
+    """Two-sided p-values (D,) of Wilcoxon's signed-rank test, by its normal approximation."""
+    R = len(p)
+    away = p - 0.5
     rank = away.abs().argsort(0).argsort(0) + 1.0
     z = (away.sign() * rank).sum(0) / (R * (R + 1) * (2 * R + 1) / 6) ** 0.5
     return torch.special.erfc(z.abs() / 2**0.5)
 
 
 def _scatter(p: Tensor) -> Tensor:
-    """Two-sided p-values of sum Phi^-1(p)^2 under chi-squared."""
+    """Two-sided p-values (D,) of sum Phi^-1(p)^2 under its chi-squared distribution."""
     half = torch.full((p.shape[1],), len(p) / 2, dtype=p.dtype)
     squares = torch.special.ndtri(p).square().sum(0) / 2
     return 2 * torch.minimum(torch.special.gammainc(half, squares), torch.special.gammaincc(half, squares))

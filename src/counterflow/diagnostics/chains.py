@@ -1,4 +1,4 @@
-"""Convergence of Markov chains."""
+"""Convergence of Markov chains, by ArviZ."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# -- chains ------------------------------------------------------------------------------------------
+from counterflow.checks import require
 
 
 class Convergence(NamedTuple):
-    """How far chains have mixed, for each feature."""
+    """Convergence diagnostics of each feature."""
 
-    r_hat: Tensor  # rank-normalised, (D,): 1 where all chains agree; infinite where chains do not move
-    ess_bulk: Tensor  # effective draws for the centre, (D,)
-    ess_tail: Tensor  # effective draws for the 5 % and 95 % quantiles, (D,)
+    r_hat: Tensor  # rank-normalised, (D,); near 1 if the chains agree, infinite if they do not move
+    ess_bulk: Tensor  # effective sample size for the centre, (D,)
+    ess_tail: Tensor  # effective sample size for the 5 % and 95 % quantiles, (D,)
 
 
 def convergence(draws: Tensor) -> Convergence:
-    """R-hat and effective sample sizes of chains (chains, draws, D), by ArviZ.
+    """Compute R-hat and effective sample sizes of chains (chains, draws, D).
 
     Raises:
-        ValueError: not (chains, draws, D) with at least four draws a chain.
+        ValueError: not (chains, draws, D) with at least four draws per chain.
         ImportError: ArviZ is not installed.
 
     Source: Vehtari et al. 2021, "Rank-normalization, folding, and localization: an improved R-hat".
@@ -37,10 +37,10 @@ def convergence(draws: Tensor) -> Convergence:
         (True, True)
     """
     if draws.dim() != 3 or draws.shape[1] < 4:
-        raise ValueError(f"expected draws (chains, draws, D) with at least 4 a chain, got {tuple(draws.shape)}")
+        raise ValueError(f"expected draws (chains, draws, D) with at least 4 per chain, got {tuple(draws.shape)}")
     arviz = import_arviz()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # more chains than draws are meant; 0 / 0 is where a chain stands still
+        warnings.simplefilter("ignore")  # more chains than draws are intended; 0 / 0 occurs if a chain does not move
         data = arviz.convert_to_dataset({"x": draws.detach().double().cpu().numpy()})
         found = (arviz.rhat(data), arviz.ess(data, method="bulk"), arviz.ess(data, method="tail"))
     r_hat, bulk, tail = (torch.as_tensor(part["x"].values).reshape(-1) for part in found)
@@ -48,17 +48,11 @@ def convergence(draws: Tensor) -> Convergence:
 
 
 def import_arviz() -> Any:
-    """ArviZ, imported when it is needed.
+    """Import ArviZ on first use.
 
     Raises:
         ImportError: it is not installed.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on import ArviZ 0.23 announces version 1
-            import arviz
-    except ImportError as error:
-        raise ImportError(
-            "expected arviz for k-hat, R-hat and effective sizes; pip install 'counterflow[posterior]'"
-        ) from error
-    return arviz
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on import, ArviZ 0.23 announces version 1
+        return require("arviz", "posterior", "R-hat, effective sample sizes and NetCDF files")

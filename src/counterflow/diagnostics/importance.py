@@ -1,30 +1,27 @@
-"""Importance weights: effective sample sizes, Pareto smoothing, the verdict."""
+"""Importance weights: effective sample sizes, resampling and Pareto smoothing.
+
+Log weights are log p(z_s) - log q(z_s) in nats for S draws z_s ~ q, where p may be unnormalised.
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from counterflow.diagnostics.chains import import_arviz
-
-LEAST = 25  # draws for k-hat, which is fitted to their upper fifth: five is the least that it takes
-FLAT = 1e-3  # nats; a tail in which all weights agree so far is bounded, and what remains is often rounding
-CLOSE, USABLE = 0.5, 0.7  # k-hat below which q is close to p, and below which it is useful (Yao et al. 2018, section 2)
-
-
-# -- importance weights ------------------------------------------------------------------------------
+MIN_SAMPLES = 25  # fewest draws for which k-hat is fitted: their upper fifth is then five draws, the fewest it needs
+FLAT_TAIL = 1e-3  # nats; if the largest weights differ by less, the tail is bounded and the differences are rounding
+K_HAT_CLOSE = 0.5  # below it the variance of the weights is finite and q is close to p (Yao et al. 2018, section 2)
+K_HAT_USABLE = 0.7  # above it the weighted draws should not be used (the same)
 
 
 def effective_sample_size(log_weights: Tensor) -> Tensor:
     """Importance effective sample size of log weights (S, ...): (sum w)^2 / sum w^2, between 1 and S.
 
     Raises:
-        ValueError: log weights that hold a NaN or +inf, or that are all -inf.
+        ValueError: log weights that contain NaN or +inf, or that are all -inf.
 
     Source: Kong 1992, "A note on importance sampling using standardized weights".
 
@@ -37,14 +34,15 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
 
 
 def effective_sample_size_of_means(draws: Tensor, log_weights: Tensor) -> Tensor:
-    """For each feature of draws (S, D), how many exact draws would know its mean as well: (D,).
+    """Number of exact draws that would estimate the mean of each feature equally well, (D,) for draws (S, D).
 
         n_i = sum_s w_s (x_si - m_i)^2 / sum_s w_s^2 (x_si - m_i)^2,    m_i = sum_s w_s x_si,    sum_s w_s = 1
 
-    The variance of x_i under p over that of the weighted mean. It may exceed S, where q is wider than p.
+    It is the variance of x_i under p divided by the variance of the weighted mean. It exceeds S if q has more draws
+    than p in the places that determine the mean.
 
     Raises:
-        ValueError: draws or weights of a wrong shape; weights that hold a NaN or +inf, or that are all -inf.
+        ValueError: draws or weights of a wrong shape; weights that contain NaN or +inf, or that are all -inf.
 
     Source: Owen 2013, "Monte Carlo theory, methods and examples", chapter 9: the delta method's variance of a
     self-normalised estimate.
@@ -61,13 +59,13 @@ def effective_sample_size_of_means(draws: Tensor, log_weights: Tensor) -> Tensor
 
 
 def resample(draws: Tensor, log_weights: Tensor, n: int) -> Tensor:
-    """n of the draws (S, ...), picked with replacement in proportion to their weights (S,), in random order.
+    """Pick n of the draws (S, ...) with replacement, in proportion to their weights (S,), in random order.
 
-    Systematic: a draw of normalised weight w comes either floor(n w) or ceil(n w) times, so equal weights return every
-    draw once, where independent picks would lose a third of them.
+    Systematic resampling: a draw of normalised weight w is picked either floor(n w) or ceil(n w) times. With equal
+    weights every draw is returned once, whereas independent picks would lose a third of them.
 
     Raises:
-        ValueError: weights (S,) of a wrong shape, that hold a NaN or +inf, or that are all -inf.
+        ValueError: weights (S,) of a wrong shape, that contain NaN or +inf, or that are all -inf.
 
     Source: Kitagawa 1996, "Monte Carlo filter and smoother for non-Gaussian nonlinear state space models", appendix.
 
@@ -82,23 +80,30 @@ def resample(draws: Tensor, log_weights: Tensor, n: int) -> Tensor:
     edges = _normalized(log_weights.double()).cumsum(0)
     comb = (torch.arange(n, device=edges.device) + torch.rand((), dtype=edges.dtype, device=edges.device)) / n
     picked = torch.searchsorted(edges, comb * edges[-1], right=True)
-    last = log_weights.isfinite().nonzero()[-1, 0]  # rounding may carry the comb's last tooth past every edge
+    last = log_weights.isfinite().nonzero()[-1, 0]  # rounding may put the last point of the comb past every edge
     return draws[picked.clamp(max=last)[torch.randperm(n, device=edges.device)]]
 
 
-def psis(log_weights: Tensor) -> tuple[Tensor, float]:
-    """Pareto-smoothed log weights (S,), normalised to sum to one, and k-hat, the shape of their tail.
+class SmoothedWeights(NamedTuple):
+    """Pareto-smoothed importance weights."""
 
-    The M = min(S / 5, 3 sqrt(S)) largest weights are replaced by the quantiles of a generalized Pareto distribution
-    that is fitted to them; moments of the weights up to 1 / k-hat exist. Draws of weight zero are left out of the fit.
-    The fit is ArviZ's. Two cases are ours: k-hat is 0 where the weights agree to a thousandth throughout the tail,
-    which is bounded then, and infinite where fewer than 25 draws have any weight.
+    log_weights: Tensor  # normalised: their exponentials sum to one, (S,)
+    k_hat: float  # shape of the tail of the raw weights
+
+
+def psis(log_weights: Tensor) -> SmoothedWeights:
+    """Pareto-smooth log weights (S,) and estimate k-hat, the shape of their upper tail.
+
+    The M = ceil(min(S / 5, 3 sqrt(S))) largest weights are replaced by the quantiles of a generalized Pareto
+    distribution that is fitted to them, and truncated at the largest raw weight. Moments of the weights up to order
+    1 / k-hat exist. Weights of zero do not take part in the fit. k-hat is 0 if the M largest weights agree to a
+    thousandth, since the tail is then bounded, and infinite if fewer than 25 draws have a positive weight.
 
     Raises:
         ValueError: not (S,), fewer than 25 draws, a NaN or +inf, or nothing but -inf.
-        ImportError: ArviZ is not installed.
 
-    Source: Vehtari et al. 2024, "Pareto smoothed importance sampling".
+    Source: Vehtari et al. 2024, "Pareto smoothed importance sampling"; the fit is that of Zhang and Stephens 2009, "A
+    new and efficient estimation method for the generalized Pareto distribution".
 
     Example:
         >>> import torch
@@ -108,159 +113,62 @@ def psis(log_weights: Tensor) -> tuple[Tensor, float]:
         >>> round(smoothed.exp().sum().item(), 4), 0.2 < k_hat < 0.8
         (1.0, True)
     """
-    if log_weights.dim() != 1 or len(log_weights) < LEAST:
+    if log_weights.dim() != 1 or len(log_weights) < MIN_SAMPLES:
         raise ValueError(
-            f"expected log weights (S,) of at least {LEAST} draws, got {tuple(log_weights.shape)}; k-hat is fitted to "
-            "the largest fifth of them"
+            f"expected log weights (S,) of at least {MIN_SAMPLES} draws, got {tuple(log_weights.shape)}; k-hat is "
+            "fitted to the largest fifth of them"
         )
     check_log_weights(log_weights)
     raw = log_weights.detach().double().log_softmax(0)
-    some = raw.isfinite()
-    fitted = raw[some]
-    if len(fitted) < LEAST:
-        return raw.to(log_weights.dtype), math.inf
-    tail = fitted.topk(math.ceil(min(len(fitted) / 5, 3 * len(fitted) ** 0.5))).values
-    if tail[0] - tail[-1] < FLAT:
-        return raw.to(log_weights.dtype), 0.0
-    values, k = _pareto_smoothed(fitted.cpu().numpy())
+    positive = raw.isfinite()
+    smoothed, k = _smoothed_tail(raw[positive])
     if not math.isfinite(k):
-        return raw.to(log_weights.dtype), math.inf
-    smoothed = raw.masked_scatter(some, torch.as_tensor(values, dtype=raw.dtype, device=raw.device))
-    return smoothed.log_softmax(0).to(log_weights.dtype), k
+        smoothed = raw[positive]
+    return SmoothedWeights(raw.masked_scatter(positive, smoothed).log_softmax(0).to(log_weights.dtype), k)
 
 
 def k_hat(log_weights: Tensor) -> float:
-    """The shape of the tail of the weights (S,): see `psis`.
+    """Shape of the upper tail of the weights (S,): see `psis`.
 
     Example:
         >>> import torch
         >>> k_hat(torch.full((100,), -7.0))
         0.0
     """
-    return psis(log_weights)[1]
+    return psis(log_weights).k_hat
 
 
-def k_hat_threshold(draws: int) -> float:
-    """The k-hat below which `draws` of them give means with a small error: min(1 - 1 / log10(S), 0.7).
+def k_hat_threshold(samples: int) -> float:
+    """Largest k-hat at which means over S weighted draws have a small error: min(1 - 1 / log10(S), 0.7).
 
     Source: Vehtari et al. 2024, equation 13.
 
     Example:
-        >>> [round(k_hat_threshold(draws), 2) for draws in (100, 1000, 4000)]
+        >>> [round(k_hat_threshold(samples), 2) for samples in (100, 1000, 4000)]
         [0.5, 0.67, 0.7]
     """
-    return min(1 - 1 / math.log10(draws), USABLE)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """What the importance weights say of an approximation q to p. Its `sentence` says it in plain words."""
-
-    draws: int  # S, how many weights were looked at
-    k_hat: float  # of the weights' tail
-    effective_sample_size: float  # of the smoothed weights
-    elbo: float  # mean log weight, nats
-    elbo_error: float  # its standard error
-    iw_elbo: float  # log of the mean weight, nats: a bound that S draws tighten towards log Z
-    of_means: tuple[float, ...] = ()  # `effective_sample_size_of_means`, where the draws were given
-
-    @property
-    def threshold(self) -> float:
-        """The k-hat that S draws allow: see `k_hat_threshold`."""
-        return k_hat_threshold(self.draws)
-
-    @property
-    def trusted(self) -> bool:
-        """Whether weighted or resampled draws can be used as the posterior's: k-hat below the threshold."""
-        return self.k_hat < self.threshold
-
-    @property
-    def draws_needed(self) -> float:
-        """How many draws a k-hat like this one takes: 10^(1 / (1 - k-hat)) (Vehtari et al. 2024, section 3.2.3)."""
-        return 10 ** (1 / (1 - max(self.k_hat, 0))) if self.k_hat < 1 else math.inf
-
-    @property
-    def sentence(self) -> str:
-        """The verdict in plain words, with the numbers that it rests on.
-
-        Example:
-            >>> print(Verdict(4000, 0.21, 3105.2, -12.34, 0.011, -12.21).sentence)
-            The approximation is close to the posterior: k-hat 0.21 is below 0.5, 4,000 draws are worth 3,105 exact \
-ones, and the ELBO is -12.34 ± 0.011 nats.
-        """
-        return f"{self._finding()}, and the ELBO is {self.elbo:.2f} ± {self.elbo_error:.2g} nats."
-
-    def _finding(self) -> str:
-        worth = f"{self.draws:,} draws are worth {self.effective_sample_size:,.0f} exact ones"
-        if self.trusted and self.k_hat < CLOSE:
-            return f"The approximation is close to the posterior: k-hat {self.k_hat:.2f} is below {CLOSE}, {worth}"
-        if self.trusted:
-            return (
-                f"The approximation is useful, with its importance weights: k-hat {self.k_hat:.2f} lies between "
-                f"{CLOSE} and {self.threshold:.2f}, {worth}"
-            )
-        if self.k_hat < USABLE:
-            return (
-                f"{self.draws:,} draws are too few to tell: k-hat {self.k_hat:.2f} takes "
-                f"{math.ceil(self.draws_needed):,} or more; draw again"
-            )
-        why = f"above {self.threshold:.2f}" if self.k_hat < 1 else "above 1, where weights have no mean"
-        return (
-            f"The approximation cannot be trusted: k-hat {self.k_hat:.2f} is {why}; train for longer, take a larger "
-            "flow, or refine the draws by MCMC"
-        )
-
-
-def diagnose(log_weights: Tensor, draws: Tensor | None = None) -> Verdict:
-    """Look at the log weights (S,) of draws from q, and at the draws (S, D) themselves if they are given.
-
-    Raises:
-        ValueError, ImportError: as `psis` does; draws that are not (S, D).
-
-    Source: the thresholds are those of Vehtari et al. 2024, "Pareto smoothed importance sampling", and Yao et al. 2018,
-    "Yes, but did it work?: Evaluating variational inference".
-
-    Example:
-        >>> import torch
-        >>> _ = torch.manual_seed(0)
-        >>> z = 1.1 * torch.randn(1000, 2)                                     # q is a little wider than p = N(0, I)
-        >>> log_weights = -z.square().sum(-1) / 2 + (z / 1.1).square().sum(-1) / 2
-        >>> judge(log_weights, z).trusted
-        True
-    """
-    smoothed, k = psis(log_weights)
-    raw = log_weights.detach().double()
-    error = raw.std().item() / len(raw) ** 0.5
-    return Verdict(
-        draws=len(raw),
-        k_hat=k,
-        effective_sample_size=effective_sample_size(smoothed).item(),
-        elbo=raw.mean().item(),
-        elbo_error=error if math.isfinite(error) else math.inf,
-        iw_elbo=torch.logsumexp(raw, 0).item() - math.log(len(raw)),
-        of_means=() if draws is None else tuple(effective_sample_size_of_means(draws, smoothed).tolist()),
-    )
-
-
-def _normalized(log_weights: Tensor) -> Tensor:
-    """The weights, summing to one over the first axis."""
-    check_log_weights(log_weights)
-    return torch.softmax(log_weights, 0)
+    return min(1 - 1 / math.log10(samples), K_HAT_USABLE)
 
 
 def check_log_weights(log_weights: Tensor) -> None:
-    """Raise ValueError for log weights (S, ...) that hold a NaN or +inf, or that are all -inf over S."""
+    """Raise ValueError for log weights (S, ...) that contain NaN or +inf, or that are all -inf over S."""
     bad = log_weights.isnan() | (log_weights == math.inf)
     if bad.any():
         raise ValueError(
             f"expected finite log weights, or -inf for a weight of zero, got {int(bad.sum())} of {bad.numel()} that "
-            "are NaN or +inf; the target or the flow is not a density where these draws fell"
+            "are NaN or +inf; at these draws the target or the flow has no density"
         )
     if not (log_weights > -math.inf).any(0).all():
         raise ValueError(
-            f"expected a draw with a weight above zero, got log weights {tuple(log_weights.shape)} that are all -inf; "
-            "the target is zero wherever the flow draws"
+            f"expected at least one draw with a positive weight, got log weights {tuple(log_weights.shape)} that are "
+            "all -inf; the target is zero wherever the flow draws"
         )
+
+
+def _normalized(log_weights: Tensor) -> Tensor:
+    """Return the weights, normalised to sum to one over the first axis."""
+    check_log_weights(log_weights)
+    return torch.softmax(log_weights, 0)
 
 
 def _check_draws(draws: Tensor, log_weights: Tensor) -> None:
@@ -270,15 +178,48 @@ def _check_draws(draws: Tensor, log_weights: Tensor) -> None:
         )
 
 
-def _pareto_smoothed(log_weights: Any) -> tuple[Any, float]:
-    """ArviZ's PSIS of an array (S,), of either of its generations; k is NaN or infinite where the fit fails."""
-    arviz = import_arviz()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # ties at the edge of the tail divide by zero, and k is NaN
-        if hasattr(arviz, "psislw"):
-            smoothed, k = arviz.psislw(log_weights)
-        else:
-            from arviz_stats.base.array import array_stats
+def _smoothed_tail(log_values: Tensor) -> tuple[Tensor, float]:
+    """Replace the upper tail of positive values, given by their logarithms (S,), by quantiles of the fitted Pareto.
 
-            smoothed, k = array_stats.psislw(-log_weights)  # version 1 asks for log likelihoods
-    return smoothed, float(k)
+    Returns:
+        The logarithms, up to a constant, and k-hat; only k-hat counts if it is infinite.
+    """
+    S = len(log_values)
+    if S < MIN_SAMPLES:
+        return log_values, math.inf
+    size = math.ceil(min(S / 5, 3 * S**0.5))
+    x = log_values - log_values.max()
+    largest = x.topk(size + 1).values
+    if largest[0] - largest[-2] < FLAT_TAIL:
+        return x, 0.0
+    cutoff = largest[-1].clamp_min(math.log(torch.finfo(x.dtype).tiny))
+    tail = largest[largest > cutoff].flip(0)  # ascending
+    if len(tail) < 5:
+        return x, math.inf
+    k, sigma = _fit_generalized_pareto(tail.exp() - cutoff.exp())
+    if not math.isfinite(k):
+        return x, math.inf
+    p = torch.arange(0.5, len(tail), dtype=x.dtype, device=x.device) / len(tail)
+    excess = -torch.log1p(-p) if abs(k) < torch.finfo(x.dtype).eps else torch.expm1(-k * torch.log1p(-p)) / k
+    x[x.topk(len(tail)).indices.flip(0)] = (sigma * excess + cutoff.exp()).log().clamp_max(0.0)
+    return x, k
+
+
+def _fit_generalized_pareto(x: Tensor) -> tuple[float, float]:
+    """Fit shape k and scale sigma of a generalized Pareto distribution to ascending x (n,) > 0.
+
+    The shape is shrunk towards 1/2 with the weight of ten observations. Both are NaN if the fit fails.
+
+    Source: Zhang and Stephens 2009; Vehtari et al. 2024, appendix C, for the shrinkage.
+    """
+    n = len(x)
+    candidates = 30 + int(n**0.5)
+    grid = torch.arange(1, candidates + 1, dtype=x.dtype, device=x.device) - 0.5
+    b = 1 / x[-1] + (1 - (candidates / grid).sqrt()) / (3 * x[int(n / 4 + 0.5) - 1])
+    k = torch.log1p(-b[:, None] * x).mean(1)
+    log_likelihood = n * ((-b / k).log() - k - 1)
+    weights = log_likelihood.softmax(0)
+    weights = torch.where(weights >= 10 * torch.finfo(x.dtype).eps, weights, 0.0)
+    b_mean = (b * weights).sum() / weights.sum()
+    shape = torch.log1p(-b_mean * x).mean()
+    return ((n * shape + 5) / (n + 10)).item(), (-shape / b_mean).item()

@@ -7,24 +7,28 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# -- two samples -------------------------------------------------------------------------------------
-
 
 class TwoSamples(NamedTuple):
-    """What `energy_test` found."""
+    """Result of `energy_test`."""
 
     distance: float  # at least 0
-    p_value: float  # the share of random divisions of the pooled sample that lie at least as far apart
+    p_value: float  # share of random splits of the pooled sample that lie at least as far apart
 
 
 def energy_test(x: Tensor, y: Tensor, permutations: int = 999) -> TwoSamples:
-    """Were x (N, D) and y (M, D) drawn from one distribution? The energy distance, and its permutation test.
+    """Test by permutation of the energy distance whether x (N, D) and y (M, D) come from the same distribution.
 
         distance = 2 mean|a - b| - mean|a - a'| - mean|b - b'|,    a_ij = Phi^-1((rank of x_ij - 1/2) / (N + M))
 
-    and b alike from y, where the ranks are those among both samples' values of feature j. These normal scores make it
-    free of scale and of outliers, and leave the test exact: the p-value is uniform where both have one distribution,
-    and at least 1 / (permutations + 1). Memory and time grow with (N + M)^2. Noise comes from torch's global generator.
+    and b is computed from y in the same way. The ranks are taken among both samples' values of feature j. These normal
+    scores remove the scale and limit outliers, and the test stays exact: the p-value is uniform if both samples have
+    the same distribution, and at least 1 / (permutations + 1). Memory and time are quadratic in N + M. Noise comes from
+    torch's global generator.
+
+    Args:
+        x: N draws.
+        y: M draws.
+        permutations: number of random splits of the pooled sample.
 
     Raises:
         ValueError: not (N, D) and (M, D) with two rows each, a NaN, or permutations below 1.

@@ -10,21 +10,21 @@ Estimator = Literal["reparameterised", "path", "dreg", "forward_kl", "renyi"]
 
 @dataclass(frozen=True)
 class PosteriorConfig:
-    """How to fit a posterior. The defaults are meant for every model."""
+    """Configuration of `fit_posterior`. The defaults are meant for every model."""
 
-    layers: int = 4  # of the flow at first; a stage may add as many
-    hidden: tuple[int, ...] = ()  # sizes of each layer's network; empty takes two of 2 D, at least 32 and at most 256
-    activation: str = "elu"  # smooth, since the path gradient takes the derivative of the flow's density
-    df: float = 25.0  # at most, of the Student t base: tails heavier than normal ones bound the importance weights
-    starts: int = 8  # points to climb from; as many again, far around the best, look for other modes
-    estimator: Estimator = "path"  # of the gradient; the path derivative's variance is 0 where the flow is exact
+    layers: int = 4  # autoregressive layers of the first stage; a later stage may add as many
+    hidden: tuple[int, ...] = ()  # hidden sizes of each layer; empty means two of 2 D, between 32 and 256
+    activation: str = "elu"  # smooth, since the path gradient differentiates the flow's density
+    df: float = 25.0  # maximum degrees of freedom of the Student t base, whose heavy tails bound the importance weights
+    starts: int = 8  # starting points; as many again, far around the best one, search for other modes
+    estimator: Estimator = "path"  # gradient estimator; the path derivative has no variance if the flow is exact
     samples: int = 256  # S, draws of the flow in each step
-    steps: int = 250  # of the first stage; the later ones take more
-    learning_rate: float = 1e-2  # of the first stage, falling to a hundredth; half of it in the later ones
-    stages: int = 4  # at most; a good verdict ends them sooner
-    seconds: float = 200.0  # no stage starts that is expected to end later
-    verdict_samples: int = 10_000  # which judge each stage, and which are resampled in the end
-    seed: int = 0  # of starting points, initial weights and all noise
+    steps: int = 250  # steps of the first stage; later stages take more
+    learning_rate: float = 1e-2  # of the first stage, decaying to a hundredth; later stages start at half of it
+    stages: int = 4  # maximum number of stages; a good verdict ends the fit earlier
+    seconds: float = 200.0  # no further stage starts that is expected to end later than this
+    verdict_samples: int = 10_000  # draws that judge each stage; the last ones are resampled
+    seed: int = 0  # seed of starting points, initial weights and all noise
 
     def __post_init__(self) -> None:
         for name in ("layers", "starts", "samples", "steps", "stages"):

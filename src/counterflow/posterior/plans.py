@@ -1,4 +1,4 @@
-"""The stages that a posterior fit plans, and the gradient estimators they use."""
+"""Stages that a posterior fit plans, and the gradient estimators that they use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from counterflow import objectives
-from counterflow.diagnostics.importance import CLOSE, USABLE
+from counterflow.diagnostics.importance import K_HAT_CLOSE, K_HAT_USABLE
 from counterflow.posterior.config import Estimator, PosteriorConfig
 
 ESTIMATORS: dict[str, Callable[..., Tensor]] = {
@@ -21,22 +21,23 @@ ESTIMATORS: dict[str, Callable[..., Tensor]] = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a stage will do."""
+class StagePlan:
+    """Settings of one stage."""
 
     estimator: Estimator
     samples: int  # S, draws of the flow in each step
     steps: int
-    more_layers: bool = False
-    enough: float = USABLE  # the k-hat below which, with a large effective size, no further stage is needed
+    more_layers: bool = False  # put config.layers more layers in front of the flow
+    max_k_hat: float = K_HAT_USABLE  # k-hat below which, with a large effective sample size, no further stage follows
 
 
-def plans(config: PosteriorConfig) -> tuple[Plan, ...]:
-    """The stages that a fit may go through: longer, then deeper, then over all of the target."""
-    S, n = config.samples, config.steps
+def stage_plans(config: PosteriorConfig) -> tuple[StagePlan, ...]:
+    """Plan the stages: the first, a longer one, a deeper one, and one by the forward KL, which covers the target."""
+    S = config.samples
+    n = config.steps
     return (
-        Plan(config.estimator, S, n, enough=CLOSE),
-        Plan(config.estimator, S, 2 * n),
-        Plan(config.estimator, S, 4 * n, more_layers=True),
-        Plan("forward_kl", 4 * S, 2 * n),
+        StagePlan(config.estimator, S, n, max_k_hat=K_HAT_CLOSE),
+        StagePlan(config.estimator, S, 2 * n),
+        StagePlan(config.estimator, S, 4 * n, more_layers=True),
+        StagePlan("forward_kl", 4 * S, 2 * n),
     )[: config.stages]

@@ -1,32 +1,34 @@
-"""The posterior of a Bayesian model: fitted by an inverse autoregressive flow, and judged by its own draws."""
+"""Posterior of a Bayesian model, fitted by an inverse autoregressive flow and judged by its own draws."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from counterflow.diagnostics.chains import import_arviz
-from counterflow.diagnostics.importance import Verdict, effective_sample_size_of_means, psis, resample
+from counterflow.diagnostics.importance import effective_sample_size_of_means, psis, resample
+from counterflow.diagnostics.verdict import Verdict
 from counterflow.flows.flow import Flow
 from counterflow.io.atomic import write_bytes
 from counterflow.io.json import MAX_QUOTED, from_json, read_json, write_json
 from counterflow.io.serialization import load, save
 from counterflow.io.tensors import contiguous_copies, read_tensors
+from counterflow.posterior.arviz import arviz_data
 from counterflow.posterior.config import PosteriorConfig
 from counterflow.posterior.mcmc import Chains, independence_metropolis, neutra
-from counterflow.posterior.modes import missed_mass, undercovered_points
-from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws, draw_pool, fit_flow
-from counterflow.posterior.starts import CLIMBS, initial_gaussians, join, newton_paths, refine_and_dedupe
+from counterflow.posterior.modes import missed_mass
+from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws, draw_with_densities, fit_flow
+from counterflow.posterior.starts import initial_gaussians
+from counterflow.posterior.summary import Summary, SummaryRow, summary_row
 from counterflow.posterior.targets.function import as_target
+from counterflow.posterior.targets.layout import element_names
 from counterflow.posterior.targets.target import Target
 from counterflow.random import seeded
 from counterflow.training.checkpoints import Checkpoints
@@ -34,14 +36,12 @@ from counterflow.training.distributed import Workers
 from counterflow.training.history import OnEpoch, OnStep
 
 REFINERS: dict[str, Callable[..., Chains]] = {"metropolis": independence_metropolis, "neutra": neutra}
-MISSED = 0.02  # the share of the mass found that an approximation may leave out
-FILES = ("model.safetensors", "draws.safetensors", "posterior.json")
-FACTS: dict[str, Any] = {  # in the last of them
+FLOW_FILE, DRAWS_FILE, FACTS_FILE = "model.safetensors", "draws.safetensors", "posterior.json"
+FACTS: dict[str, Any] = {  # the keys of FACTS_FILE and the types of their values
     "config": PosteriorConfig,
     "verdict": Verdict,
     "stages": tuple[Stage, ...],
     "variables": tuple[str, ...],
-    "missed": float,
     "seconds": float,
 }
 
@@ -60,33 +60,34 @@ def fit_posterior(
 
         q = f(eps),  eps ~ independent Student t,  f = L . (skew, tails) . IAF,    maximise E_q[log p - log q]
 
-    L whitens: a location and a triangular scale that are found by climbing from several points and by matching the
-    scores there. Each stage ends with draws whose importance weights give a verdict (Pareto k-hat); where it is not
-    good, the next stage trains longer, then deeper, then by the forward KL, within `config.stages` and
-    `config.seconds`. Other modes are looked for from all starting points, far around, and where p / q is large; one
-    that the flow leaves out makes the verdict a bad one, however good k-hat is.
+    L is a location and a triangular scale, which come from Newton paths from several points and from matching the
+    scores there. Each stage ends with draws whose importance weights give a verdict (Pareto k-hat). If it is not good,
+    the next stage trains longer, then deeper, then by the forward KL, within `config.stages` and `config.seconds`.
+    Other modes are searched from all starting points, far around, and where p / q is large. If the flow leaves one of
+    them out, the posterior is not trusted, however good k-hat is.
 
-    Where torch.distributed has a process group, all its processes call this with the same arguments; each makes its
-    share of the draws, with noise of its own. on_stage is called by the first process alone.
+    With a process group of torch.distributed, all its processes call this function with the same arguments; each makes
+    its share of the draws, with its own noise.
 
     Args:
         target: a `counterflow.targets.Target`, or a function theta (B, dim) -> (B,) in float64: the log density up to
             a constant, without bounds, differentiable by autograd.
-        config: how to fit; the defaults are meant for every model.
+        config: configuration of the fit.
         dim: D, for a function.
-        on_stage: called after each stage.
-        on_epoch: called as on_epoch(task, epoch) ten times a stage, on rank 0; the tasks are "stage 1", "stage 2", ...
+        on_stage: called after each stage, on rank 0.
+        on_epoch: called as on_epoch(task, epoch) ten times per stage, on rank 0; the tasks are "stage 1", "stage 2",
+            ...
         on_step: called as on_step(task, done, total) after each step.
-        checkpoints: where to keep what it takes to go on after a kill, as `cf.fit` does: a folder for each stage. The
-            seconds of `config` are counted anew.
+        checkpoints: where to write the state that resumes a fit after a kill, as in `cf.fit`, with a folder for each
+            stage. A resumed fit counts `config.seconds` anew.
 
     Raises:
         ValueError: a missing dim, or a log density that is nowhere finite.
-        TypeError: a target that is neither of the two.
-        ImportError: ArviZ is not installed, which computes k-hat.
+        TypeError: a target that is neither a Target nor a function.
 
     Source: Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow"; Yao et al. 2018,
-    "Yes, but did it work?: Evaluating variational inference", for the verdict; `counterflow.gaussian` for the start.
+    "Yes, but did it work?: Evaluating variational inference", for the verdict; `counterflow.posterior.gaussians` for
+    the starting points.
 
     Example:
         >>> import torch, counterflow as cf
@@ -94,76 +95,50 @@ def fit_posterior(
         ...     x, y = theta.unbind(-1)
         ...     return -(x.square() + (y - x.square()).square()) / 2
         >>> posterior = cf.fit_posterior(banana, cf.PosteriorConfig(layers=2, verdict_samples=2000), dim=2)
-        >>> posterior.resampled, posterior.sample(50)["theta"].shape
+        >>> posterior.trusted, posterior.sample(50)["theta"].shape
         (True, torch.Size([50, 2]))
     """
-    begun, group = time.perf_counter(), Workers.current()
+    begun = time.perf_counter()
+    group = Workers.current()
     target = as_target(target, dim)
     generator = torch.Generator().manual_seed(config.seed)
-    found = initial_gaussians(target, target.initial(config.starts, config.seed), generator)
+    gaussians = initial_gaussians(target, target.initial(config.starts, config.seed), generator)
     with seeded(group.rank_seed(config.seed)):
-        fitted = fit_flow(target, found, config, begun + config.seconds, on_stage, on_epoch, on_step, checkpoints)
-        doubtful = newton_paths(target, undercovered_points(target, fitted.flow, config.starts), CLIMBS, generator)
-        found = join(found, refine_and_dedupe(target, doubtful, generator))
-        missed = group.broadcast_value(missed_mass(target, fitted.flow, found, generator))
-    values = target.constrain(fitted.pool.theta)
-    return Posterior(target, config, fitted, values, missed, time.perf_counter() - begun)
-
-
-class SummaryRow(NamedTuple):
-    """What the draws say of one number."""
-
-    mean: float
-    sd: float
-    low: float  # the 5 % quantile
-    high: float  # the 95 % quantile
-    ess: float  # as many exact draws would know the mean as well
-
-
-@dataclass(frozen=True)
-class Summary:
-    """A table of all variables, and the verdict. Printing it shows both."""
-
-    rows: dict[str, SummaryRow]  # by name and index, in the model's order
-    verdict: str
-
-    def __str__(self) -> str:
-        width = max(map(len, self.rows), default=0)
-        lines = [f"{'':{width}} {'mean':>12} {'sd':>12} {'5%':>12} {'95%':>12} {'ess':>8}"]
-        for name, row in self.rows.items():
-            numbers = " ".join(f"{value:12.5g}" for value in row[:4])
-            lines.append(f"{name:{width}} {numbers} {row.ess:8.0f}")
-        return "\n".join([*lines, self.verdict])
+        fitted = fit_flow(target, gaussians, config, begun + config.seconds, on_stage, on_epoch, on_step, checkpoints)
+        missed = group.broadcast_value(missed_mass(target, fitted.flow, gaussians, config.starts, generator))
+    fitted = fitted._replace(verdict=replace(fitted.verdict, missed=missed))
+    values = target.constrain(fitted.draws.theta)
+    return Posterior(target, config, fitted, values, time.perf_counter() - begun)
 
 
 @dataclass(frozen=True)
 class Refined:
-    """Draws of a posterior by Markov chains that a flow guides."""
+    """Draws of a posterior by Markov chains that use its flow."""
 
     values: dict[str, Tensor]  # name -> (chains, draws, *shape), constrained
-    chains: Chains  # the unconstrained draws, and how far they converged
+    chains: Chains  # the unconstrained draws and their convergence
 
     def to_arviz(self) -> Any:
-        """The chains as ArviZ keeps them: see `Posterior.to_arviz`."""
+        """Convert the chains to ArviZ's data structure: see `Posterior.to_arviz`."""
         groups = {"posterior": {name: value.numpy() for name, value in self.values.items()}}
-        return _arviz_data(groups, {}, {}, {"verdict": self.chains.sentence})
+        return arviz_data(groups, {"verdict": self.chains.sentence}, {}, {})
 
     def __repr__(self) -> str:
         return f"Refined({', '.join(self.values)})\n  {self.chains.sentence}"
 
 
 class Posterior:
-    """A fitted posterior: draws of the model's variables, and how far they can be trusted.
+    """Fitted posterior: draws of the model's variables, and a verdict on them.
 
     Attributes:
         flow: the approximation q over unconstrained theta (D,).
-        pool: the draws of q that were judged, with log p and log q.
-        log_weights: their Pareto-smoothed importance weights, summing to one, (S,).
-        verdict: what the weights say: see `counterflow.diagnostics.Verdict`.
-        missed: the share of the posterior mass found that q leaves out: other modes.
-        stages: what each stage of the fit did and reached.
-        seconds: the fit's wall-clock time.
-        target: what was fitted; None after loading without it.
+        draws: the S draws of q that were judged, with log p, log q and their Pareto-smoothed importance weights.
+        values: the draws as the model's variables, name -> (S, *shape), constrained.
+        verdict: quality of q: see `counterflow.diagnostics.Verdict`.
+        stages: settings and results of each stage of the fit.
+        seconds: wall-clock time of the fit.
+        config: configuration of the fit.
+        target: the fitted target; None after loading without it.
     """
 
     def __init__(
@@ -172,55 +147,57 @@ class Posterior:
         config: PosteriorConfig,
         fitted: FlowFit,
         values: dict[str, Tensor],
-        missed: float,
         seconds: float,
     ) -> None:
-        self.target, self.config, self.missed, self.seconds = target, config, missed, seconds
-        self.flow, self.pool, self.verdict, self.stages = fitted
-        self.values = values  # name -> (S, *shape), constrained
-        self.log_weights = psis(self.pool.log_p - self.pool.log_q)[0]
+        self.target = target
+        self.config = config
+        self.flow = fitted.flow
+        self.draws = fitted.draws
+        self.verdict = fitted.verdict
+        self.stages = fitted.stages
+        self.values = values
+        self.seconds = seconds
+
+    @property
+    def log_weights(self) -> Tensor:
+        """Pareto-smoothed log weights of the draws, normalised, (S,)."""
+        return self.draws.log_weights
 
     @property
     def k_hat(self) -> float:
-        """The shape of the importance weights' tail: below 0.5 q is close, above 0.7 it is not good enough."""
+        """Shape of the importance weights' tail: below 0.5 q is close to the posterior, above 0.7 it is unusable."""
         return self.verdict.k_hat
 
     @property
     def ess(self) -> float:
-        """How many exact draws those of the verdict are worth, by their importance weights."""
-        return self.verdict.effective_sample_size
+        """Effective sample size of the verdict's draws, by their importance weights."""
+        return self.verdict.ess
 
     @property
     def elbo(self) -> float:
-        """The evidence lower bound, nats."""
+        """Evidence lower bound, nats."""
         return self.verdict.elbo
 
     @property
-    def trusted(self) -> bool:
-        """Whether the draws can be used as the posterior's: a good k-hat, and no mode known that q leaves out."""
-        return self.verdict.trusted and self.missed < MISSED
+    def missed(self) -> float:
+        """Share of the posterior mass that was found where q has next to none: other modes."""
+        return self.verdict.missed
 
     @property
-    def resampled(self) -> bool:
-        """Whether draws are resampled by their importance weights: where they are trusted; else they are q's own."""
-        return self.trusted
+    def trusted(self) -> bool:
+        """True if the verdict is good; draws are then importance-resampled, and otherwise q's uncorrected draws."""
+        return self.verdict.trusted
 
     @property
     def sentence(self) -> str:
         """The verdict in plain words."""
-        if self.missed < MISSED:
-            return self.verdict.sentence
-        return (
-            f"The approximation cannot be trusted: {100 * self.missed:.0f} % of the posterior mass that was found lies "
-            "where it has next to none, as with separate modes or a funnel that it does not reach; look at the model "
-            f"for a symmetry or a better parameterisation (k-hat {self.k_hat:.2f} speaks only for what is covered)."
-        )
+        return self.verdict.sentence
 
     def sample(self, n: int) -> dict[str, Tensor]:
-        """n draws of the model's variables: name -> (n, *shape), constrained.
+        """Draw n times from the posterior: name -> (n, *shape), constrained.
 
-        They are resampled from the verdict's draws by their weights where the verdict allows it, and otherwise draws of
-        q as it is. The noise is that of torch's global generator.
+        If the verdict is good, the verdict's draws are resampled by their weights; otherwise these are uncorrected
+        draws of q. Noise comes from torch's global generator.
 
         Raises:
             ValueError: n below 1, or more than the verdict's draws after loading without the target.
@@ -228,169 +205,161 @@ class Posterior:
         if n < 1:
             raise ValueError(f"expected n of at least 1, got {n}")
         if n <= len(self.log_weights):
-            index = self._picked(self.log_weights, n)
+            index = self._pick(self.log_weights, n)
             return {name: value[index] for name, value in self.values.items()}
-        pool = draw_pool(self._target(), self.flow, n)
-        return self._target().constrain(pool.theta[self._picked(psis(pool.log_p - pool.log_q)[0], n)])
+        target = self._require_target()
+        theta, log_p, log_q = draw_with_densities(target, self.flow, n)
+        return target.constrain(theta[self._pick(psis(log_p - log_q).log_weights, n)])
 
-    def _picked(self, log_weights: Tensor, n: int) -> Tensor:
+    def _pick(self, log_weights: Tensor, n: int) -> Tensor:
+        """Indices (n,) of the draws to return: resampled by the weights if trusted, else the first n."""
         index = torch.arange(len(log_weights))
-        return resample(index, log_weights, n) if self.resampled else index[:n]
+        return resample(index, log_weights, n) if self.trusted else index[:n]
 
-    def _target(self) -> Target:
+    def _require_target(self) -> Target:
         if self.target is None:
             raise ValueError(
                 f"expected the target, got a posterior that was loaded without it, with {len(self.log_weights)} draws; "
-                "sample no more than those, or load it with Posterior.load(folder, target)"
+                "sample at most that many, or load it with Posterior.load(folder, target)"
             )
         return self.target
 
     @torch.no_grad()
     def log_prob(self, theta: Tensor) -> Tensor:
-        """log q(theta) (...) of unconstrained theta (..., D), nats; one forward substitution a layer."""
+        """Log density log q (...) at unconstrained theta (..., D), nats; one forward substitution per layer."""
         return self.flow().log_prob(theta.double())
 
     def summary(self) -> Summary:
-        """Mean, standard deviation, 5 % and 95 % quantiles and effective size of every number of every variable.
+        """Mean, standard deviation, 5 % and 95 % quantiles and effective sample size of each element of each variable.
 
-        Weighted where the verdict allows it, and otherwise those of q as it is.
+        The estimates are importance-weighted if the verdict is good; otherwise they are those of q's own draws.
         """
         S = len(self.log_weights)
-        log_w = self.log_weights if self.resampled else torch.full_like(self.log_weights, -math.log(S))
+        log_w = self.log_weights if self.trusted else torch.full_like(self.log_weights, -math.log(S))
         rows: dict[str, SummaryRow] = {}
         for name, value in self.values.items():
             columns = value.reshape(S, -1).double()
             ess = effective_sample_size_of_means(columns, self.log_weights)
-            for label, column, size in zip(_labels(name, value.shape[1:]), columns.T, ess.tolist(), strict=True):
-                rows[label] = _row(column, log_w.exp(), size)
+            labels = element_names(name, value.shape[1:])
+            for label, column, column_ess in zip(labels, columns.T, ess.tolist(), strict=True):
+                rows[label] = summary_row(column, log_w.exp(), column_ess)
         return Summary(rows, self.sentence)
 
-    def to_arviz(self, draws: int = 4000) -> Any:
-        """The draws as ArviZ keeps them: InferenceData in version 0, a DataTree from version 1 on.
+    def to_arviz(self, samples: int = 4000) -> Any:
+        """Convert draws to ArviZ's data structure: InferenceData in version 0, an xarray DataTree from version 1 on.
 
-        Groups: posterior (one chain), sample_stats (log_weight, lp, log_q), and where the target has them
-        posterior_predictive and observed_data. The attributes of posterior hold the verdict.
+        Groups: posterior (one chain), sample_stats (log_weight, lp, log_q), and if the target has them
+        posterior_predictive and observed_data. The attributes of posterior contain the verdict.
+
+        Args:
+            samples: number of draws, chosen as in `sample`.
+
+        Raises:
+            ImportError: ArviZ is not installed.
         """
-        index = self._picked(self.log_weights, draws)
-        stats = {"lp": self.pool.log_p, "log_q": self.pool.log_q, "log_weight": self.pool.log_p - self.pool.log_q}
+        index = self._pick(self.log_weights, samples)
+        log_p, log_q = self.draws.log_p, self.draws.log_q
+        stats = {"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q}
         groups: dict[str, dict[str, Any]] = {
             "posterior": {name: value[index][None].numpy() for name, value in self.values.items()},
             "sample_stats": {name: value[index][None].numpy() for name, value in stats.items()},
         }
         target = self.target
         if target is not None:
-            predictive = target.predictive(self.pool.theta[index], self.config.seed)
+            predictive = target.predictive(self.draws.theta[index], self.config.seed)
             groups["posterior_predictive"] = {name: value[None] for name, value in predictive.items()}
             groups["observed_data"] = dict(target.observed)
-        return _arviz_data(
+        return arviz_data(
             {name: group for name, group in groups.items() if group},
+            {"verdict": self.sentence, "k_hat": self.k_hat, "trusted": int(self.trusted)},
             {} if target is None else target.dims,
             {} if target is None else target.coords,
-            {"verdict": self.sentence, "k_hat": self.k_hat, "resampled": int(self.resampled)},
         )
 
     def refine(
-        self, method: Literal["metropolis", "neutra"] = "neutra", *, chains: int = 16, draws: int = 500, seed: int = 0
+        self, method: Literal["metropolis", "neutra"] = "neutra", *, chains: int = 16, samples: int = 500, seed: int = 0
     ) -> Refined:
-        """Exact draws by chains that the flow guides: see `counterflow.refine`. They find no mode that q leaves out.
+        """Draw from the posterior by Markov chains that use the flow: see `counterflow.posterior.mcmc`.
+
+        The draws are exact in the limit of long chains, but no chain finds a mode that q leaves out.
+
+        Args:
+            method: "metropolis", independence Metropolis-Hastings, or "neutra", NUTS in the flow's latent space.
+            chains: number of chains.
+            samples: draws of each chain after its warm-up.
+            seed: seed of the chains.
 
         Raises:
             ValueError: an unknown method, or a posterior that was loaded without its target.
-            ImportError: NumPyro, which "neutra" needs, is not installed.
+            ImportError: NumPyro, which "neutra" needs, or ArviZ, which computes R-hat, is not installed.
         """
         if method not in REFINERS:
-            raise ValueError(f"expected method as one of {', '.join(REFINERS)}, got {method!r}")
-        target = self._target()
-        found = REFINERS[method](self.flow, target, chains=chains, draws=draws, seed=seed)
+            raise ValueError(f"expected method to be one of {', '.join(REFINERS)}, got {method!r}")
+        target = self._require_target()
+        found = REFINERS[method](self.flow, target, chains=chains, samples=samples, seed=seed)
         values = target.constrain(found.draws.flatten(0, 1))
-        return Refined({name: value.unflatten(0, (chains, draws)) for name, value in values.items()}, found)
+        return Refined({name: value.unflatten(0, (chains, samples)) for name, value in values.items()}, found)
 
     def save(self, folder: str | Path) -> None:
         """Write the flow, the draws and the verdict to a folder: safetensors and JSON, never pickle.
 
         Raises:
-            ValueError: a variable whose values safetensors does not hold.
+            ValueError: a variable with values that safetensors cannot hold.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / FILES[2]).unlink(missing_ok=True)  # it comes back last: a folder that has it is whole
-        save(self.flow, folder / FILES[0])
-        tensors = {f"values/{name}": value for name, value in self.values.items()} | self.pool._asdict()
-        write_bytes(folder / FILES[1], safetensors.torch.save(contiguous_copies(tensors)))
+        (folder / FACTS_FILE).unlink(missing_ok=True)  # written last: a folder that contains it is complete
+        save(self.flow, folder / FLOW_FILE)
+        tensors = {f"values/{name}": value for name, value in self.values.items()} | self.draws._asdict()
+        write_bytes(folder / DRAWS_FILE, safetensors.torch.save(contiguous_copies(tensors)))
         facts = {
             "config": asdict(self.config),
             "verdict": asdict(self.verdict),
             "stages": [asdict(stage) for stage in self.stages],
             "variables": list(self.values),
-            "missed": self.missed,
             "seconds": self.seconds,
         }
-        write_json(folder / FILES[2], facts)
+        write_json(folder / FACTS_FILE, facts)
 
     @classmethod
     def load(cls, folder: str | Path, target: Target | Callable[[Tensor], Tensor] | None = None) -> Posterior:
-        """Read what `save` wrote. Without the target it keeps its draws, summary and density, and makes no new draws.
+        """Read the folder that `save` wrote.
+
+        Without the target, the posterior has its draws, summary and density, but makes no new draws.
 
         Raises:
             FileNotFoundError: the folder lacks a file.
             ValueError: files that are not those of a posterior, or a target of another size than the flow.
         """
         folder = Path(folder)
-        missing = [name for name in FILES if not (folder / name).is_file()]
+        missing = [name for name in (FLOW_FILE, DRAWS_FILE, FACTS_FILE) if not (folder / name).is_file()]
         if missing:
             raise FileNotFoundError(f"expected a folder written by Posterior.save, got {folder} without {missing[0]}")
-        facts, (tensors, _) = (
-            read_json(folder / FILES[2], "what Posterior.save writes"),
-            read_tensors(folder / FILES[1]),
-        )
-        flow: Flow = load(folder / FILES[0])
+        facts = read_json(folder / FACTS_FILE, "the facts that Posterior.save writes")
+        tensors, _ = read_tensors(folder / DRAWS_FILE)
+        flow: Flow = load(folder / FLOW_FILE)
         try:
-            config, verdict, stages, variables, missed, seconds = (
+            config, verdict, stages, variables, seconds = (
                 from_json(facts[name], hint, name) for name, hint in FACTS.items()
             )
-            pool = WeightedDraws(*(tensors[name] for name in WeightedDraws._fields))
+            draws = WeightedDraws(*(tensors[name] for name in WeightedDraws._fields))
             values = {name: tensors[f"values/{name}"] for name in variables}
-            S, shapes = len(pool.theta), [tuple(t.shape) for t in pool]
-            if shapes != [(S, flow.features), (S,), (S,)] or any(v.shape[:1] != (S,) for v in values.values()):
+            S = len(draws.theta)
+            shapes = [tuple(tensor.shape) for tensor in draws]
+            if shapes != [(S, flow.features), (S,), (S,), (S,)] or any(v.shape[:1] != (S,) for v in values.values()):
                 raise ValueError(f"draws of shapes {shapes} for a flow of {flow.features} features")
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"expected {folder} as Posterior.save writes it, got: {error!r:.{MAX_QUOTED}}") from None
+            raise ValueError(
+                f"expected {folder} to be a folder written by Posterior.save, got: {error!r:.{MAX_QUOTED}}"
+            ) from None
         known = None if target is None else as_target(target, flow.features)
-        return cls(known, config, FlowFit(flow, pool, verdict, stages), values, missed, seconds)
+        return cls(known, config, FlowFit(flow, draws, verdict, stages), values, seconds)
 
     def __repr__(self) -> str:
-        how = "resampled by importance weights" if self.resampled else "of the approximation as it is, NOT corrected"
+        how = "resampled by importance weights" if self.trusted else "of the approximation itself, NOT corrected"
         stages = f"{len(self.stages)} stage{'s' if len(self.stages) > 1 else ''}"
         return (
             f"Posterior({self.flow.features} dimensions: {', '.join(self.values)}; {stages}, {self.seconds:.1f} s)\n"
             f"  {self.sentence}\n"
             f"  draws: {how}"
         )
-
-
-def _labels(name: str, shape: torch.Size) -> list[str]:
-    """name[i,j] for each element, in the order of the flattened tensor; the name alone for a scalar."""
-    if not shape:
-        return [name]
-    return [f"{name}[{','.join(map(str, index))}]" for index in np.ndindex(*shape)]
-
-
-def _row(x: Tensor, w: Tensor, ess: float) -> SummaryRow:
-    """x (S,) under weights w (S,) that sum to one."""
-    mean = (w * x).sum()
-    order = x.argsort()
-    places = torch.searchsorted(w[order].cumsum(0), torch.tensor([0.05, 0.95], dtype=w.dtype)).clamp_max(len(x) - 1)
-    low, high = x[order][places].tolist()
-    return SummaryRow(mean.item(), (w * (x - mean).square()).sum().sqrt().item(), low, high, ess)
-
-
-def _arviz_data(
-    groups: dict[str, dict[str, Any]], dims: dict[str, Any], coords: dict[str, Any], attributes: dict[str, Any]
-) -> Any:
-    """The groups as either generation of ArviZ wants them."""
-    arviz = import_arviz()
-    named = {"dims": {name: list(value) for name, value in dims.items()}, "coords": dict(coords)}
-    first = hasattr(arviz, "InferenceData")  # version 0
-    data = arviz.from_dict(**groups, **named) if first else arviz.from_dict(groups, **named)
-    data["posterior"].attrs.update(attributes)
-    return data

@@ -1,9 +1,9 @@
-"""Black-box variational inference: an inverse autoregressive flow fitted to a log density, in stages.
+"""Stages of black-box variational inference: an inverse autoregressive flow fitted to a log density.
 
-    Gaussians (local, by climbing) -> flow in whitened coordinates -> stage 1, 2, ... until the verdict is good
+    initial Gaussian -> flow in whitened coordinates -> stage 1, 2, ... until the verdict is good
 
-Each stage trains, draws afresh and judges the draws. The next one trains for longer, then with more layers, then with
-an objective that spreads the flow over all of the target.
+Each stage trains the flow, draws from it and judges the draws by their importance weights. Later stages train for
+longer, then with more layers, then with an objective that spreads the flow over all of the target.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from counterflow.diagnostics.importance import Verdict, diagnose
+from counterflow.diagnostics.importance import psis
+from counterflow.diagnostics.verdict import Verdict, diagnose
 from counterflow.flows.bases import StudentT
 from counterflow.flows.flow import Flow
 from counterflow.flows.recipes import stack
 from counterflow.objectives import DensityMode, Draws, draw_from
 from counterflow.posterior.config import Estimator, PosteriorConfig
-from counterflow.posterior.plans import ESTIMATORS, Plan, plans
-from counterflow.posterior.starts import Gaussians, LogDensity, log_density, log_density_and_score
+from counterflow.posterior.evaluation import LogDensity, log_density, log_density_and_score
+from counterflow.posterior.gaussians import Gaussians
+from counterflow.posterior.plans import ESTIMATORS, StagePlan, stage_plans
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
@@ -37,48 +39,49 @@ from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Permute, Whiten
 from counterflow.univariate.sinh_arcsinh import SinhArcsinh
 
-WORTH = 0.9  # of the draws: the effective size from which no further stage is needed
+MIN_EFFICIENCY = 0.9  # effective sample size per draw from which no further stage is needed
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a stage did, and what its draws said afterwards."""
+    """Settings and results of one stage."""
 
     estimator: Estimator
-    layers: int  # autoregressive ones
+    layers: int  # number of autoregressive layers
     samples: int  # S, draws of the flow in each step
     steps: int
-    skipped: int  # steps that were not finite
-    stopped: str  # as a fit's `Record`: finished, interrupted or not finite
+    skipped: int  # steps whose loss or gradient was not finite
+    stopped: str  # as in the training's `History`: finished, interrupted or not finite
     seconds: float
-    course: tuple[float, ...]  # the ELBO on the same noise after each tenth of the steps, nats
-    k_hat: float
-    ess: float  # of the verdict's draws
-    verdict_samples: int
-    elbo: float  # nats
-    good: bool  # enough to end the fit
+    elbos: tuple[float, ...]  # ELBO on the same noise after each tenth of the steps, nats
+    k_hat: float  # shape of the weights' tail of the stage's verdict
+    ess: float  # effective sample size of the verdict's draws
+    verdict_samples: int  # number of the verdict's draws
+    elbo: float  # ELBO of the verdict, nats
+    good: bool  # good enough to end the fit
 
 
 class WeightedDraws(NamedTuple):
-    """S draws of the flow, and what is known of them."""
+    """S draws of the flow with their densities and weights."""
 
-    theta: Tensor  # (S, D)
-    log_p: Tensor  # the target's log density, (S,)
-    log_q: Tensor  # the flow's, (S,)
+    theta: Tensor  # unconstrained draws, (S, D)
+    log_p: Tensor  # log density of the target, (S,)
+    log_q: Tensor  # log density of the flow, (S,)
+    log_weights: Tensor  # Pareto-smoothed importance weights, normalised, (S,)
 
 
 @dataclass(frozen=True)
 class TargetModel:
-    """A flow and the log density that it shall follow, as the objectives want a model: no data, S draws.
+    """Adapter that presents a flow and a log density to the objectives as a variational model without data.
 
-    Where the target is not finite it is taken as flat, and as low as the lowest of the other draws.
+    Where the target is not finite, it is replaced by a constant: the lowest value at the other draws.
     """
 
     flow: Flow
     target: LogDensity
 
     def draw(self, x: None = None, samples: int = 1, density: DensityMode = "joint") -> Draws:
-        """S draws (S, 1), the target in the place of the likelihood and nothing in that of the prior."""
+        """Draw S times, (S, 1), with the target's log density as the likelihood and a prior of zero."""
         theta, log_q = draw_from(self.flow().expand((1,)), samples, density)
         value, score = log_density_and_score(self.target, theta)
         value = torch.where(value > -math.inf, value, value.nan_to_num(neginf=math.inf).min())
@@ -87,10 +90,10 @@ class TargetModel:
 
 
 class FlowFit(NamedTuple):
-    """The flow of the stage with the best verdict, and its draws."""
+    """Result of `fit_flow`: the flow of the stage with the best verdict, and its draws."""
 
     flow: Flow
-    pool: WeightedDraws
+    draws: WeightedDraws
     verdict: Verdict
     stages: tuple[Stage, ...]
 
@@ -107,113 +110,128 @@ def fit_flow(
 ) -> FlowFit:
     """Fit a flow that starts as the first Gaussian, stage by stage, until a verdict is good or the time is up.
 
-    Of several processes each makes its share of the draws, and all come to the same flow and the same verdict.
+    With several processes, each makes its share of the draws, and all end with the same flow and the same verdict.
+
+    Args:
+        target: log density.
+        start: Gaussians, the best one first.
+        config: configuration of the fit.
+        deadline: value of time.perf_counter() after which no further stage should end.
+        on_stage: called after each stage, on rank 0.
+        on_epoch: called as on_epoch(task, epoch) ten times per stage, on rank 0.
+        on_step: called as on_step(task, done, total) after each step.
+        checkpoints: where each stage writes its training state.
     """
     group = Workers.current()
     base = StudentT(start.mean.shape[-1], config.df)
-    parts: list[Transform] = [*_layers(config, 0, start), Inverse(Whiten(start.mean[0], start.factor[0]))]
+    layers: list[Transform] = [*_new_layers(config, 0, start), Inverse(Whiten(start.mean[0], start.factor[0]))]
     stages: list[Stage] = []
     best: FlowFit | None = None
-    for number, plan in enumerate(plans(config)):
-        kept = None if checkpoints is None else checkpoints.for_task(f"stage {number + 1}")
+    for number, plan in enumerate(stage_plans(config)):
+        task = f"stage {number + 1}"
+        task_checkpoints = None if checkpoints is None else checkpoints.for_task(task)
         late = bool(stages) and time.perf_counter() + _expected_seconds(plan, stages[-1]) > deadline
-        if group.broadcast_value(late) and (kept is None or kept.load() is None):  # one that was begun goes on
-            break
+        if group.broadcast_value(late) and (task_checkpoints is None or task_checkpoints.load() is None):
+            break  # a stage that has a checkpoint is resumed, however late it is
         begun = time.perf_counter()
         if plan.more_layers:
-            parts = [*_layers(config, number, start), *parts]
-        flow = Flow(base, Compose(parts)).double()
-        record = _train(flow, target, plan, config, number, on_epoch, on_step, kept)
-        pool = _pool_of_all(target, flow, config.verdict_samples, group)
-        verdict = diagnose(pool.log_p - pool.log_q)
-        stages.append(_report(parts, plan, record, verdict, time.perf_counter() - begun))
+            layers = [*_new_layers(config, number, start), *layers]
+        flow = Flow(base, Compose(layers)).double()
+        history = _train(flow, target, plan, config, number, task, on_epoch, on_step, task_checkpoints)
+        draws, verdict = _draw_and_judge(target, flow, config.verdict_samples, group)
+        stages.append(_stage(layers, plan, history, verdict, time.perf_counter() - begun))
         if on_stage is not None and group.rank == 0:
             on_stage(stages[-1])
-        if best is None or _rank(verdict) > _rank(best.verdict):
-            best = FlowFit(copy.deepcopy(flow), pool, verdict, ())
-        if group.broadcast_value(stages[-1].good) or record.stopped == "interrupted":
+        if best is None or _quality(verdict) > _quality(best.verdict):
+            best = FlowFit(copy.deepcopy(flow), draws, verdict, ())
+        if group.broadcast_value(stages[-1].good) or history.stopped == "interrupted":
             break
     return best._replace(stages=tuple(stages))  # type: ignore[union-attr]  # the first stage always runs
 
 
-def _rank(verdict: Verdict) -> tuple[bool, float]:
-    return verdict.trusted, verdict.effective_sample_size
+def _quality(verdict: Verdict) -> tuple[bool, float]:
+    return verdict.trusted, verdict.ess
 
 
-def _expected_seconds(plan: Plan, last: Stage) -> float:
-    deeper = 2 if plan.more_layers else 1
-    return deeper * last.seconds * plan.steps / last.steps * plan.samples / last.samples
+def _expected_seconds(plan: StagePlan, last: Stage) -> float:
+    depth = 2 if plan.more_layers else 1
+    return depth * last.seconds * plan.steps / last.steps * plan.samples / last.samples
 
 
-def _report(parts: list[Transform], plan: Plan, record: History, verdict: Verdict, seconds: float) -> Stage:
+def _stage(layers: list[Transform], plan: StagePlan, history: History, verdict: Verdict, seconds: float) -> Stage:
     return Stage(
         estimator=plan.estimator,
-        layers=sum(isinstance(part, Autoregressive) and part.univariate != SinhArcsinh() for part in parts),
+        layers=sum(isinstance(layer, Autoregressive) and layer.univariate != SinhArcsinh() for layer in layers),
         samples=plan.samples,
         steps=plan.steps,
-        skipped=sum(epoch.skipped for epoch in record.epochs),
-        stopped=record.stopped,
+        skipped=sum(epoch.skipped for epoch in history.epochs),
+        stopped=history.stopped,
         seconds=seconds,
-        course=tuple(epoch.validation for epoch in record.epochs),
+        elbos=tuple(epoch.validation for epoch in history.epochs),
         k_hat=verdict.k_hat,
-        ess=verdict.effective_sample_size,
-        verdict_samples=verdict.draws,
+        ess=verdict.ess,
+        verdict_samples=verdict.samples,
         elbo=verdict.elbo,
-        good=verdict.k_hat < plan.enough and verdict.effective_sample_size >= WORTH * verdict.draws,
+        good=verdict.k_hat < plan.max_k_hat and verdict.ess >= MIN_EFFICIENCY * verdict.samples,
     )
 
 
+def _draw_and_judge(target: LogDensity, flow: Flow, n: int, group: Workers) -> tuple[WeightedDraws, Verdict]:
+    """Draw n times from the flow, each process its share, and judge the flow by the weights."""
+    mine = draw_with_densities(target, flow, -(-n // group.size))
+    theta, log_p, log_q = (torch.cat(group.gather(part))[:n] for part in mine)
+    smoothed = psis(log_p - log_q)
+    draws = WeightedDraws(theta, log_p, log_q, smoothed.log_weights)
+    return draws, diagnose(log_p - log_q, smoothed=smoothed)
+
+
 @torch.no_grad()
-def draw_pool(target: LogDensity, flow: Flow, n: int) -> WeightedDraws:
-    """n draws of the flow with both densities."""
+def draw_with_densities(target: LogDensity, flow: Flow, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw n times from the flow: theta (n, D), and the log densities (n,) of the target and of the flow."""
     theta, log_q = flow().rsample_and_log_prob((n,))
-    return WeightedDraws(theta, log_density(target, theta), log_q)
+    return theta, log_density(target, theta), log_q
 
 
-def _pool_of_all(target: LogDensity, flow: Flow, n: int, group: Workers) -> WeightedDraws:
-    """n draws, of which each process makes its share."""
-    mine = draw_pool(target, flow, -(-n // group.size))
-    return WeightedDraws(*(torch.cat(group.gather(part))[:n] for part in mine))
+def _new_layers(config: PosteriorConfig, number: int, like: Gaussians) -> list[Transform]:
+    """Build layers near the identity: autoregressive ones, then a map of each feature for skewness and tails.
 
-
-def _layers(config: PosteriorConfig, number: int, like: Gaussians) -> list[Transform]:
-    """Autoregressive layers, then a map of each feature by itself for its skewness and its tails; near the identity.
-
-    With one or two features the networks have next to nothing to go by, and each layer is followed by such a map.
+    With one or two features the autoregressive networks have almost no input, so each is followed by such a map.
     """
     D = like.mean.shape[-1]
     width = min(max(32, 2 * D), 256)
     hidden = config.hidden or (width, width)
     layers = stack(D, 0, config.layers, hidden, activation=config.activation, seed=config.seed + number)
     if D > 2:
-        return [*layers, _by_feature(D)]
-    backwards = Permute(range(D)[::-1])
+        return [*layers, _featurewise(D)]
+    reverse = Permute(range(D)[::-1])
     networks = [layer for layer in layers if isinstance(layer, Autoregressive)]
-    return [part for network in networks for part in (network, _by_feature(D), backwards)]
+    return [part for network in networks for part in (network, _featurewise(D), reverse)]
 
 
-def _by_feature(D: int) -> Autoregressive:
+def _featurewise(D: int) -> Autoregressive:
     return Autoregressive(D, hidden=(1,), univariate=SinhArcsinh(), degrees=[1] * D)
 
 
 def _train(
     flow: Flow,
     target: LogDensity,
-    plan: Plan,
+    plan: StagePlan,
     config: PosteriorConfig,
     number: int,
+    task: str,
     on_epoch: OnEpoch | None,
     on_step: OnStep | None,
     checkpoints: Checkpoints | None,
 ) -> History:
-    """One stage by the library's training loop; the flow ends with the averaged weights of the best ELBO."""
-    estimator, epochs = ESTIMATORS[plan.estimator], min(10, plan.steps)
-    samples = Workers.current().share(plan.samples, "samples")  # of each process, with noise of its own
+    """Train one stage; the flow ends with the averaged weights of the highest ELBO."""
+    estimator = ESTIMATORS[plan.estimator]
+    epochs = min(10, plan.steps)
+    samples = Workers.current().share(plan.samples, "samples")  # of this process, with its own noise
 
     def objective(flow: nn.Module, batch: None) -> Tensor:
-        return estimator(TargetModel(flow, target), None, samples)  # type: ignore[arg-type]  # it is the flow
+        return estimator(TargetModel(flow, target), None, samples)  # type: ignore[arg-type]  # it is a Flow
 
-    how = FitConfig(
+    fit_config = FitConfig(
         epochs=epochs,
         optimizer="adam",
         learning_rate=config.learning_rate / (2 if number else 1),
@@ -222,15 +240,14 @@ def _train(
         ema=0.98,
         seed=config.seed + number,
     )
-
     return fit(
         flow,
         objective,
         plan.steps // epochs,
         4,
-        how,
+        fit_config,
         on_step=on_step,
         on_epoch=on_epoch,
         checkpoints=checkpoints,
-        task=f"stage {number + 1}",
+        task=task,
     )
