@@ -14,7 +14,6 @@ from counterflow.cli import main
 from counterflow.distill.distill import distill_with_history
 from counterflow.distill.losses import _layer_loss
 from counterflow.distill.student import Trace, _linear, _mirrored, mirror
-from counterflow.transforms.compose import flatten
 
 UNTRAINED = cf.DistillConfig(layer_steps=0, flow_steps=0)
 SHORT = cf.DistillConfig(layer_steps=60, flow_steps=40, samples=128, ema=0.9)
@@ -234,15 +233,6 @@ def test_a_student_is_saved_and_loaded(tmp_path):
     assert torch.equal(cf.load(tmp_path / "student.safetensors")().log_prob(x), student().log_prob(x))
 
 
-def test_parts_undo_every_nesting():
-    layer, order = cf.Autoregressive(3, 0, (4,)), cf.Permute([2, 0, 1])
-    whole = cf.Inverse(cf.Compose([cf.Inverse(cf.Compose([layer, order])), order, cf.Inverse(cf.Inverse(layer))]))
-    x = torch.randn(4, 3)
-    y, log_det = cf.Compose(flatten(whole))(x)
-    torch.testing.assert_close((y, log_det), whole(x))
-    assert [type(part) for part in flatten(whole)] == [cf.Inverse, cf.Permute, cf.Autoregressive, cf.Permute]
-
-
 # -- how well it went --------------------------------------------------------------------------------
 
 
@@ -358,6 +348,6 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys):
 
 def test_the_students_parts_are_its_teachers():
     teacher = cf.MAF(3, layers=2, hidden=(5,), seed=0)
-    parts = flatten(teacher.transform)
+    parts = teacher.transform.flattened()
     made = mirror(teacher, parts, lambda n: None, ())
     assert [type(part).__name__ for part in made.transform] == ["Compose", "Permute", "Compose"]

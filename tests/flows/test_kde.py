@@ -50,7 +50,7 @@ def test_marginals_take_repeated_values_and_features_of_few_knots():
         (lambda: cf.transforms.QuantileSpline([[0.0, 1.0]], [[0.0, 1.0]], [[1.0]]), r"of one shape \(D, K\)"),
         (
             lambda: cf.transforms.QuantileSpline([[0.0, 0.0]], [[0.0, 1.0]], [[1.0, 1.0]]),
-            "others at feature 0; merge knots",
+            "something else at feature 0; merge knots",
         ),
         (
             lambda: cf.transforms.QuantileSpline.from_data(torch.zeros(1, 2)),
@@ -58,7 +58,7 @@ def test_marginals_take_repeated_values_and_features_of_few_knots():
         ),
         (
             lambda: cf.transforms.QuantileSpline.from_data(torch.ones(9, 1)),
-            "two values at least, got 1.0 in all 9 rows",
+            "at least two values, got 1.0 in all 9 rows",
         ),
         (lambda: cf.bases.KernelMixture(2, torch.zeros(4, 3)), r"points of shape \(N, 2\), got \(4, 3\)"),
         (lambda: cf.bases.KernelMixture(2, 4, width=0.0), "got width=0.0 and share=0.3"),

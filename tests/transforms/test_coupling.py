@@ -51,30 +51,30 @@ def test_a_linear_map_is_its_formula():
 
 def test_features_of_a_linear_map_have_no_log_det_of_their_own():
     t = cf.transforms.Linear(torch.zeros(2), torch.eye(2))
-    with pytest.raises(TypeError, match="expected a transform with a log-determinant by feature, got Linear"):
+    with pytest.raises(TypeError, match="expected a transform with a log-determinant per feature, got Linear"):
         t.forward_by_feature(torch.zeros(3, 2), torch.zeros(3, 2))
 
 
 WRONG = {
     "no feature moves": (
         lambda: cf.transforms.CouplingLayer(3, []),
-        r"expected moved as different features of 0\.\.2, got \(\)",
+        r"expected moved to be different features of 0\.\.2, got \(\)",
     ),
     "a feature twice": (
         lambda: cf.transforms.CouplingLayer(3, [1, 1]),
-        r"expected moved as different features .*, got \(1, 1\)",
+        r"expected moved to be different features .*, got \(1, 1\)",
     ),
     "a feature too many": (
         lambda: cf.transforms.CouplingLayer(3, [3]),
-        r"expected moved as different features .*, got \(3,\)",
+        r"expected moved to be different features .*, got \(3,\)",
     ),
     "nothing to see": (
         lambda: cf.transforms.CouplingLayer(3, [0, 1, 2]),
-        r"expected hidden=\(\) where nothing is kept and there is no context, got \(256, 256\)",
+        r"expected hidden=\(\), since no features are kept and there is no context, got hidden=\(256, 256\)",
     ),
     "gates without a context": (
         lambda: cf.transforms.CouplingLayer(3, [0], gates=[0]),
-        r"expected gates=\(\) without a context, got \(0,\)",
+        r"expected gates=\(\) without a context, got gates=\(0,\)",
     ),
     "a layer that does not exist": (
         lambda: cf.transforms.CouplingLayer(3, [0], linear=[2]),
@@ -102,15 +102,19 @@ WRONG = {
     ),
     "a singular matrix": (
         lambda: cf.transforms.Linear(torch.zeros(2), torch.ones(2, 2)),
-        "expected finite numbers and a weight that can be inverted, got others",
+        "expected an invertible weight, got a singular one",
+    ),
+    "a weight that is not finite": (
+        lambda: cf.transforms.Linear([0.0], [[torch.nan]]),
+        "expected finite numbers in bias and weight, got a NaN or an infinity",
     ),
     "a context of another size": (
         lambda: cf.transforms.StandardizedContext(cf.Autoregressive(3, 2, (4,)), [0.0], [1.0]),
-        "expected mean and std of the context's 2 numbers, got 1",
+        r"expected mean and std of shape \(2,\), the context of the transform, got \(1,\)",
     ),
     "a univariate map that is none": (
         lambda: cf.transforms.CouplingLayer(3, [0], univariate="affine"),
-        r"expected univariate as an instance such as cf.Affine\(\), got 'affine'",
+        r"expected univariate to be an instance such as cf.Affine\(\), got 'affine'",
     ),
 }
 

@@ -111,7 +111,7 @@ ERRORS = {
     "univariate as a class": (
         lambda: AR(3, univariate=cf.Gated),
         TypeError,
-        r"expected univariate as an instance such as cf\.Affine\(\), got <class",
+        r"expected univariate to be an instance such as cf\.Affine\(\), got <class",
     ),
     "degrees with a gap": (
         lambda: AR(3, degrees=(1, 3, 3)),
@@ -144,10 +144,24 @@ ERRORS = {
     "an index twice": (
         lambda: cf.Permute([0, 2, 2]),
         ValueError,
-        r"expected order as a permutation of 0\.\.D-1, got \[0, 2, 2\]; each index must stand in it once",
+        r"expected order to be a permutation of 0\.\.D-1, each index once, got \[0, 2, 2\]",
     ),
-    "empty order": (lambda: cf.Permute([]), ValueError, r"expected order as a permutation"),
-    "order in two axes": (lambda: cf.Permute(torch.zeros(1, 1)), ValueError, r"expected order as a permutation"),
+    "empty order": (lambda: cf.Permute([]), ValueError, r"expected order to be a permutation"),
+    "order in two axes": (
+        lambda: cf.Permute(torch.zeros(1, 1, dtype=torch.long)),
+        ValueError,
+        r"expected order to be a permutation of 0\.\.D-1, .*got \[\[0\]\]",
+    ),
+    "order of floats": (
+        lambda: cf.Permute([1.0, 0.0]),
+        TypeError,
+        r"expected order to hold integers, got a tensor of torch\.float32; convert it with \.long\(\)",
+    ),
+    "order of booleans": (
+        lambda: cf.Permute(torch.tensor([False, True])),
+        TypeError,
+        r"expected order to hold integers, got a tensor of torch\.bool",
+    ),
     "mean longer than std": (
         lambda: cf.Standardize([0.0, 1.0], [1.0]),
         ValueError,
@@ -178,7 +192,7 @@ ERRORS = {
     "a full factor": (
         lambda: cf.Inverse(cf.transforms.Whiten([0.0, 0.0], [[1.0, 0.5], [0.5, 1.0]])),
         ValueError,
-        r"expected factor as a lower triangular matrix .* torch\.linalg\.cholesky\(covariance\)",
+        r"expected factor to be a lower triangular matrix .* torch\.linalg\.cholesky\(covariance\)",
     ),
     "a factor that is flat": (
         lambda: cf.Inverse(cf.transforms.Whiten([0.0], [[0.0]])),
@@ -188,7 +202,7 @@ ERRORS = {
     "by feature backwards": (
         lambda: cf.Inverse(plain()).forward_by_feature(X, X),
         TypeError,
-        r"expected a transform with a log-determinant by feature, got Inverse; free bits need a flow",
+        r"expected a transform with a log-determinant per feature, got Inverse; free bits need a flow",
     ),
     "one bin": (
         lambda: cf.RationalQuadraticSpline(bins=1),
@@ -252,7 +266,7 @@ ERRORS = {
     "flow by feature backwards": (
         lambda: cf.MAF(3)().rsample_and_log_prob_by_feature(),
         TypeError,
-        r"expected a transform with a log-determinant by feature, got Inverse",
+        r"expected a transform with a log-determinant per feature, got Inverse",
     ),
     "no such order": (
         lambda: cf.MAF(3, order="backwards"),
@@ -320,3 +334,28 @@ def test_costs():
         (cf.Compose([plain(), cf.Inverse(plain())]), "mixed", "mixed"),
     ):
         assert (t.forward_cost, t.inverse_cost) == (forward, inverse)
+
+
+def test_compose_is_a_sequence():
+    a, b, c = plain(), cf.Permute([2, 0, 1]), plain()
+    t = cf.Compose([a, b, c])
+    assert len(t) == 3 and list(t) == [a, b, c]
+    assert t[0] is a and t[-1] is c
+    front = t[:2]
+    assert isinstance(front, cf.Compose) and list(front) == [a, b]
+    back, log_det = t[1:](front[:1](X)[0])
+    torch.testing.assert_close(t(X), (back, log_det + a(X)[1]))
+    with pytest.raises(IndexError):
+        t[3]
+    with pytest.raises(ValueError, match=r"expected at least one transform in Compose, .*got \[\]"):
+        t[3:]
+
+
+def test_flattened_undoes_every_nesting():
+    layer, order = plain(), cf.Permute([2, 0, 1])
+    nested = cf.Inverse(cf.Compose([cf.Inverse(cf.Compose([layer, order])), order, cf.Inverse(cf.Inverse(layer))]))
+    parts = nested.flattened()
+    assert [type(part) for part in parts] == [cf.Inverse, cf.Permute, AR, cf.Permute]
+    assert parts[0].transform is layer and parts[2] is layer
+    torch.testing.assert_close(cf.Compose(parts)(X), nested(X))
+    assert layer.flattened() == [layer]

@@ -318,7 +318,7 @@ def test_whole_numbers_must_be_floats():
 
 
 def test_free_bits_of_a_solved_posterior_are_refused():
-    with pytest.raises(TypeError, match="expected a transform with a log-determinant by feature, got Inverse"):
+    with pytest.raises(TypeError, match="expected a transform with a log-determinant per feature, got Inverse"):
         cf.objectives.elbo(make(posterior=POSTERIORS["flow that is solved"]()), torch.zeros(2, *IMAGE), free_bits=0.1)
 
 

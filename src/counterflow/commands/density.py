@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
@@ -25,8 +25,6 @@ from counterflow.io.data.streams import open_table, read_table
 from counterflow.io.json import write_json
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch
-from counterflow.transforms.base import Transform
-from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Permute
 from counterflow.transforms.table.table import TableTransform
 
@@ -306,21 +304,7 @@ def _arrival(density: FlowDensity, names: list[str]) -> list[str]:
     """Which column each number of the noise was, as the permutations on the way have it, in all members alike."""
     order = torch.arange(len(names))[None].double()
     first: Any = density.flow_.flows[0] if isinstance(density.flow_, FlowMixture) else density.flow_
-    for transform in reversed(list(_parts(first.transform))):
+    for transform in reversed(first.transform.flattened()):
         if isinstance(transform, Permute):
             order = transform.inverse(order)[0]
-        elif isinstance(transform, Inverse) and isinstance(transform.transform, Permute):
-            order = transform.transform(order)[0]
     return [names[int(i)] for i in order[0]]
-
-
-def _parts(transform: Transform) -> Iterator[Transform]:
-    """The transforms of a chain in the order of forward, those of an inverted chain as inverses."""
-    if isinstance(transform, Compose):
-        for part in transform:
-            yield from _parts(part)
-    elif isinstance(transform, Inverse) and isinstance(transform.transform, Compose):
-        for part in reversed(list(transform.transform)):
-            yield from _parts(Inverse(part))
-    else:
-        yield transform

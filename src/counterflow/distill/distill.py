@@ -25,7 +25,6 @@ from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
 from counterflow.training.history import History, OnEpoch, OnStep
-from counterflow.transforms.compose import flatten
 
 Task = Literal["layers", "flow"]
 EVALUATIONS = 8  # batches of draws in each evaluation
@@ -125,7 +124,7 @@ def distill_with_history(
     draw = contexts_of(teacher, contexts)
     device = device_of(teacher)
     teacher = copy.deepcopy(teacher).to(config.device).eval().requires_grad_(False)
-    parts = flatten(teacher.transform)
+    parts = teacher.transform.flattened()
     samples = Workers.current().share(config.samples, "samples")  # each process draws its own
     with seeded(config.seed, cuda=True):
         made = mirror(teacher, parts, draw, config.hidden) if student is None else check_student(student, teacher)

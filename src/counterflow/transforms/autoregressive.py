@@ -1,4 +1,4 @@
-"""Autoregressive: MADE computes the parameters, a univariate map uses them, substitution undoes both."""
+"""Autoregressive transform: MADE computes the parameters of a univariate map, and substitution inverts both."""
 
 from __future__ import annotations
 
@@ -20,31 +20,36 @@ from counterflow.univariate.base import Univariate
 
 
 class Autoregressive(Transform):
-    """An invertible map whose Jacobian is triangular, y_i = g(x_i; params_i(x_j with d_j < d_i, c)).
+    """Invertible map with a triangular Jacobian, y_i = g(x_i; params_i(x_j with d_j < d_i, c)).
 
-    Forward is one pass through a masked network, log_det = sum_i log dy_i/dx_i. Inverse is forward substitution:
-    feature by feature, each weight read once, about the cost of one pass as well. Both have gradients
-    for x or y, the context and every weight; those of the inverse cannot be differentiated a second time.
+    `forward` is one pass through a masked network, with log_det = sum_i log dy_i/dx_i. `inverse` is forward
+    substitution: it solves for the features degree by degree, reads each weight once, and costs about one pass as well.
+    Both are differentiable in x or y, the context and every weight; the inverse only once.
 
     Args:
         features: D.
-        context: C; 0 for none.
+        context: C; 0 for no context.
         hidden: sizes of the hidden layers.
-        univariate: the map of one feature; Affine() when not given.
-        degrees: D degrees that use every number of 1..G; 1, 2, ..., D when not given. Features of one degree do
-            not see each other, so that degrees (1, 1, 2, 2) make a coupling layer.
-        activation: of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
-        architecture: how the hidden layers are joined, such as a residual network; a chain when not given.
+        univariate: map of one feature; Affine() when not given.
+        degrees: D degrees d_i that use every number of 1..G; 1, 2, ..., D when not given. Features of equal degree do
+            not depend on each other, so that degrees (1, 1, 2, 2) give a coupling layer.
+        activation: activation of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
+        architecture: connections between the layers, such as `Architecture.residual(blocks=2)`; a plain sequence of
+            layers when not given.
 
     Attributes:
-        solver: which body solves: "auto", "cpu" (compiled: Affine, Gated, RationalQuadraticSpline and ForeignAffine),
-            "sliced" (torch operations, any map and device) or "reference" (D passes, the definition).
+        solver: implementation of the substitution: "cpu", compiled with Numba, for Affine, Gated,
+            RationalQuadraticSpline and ForeignAffine; "sliced", in torch operations, for any device and any univariate
+            map; "reference", D passes, the definition; or "auto", which is "cpu" if it supports the map and the device
+            and "sliced" otherwise.
 
     Raises:
-        ValueError: sizes below 1, degrees with gaps, names that do not exist.
+        TypeError: univariate is not a univariate map.
+        ValueError: sizes below 1, degrees with gaps, an unknown activation, or an architecture that does not fit.
 
-    Source: Kingma et al. 2016, section 3; Papamakarios et al. 2017, section 3. The solve is
-    described in docs/engine.md.
+    Source: Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow", section 3;
+    Papamakarios et al. 2017, "Masked Autoregressive Flow for Density Estimation", section 3. The solve is described in
+    docs/engine.md.
 
     Example:
         >>> import torch, counterflow as cf
@@ -76,10 +81,10 @@ class Autoregressive(Transform):
         self.context = positive(context, "context") if context else 0
         self.univariate = Affine() if univariate is None else univariate
         if not isinstance(self.univariate, Univariate):
-            raise TypeError(f"expected univariate as an instance such as cf.Affine(), got {univariate!r}")
+            raise TypeError(f"expected univariate to be an instance such as cf.Affine(), got {univariate!r}")
         self.degrees = _check_degrees(degrees, features)
         self.activation = activation
-        # The network and the solve see the features sorted by degree; x and y keep their order.
+        # The network and the solver use the features sorted by degree; x and y keep their order.
         order = torch.argsort(torch.tensor(self.degrees), stable=True)
         self.register_buffer("order", order, persistent=False)
         self.register_buffer("places", torch.argsort(order), persistent=False)
@@ -92,7 +97,7 @@ class Autoregressive(Transform):
 
     @property
     def solver(self) -> str:
-        """The name of the body that solves."""
+        """Name of the implementation of the substitution."""
         return self._solver
 
     @solver.setter
@@ -119,7 +124,8 @@ class Autoregressive(Transform):
     def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return x (..., D) with f(x) = y, and log|det dx/dy| (...). One forward substitution.
 
-        Under autocast it runs in float32: an error in an early feature would grow through all that follow.
+        It runs in at least float32, also under autocast, since an error in an early feature would grow through the
+        later ones.
         """
         y = self._prepare(y, c, "y")
         with without_autocast(y.device.type):
@@ -132,7 +138,7 @@ class Autoregressive(Transform):
         return self._unsort(x.reshape(y.shape)).contiguous(), log_det.reshape(y.shape[:-1])
 
     def _invert_by_passes(self, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the inverse by one pass per degree, in operations that torch.func can transform any number of times."""
+        """Compute the inverse by one pass per degree, in operations that torch.func can transform repeatedly."""
         target = self._sort(y)
         x = torch.zeros_like(target)
         for _ in range(self._layout.groups):
@@ -140,23 +146,24 @@ class Autoregressive(Transform):
         return self._unsort(x), log_slope.sum(-1)
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Transform.push_score`: one pass, then one back substitution."""
+        """See `Transform.push_score`; one pass, then one back substitution."""
         x = self._prepare(x, c, "x")
         flat = self._sort(x).reshape(-1, self.features)
         rows = None if c is None else c.expand(*x.shape[:-1], self.context).reshape(-1, self.context)
         params, hidden = self.made.run(flat, rows)
-        params = params.to(flat.dtype)  # lower under autocast, as hidden is
+        params = params.to(flat.dtype)  # autocast may have lowered the precision, also of hidden
         y, log_slope = self.univariate.forward(flat, params)
         log_det = log_slope.sum(1)
         with torch.no_grad(), without_autocast(x.device.type):
             solution = Solution(flat, -log_det, params, tuple(a.to(flat.dtype) for a in hidden))
-            v, w = self._sort(score.expand(x.shape)).reshape(flat.shape), torch.ones_like(log_det)
+            v = self._sort(score.expand(x.shape)).reshape(flat.shape)
+            w = torch.ones_like(log_det)
             system = self._system(flat, rows)
             u = self._body(flat, system).back_substitution(system, solution, v, w).u
         return self._unsort(y.reshape(x.shape)), log_det.reshape(x.shape[:-1]), self._unsort(u.reshape(x.shape))
 
     def _prepare(self, x: Tensor, c: Tensor | None, name: str) -> Tensor:
-        """`prepare`, and a clear word when NumPy's float64 meets float32 weights."""
+        """Call `prepare`, and raise TypeError if x or c has another dtype than the weights."""
         expanded = prepare(self, x, c, name)
         dtype = self.made.dtype
         for label, value in ((name, x), ("c", c)):
@@ -172,10 +179,10 @@ class Autoregressive(Transform):
         return self._unsort(y), log_slope
 
     def _system(self, like: Tensor, c: Tensor | None) -> System:
-        """The system for the rows of `like` (..., D), its batch shape flattened."""
+        """Return the system for the rows of `like` (..., D), its batch shape flattened."""
         layers = self.made.masked_layers()
         biases: list[Tensor] = [layer.bias for layer in layers]
-        if self.made.skip_to_output is not None:  # the direct layer ends where the last one does
+        if self.made.skip_to_output is not None:  # both of the last layers compute the parameters
             biases[-2:] = [biases[-2] + biases[-1]]
         for k, shift in self.made.shifts(c).items():
             bias = biases[k] + shift
@@ -189,7 +196,7 @@ class Autoregressive(Transform):
         return x if self._sorted else x[..., self.places]
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         natural = self.degrees == tuple(range(1, self.features + 1))
         return {
             "features": self.features,

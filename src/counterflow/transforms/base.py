@@ -1,14 +1,14 @@
-"""Invertible maps. Each returns its value and its log-determinant together.
+"""Base class of the transforms, and the checks of their arguments.
 
-Six letters are used everywhere: B batch, S samples, D features, C context, H hidden units, P parameters
-per feature. A value is (..., D), a context (..., C), and log_det (...), in nats.
+Six letters are used everywhere: B batch, S samples, D features, C context, H hidden units, P parameters per feature. A
+value is (..., D), a context (..., C), and log_det (...), in nats.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +19,27 @@ Cost = Literal["one pass", "forward substitution", "mixed"]
 
 
 class Transform(nn.Module, ABC):
-    """An invertible map of D features that may depend on a context of C numbers.
+    """Invertible map of D features that may depend on a context of C numbers.
 
-    Calling the transform is `forward`. Every argument may have any batch shape; the batch shapes of the
-    value and of the context broadcast against each other.
+    Each direction returns its value and its log-determinant together. Calling a transform calls `forward`. Batch shapes
+    are arbitrary; those of the value and of the context broadcast against each other.
 
     Attributes:
         features: D, the size of the last axis of x and y.
-        context: C, the size of the last axis of c; 0 means that c must be None.
-        forward_cost, inverse_cost: what each direction takes: "one pass" through the network, or
-            "forward substitution", which solves a triangular system and costs about as much.
+        context: C, the size of the last axis of c; if it is 0, c must be None.
+        forward_cost: cost of `forward`: "one pass" through the network; "forward substitution", which solves a
+            triangular system and costs about as much; or "mixed" for a chain with layers of both kinds.
+        inverse_cost: cost of `inverse`, in the same words.
     """
 
     features: int
     context: int = 0
     forward_cost: Cost = "one pass"
     inverse_cost: Cost = "one pass"
+
+    if TYPE_CHECKING:  # the call of a torch module returns Any otherwise
+
+        def __call__(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
     @abstractmethod
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -46,19 +51,29 @@ class Transform(nn.Module, ABC):
 
     @abstractmethod
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, from which a saved transform is built again."""
+        """Return the constructor's arguments, from which `cf.load` builds a saved transform."""
+
+    def flattened(self) -> list[Transform]:
+        """Return the transforms that `forward` applies, in order, without nested Compose.
+
+        The inverse of a composition becomes the inverses of its transforms.
+        """
+        return [self]
 
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Like `forward`, but log_det is kept by feature and added to `total` (..., D).
+        """Return y, and `total` plus the log-determinant split into one term per feature, both (..., D).
 
-        Each term stays with the feature that it belongs to when features change places, as the free bits of
-        Kingma et al. 2016 need it. The sum of the terms over features is log_det.
+        The terms sum to log_det. A permutation moves each term along with its feature, as required by the free bits of
+        Kingma et al. 2016.
+
+        Raises:
+            TypeError: the transform has no log-determinant per feature.
         """
-        raise _without_terms(type(self).__name__)
+        raise _no_terms(type(self).__name__)
 
     def inverse_by_feature(self, y: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Like `inverse`, with log_det by feature added to `total` (..., D); see `forward_by_feature`."""
-        raise _without_terms("Inverse")
+        """Return x, and `total` plus the terms of the inverse's log-determinant; see `forward_by_feature`."""
+        raise _no_terms("Inverse")
 
     def as_torch(self, c: Tensor | None = None) -> TorchTransform:
         """Return this transform at a context c (..., C) as a `torch.distributions.transforms.Transform`."""
@@ -67,23 +82,34 @@ class Transform(nn.Module, ABC):
         return AsTorch(self, c)
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Carry a score through the map: y, log_det and, without a graph, the gradient of log q_y at y.
+        """Carry a score through the map.
 
             score_y = J^-T (score_x - d log_det / dx),     score_x = d log q_x(x) / dx,  J = dy/dx
+
+        Args:
+            x: (..., D).
+            score: gradient of log q_x at x, (..., D).
+            c: (..., C) or None.
+
+        Returns:
+            y (..., D), log_det (...), and the gradient of log q_y at y, (..., D), which is not differentiable.
 
         Source: Vaitl et al. 2024, "Fast and unified path gradient estimators for normalizing flows".
         """
         return _carry_score(self.forward, self.inverse, x, score, c)
 
     def pull_score(self, y: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Carry a score through the inverse map: x, its log_det and the gradient of log q_x at x. See `push_score`."""
+        """Carry a score through the inverse map; return x, its log_det and the gradient of log q_x at x.
+
+        See `push_score`.
+        """
         return _carry_score(self.inverse, self.forward, y, score, c)
 
 
-def _without_terms(kind: str) -> TypeError:
+def _no_terms(kind: str) -> TypeError:
     return TypeError(
-        f"expected a transform with a log-determinant by feature, got {kind}; free bits need a flow that samples in one "
-        "pass, such as an IAF"
+        f"expected a transform with a log-determinant per feature, got {kind}; free bits need a flow that samples in "
+        "one pass, such as an IAF"
     )
 
 
@@ -93,7 +119,7 @@ Direction = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor]]
 def _carry_score(
     f: Direction, f_inverse: Direction, x: Tensor, score: Tensor, c: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return f(x), its log_det and the score there: the vector-Jacobian product of f_inverse with (score, 1)."""
+    """Return f(x), its log_det, and the score at f(x): the vector-Jacobian product of f_inverse with (score, 1)."""
     y, log_det = f(x, c)
     with torch.enable_grad():
         leaf = y.detach().requires_grad_()
@@ -105,13 +131,19 @@ def _carry_score(
 def prepare(transform: Transform, x: Tensor, c: Tensor | None, name: str = "x", kind: str | None = None) -> Tensor:
     """Check x (..., D) and c (..., C) against the transform and expand x to their common batch shape.
 
-    name and kind are what the messages call x and the transform.
+    Args:
+        transform: the transform that is called.
+        x: its first argument.
+        c: its context.
+        name: name of x in error messages.
+        kind: name of the transform in error messages; its class when not given.
 
     Raises:
         TypeError: x or c is not a floating-point tensor.
-        ValueError: a wrong number of features, or a context that is missing, not wanted or of a wrong shape.
+        ValueError: a wrong number of features, or a context that is missing, not expected or of a wrong shape.
     """
-    kind, D = kind or type(transform).__name__, transform.features
+    kind = kind or type(transform).__name__
+    D = transform.features
     _check_tensor(x, name)
     check_context(c, transform.context, kind)
     if x.dim() == 0 or x.shape[-1] != D:
@@ -131,7 +163,7 @@ def prepare(transform: Transform, x: Tensor, c: Tensor | None, name: str = "x", 
 
 
 def check_context(c: Tensor | None, context: int, kind: str) -> None:
-    """Raise unless c is (..., context), or None for context=0."""
+    """Raise TypeError or ValueError unless c is a tensor (..., context), or None for context=0."""
     if c is not None:
         _check_tensor(c, "c")
     if (c is None) != (context == 0) or (c is not None and (c.dim() == 0 or c.shape[-1] != context)):
@@ -148,7 +180,7 @@ def _check_tensor(value: Tensor, name: str) -> None:
 
 
 def rank(x: Tensor, edges: Tensor) -> Tensor:
-    """How many of the ascending edges (..., K) each x (..., N) has reached: x >= edge. (..., N), whole numbers."""
-    if is_compiling():  # ONNX has no search
+    """Return, for each x (..., N), the number of ascending edges (..., K) that are at most x, (..., N)."""
+    if is_compiling():  # ONNX has no searchsorted
         return (x[..., None] >= edges[..., None, :]).sum(-1)
     return torch.searchsorted(edges.contiguous(), x.contiguous(), right=True)

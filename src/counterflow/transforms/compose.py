@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, overload
 
 from torch import Tensor, nn
 
@@ -12,7 +12,17 @@ from counterflow.transforms.constant import Permute
 
 
 class Compose(Transform):
-    """Transforms one after the other: y = f_n(... f_2(f_1(x))), log_det = the sum of theirs.
+    """Transforms applied one after the other.
+
+        y = f_n(... f_2(f_1(x))),    log_det = the sum of the log_det of all
+
+    It has a length, and is indexed like a list: t[0] is the first transform, t[:2] composes the first two.
+
+    Args:
+        transforms: f_1 to f_n, which agree on features; those with a context agree on its size.
+
+    Raises:
+        ValueError: no transforms, or transforms that do not agree.
 
     Example:
         >>> import torch, counterflow as cf
@@ -20,6 +30,8 @@ class Compose(Transform):
         >>> y, log_det = t(torch.tensor([1.0, 3.0]))
         >>> y.tolist(), round(log_det.item(), 4)
         ([1.5, 0.5], -1.3863)
+        >>> len(t), t[0]
+        (2, Permute(reversed, features=2))
     """
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
@@ -39,8 +51,26 @@ class Compose(Transform):
         costs = [(t.forward_cost, t.inverse_cost) for t in transforms]
         self.forward_cost, self.inverse_cost = _joint_costs(costs)
 
-    def __iter__(self) -> Any:
-        return iter(self.transforms)
+    def __iter__(self) -> Iterator[Transform]:
+        return iter(self.transforms)  # type: ignore[arg-type]  # a ModuleList does not state the type of its entries
+
+    def __len__(self) -> int:
+        return len(self.transforms)
+
+    @overload
+    def __getitem__(self, index: int) -> Transform: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Compose: ...
+
+    def __getitem__(self, index: int | slice) -> Transform:
+        """Return one transform, or the composition of a slice."""
+        found = list(self)[index]
+        return Compose(found) if isinstance(found, list) else found
+
+    def flattened(self) -> list[Transform]:
+        """See `Transform.flattened`."""
+        return [part for t in self for part in t.flattened()]
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y and log|det dy/dx|."""
@@ -52,7 +82,7 @@ class Compose(Transform):
         return x, total
 
     def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return x and log|det dx/dy|, the transforms undone from the last to the first."""
+        """Return x and log|det dx/dy|, undoing the transforms from the last to the first."""
         y = prepare(self, y, c, "y")
         total = y.new_zeros(y.shape[:-1])
         for t in reversed(list(self)):
@@ -68,7 +98,7 @@ class Compose(Transform):
         return x, total
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """See `Transform.push_score`: one back substitution a layer."""
+        """See `Transform.push_score`; one back substitution per layer."""
         x = prepare(self, x, c)
         total = x.new_zeros(x.shape[:-1])
         for t in self:
@@ -86,7 +116,7 @@ class Compose(Transform):
         return y, total, score
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {"transforms": list(self)}
 
     def __repr__(self) -> str:
@@ -94,14 +124,20 @@ class Compose(Transform):
 
 
 def _joint_costs(costs: list[tuple[Cost, Cost]]) -> tuple[Cost, Cost]:
-    """What both directions of a chain cost; layers without a network are one pass both ways and do not count."""
+    """Return the costs of a chain; layers without a network, one pass in both directions, do not count."""
     counted = [pair for pair in costs if pair != ("one pass", "one pass")] or costs
-    forward, inverse = ({pair[side] for pair in counted} for side in (0, 1))
-    return forward.pop() if len(forward) == 1 else "mixed", inverse.pop() if len(inverse) == 1 else "mixed"
+    return _joint_cost({forward for forward, _ in counted}), _joint_cost({inverse for _, inverse in counted})
+
+
+def _joint_cost(costs: set[Cost]) -> Cost:
+    return costs.pop() if len(costs) == 1 else "mixed"
 
 
 class Inverse(Transform):
-    """The map that runs the other way: forward is t.inverse, inverse is t.forward.
+    """Inverse of a transform t: forward is t.inverse, and inverse is t.forward.
+
+    Args:
+        transform: t.
 
     Example:
         >>> import torch, counterflow as cf
@@ -115,6 +151,10 @@ class Inverse(Transform):
         self.transform = transform
         self.features, self.context = transform.features, transform.context
         self.forward_cost, self.inverse_cost = transform.inverse_cost, transform.forward_cost
+
+    def flattened(self) -> list[Transform]:
+        """See `Transform.flattened`."""
+        return [_inverse_of(t) for t in reversed(self.transform.flattened())]
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return t^-1(x) and its log-determinant."""
@@ -137,31 +177,17 @@ class Inverse(Transform):
         return self.transform.push_score(y, score, c)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {"transform": self.transform}
 
     def __repr__(self) -> str:
         return f"Inverse({self.transform!r})"
 
 
-def flatten(transform: Transform) -> list[Transform]:
-    """Return the single transforms of a chain in the order of forward. Only single transforms stay inverted.
-
-    An inverted permutation becomes the permutation that undoes it, so that reading the chain needs no case for it.
-
-    Example:
-        >>> import counterflow as cf
-        >>> from counterflow.transforms.compose import flatten
-        >>> turn, scale = cf.Permute([1, 2, 0]), cf.Standardize([0.0, 0.0, 0.0], [1.0, 2.0, 3.0])
-        >>> flatten(cf.Inverse(cf.Compose([turn, scale])))
-        [Inverse(Standardize(features=3)), Permute([2, 0, 1])]
-    """
-    if isinstance(transform, Compose):
-        return [single for part in transform for single in flatten(part)]
-    if isinstance(transform, Inverse) and isinstance(transform.transform, Compose):
-        return [single for part in reversed(list(transform.transform)) for single in flatten(Inverse(part))]
-    if isinstance(transform, Inverse) and isinstance(transform.transform, Inverse):
-        return flatten(transform.transform.transform)
-    if isinstance(transform, Inverse) and isinstance(transform.transform, Permute):
-        return [Permute(transform.transform.places)]
-    return [transform]
+def _inverse_of(t: Transform) -> Transform:
+    """Return the inverse of a transform that is no composition, without a double Inverse."""
+    if isinstance(t, Inverse):
+        return t.transform
+    if isinstance(t, Permute):
+        return Permute(t.places)
+    return Inverse(t)

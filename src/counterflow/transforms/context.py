@@ -1,4 +1,4 @@
-"""StandardizedContext: a transform whose context is standardized on its way in."""
+"""A transform whose context is standardized."""
 
 from __future__ import annotations
 
@@ -12,12 +12,18 @@ from counterflow.transforms.constant import Standardize
 
 
 class StandardizedContext(Transform):
-    """The same map, given a context in its own units: f(x; (c - mean) / std).
+    """Transform with a context that is standardized first: f(x; (c - mean) / std).
 
-    mean and std are (C,) and are buffers: saved with the transform, never trained.
+    mean and std are buffers: saved with the transform, never trained.
+
+    Args:
+        transform: f, with a context of C numbers.
+        mean: (C,).
+        std: (C,), positive.
 
     Raises:
-        ValueError: a transform without a context, or mean and std that are not C finite numbers, std positive.
+        ValueError: a transform without a context, mean and std that are not of shape (C,), numbers that are not finite,
+            or a std that is not positive.
 
     Example:
         >>> import torch, counterflow as cf
@@ -36,12 +42,13 @@ class StandardizedContext(Transform):
         self.forward_cost, self.inverse_cost = transform.forward_cost, transform.inverse_cost
         if self.context != self.standardize.features:
             raise ValueError(
-                f"expected mean and std of the context's {self.context} numbers, got {self.standardize.features}"
+                f"expected mean and std of shape ({self.context},), the context of the transform, got "
+                f"({self.standardize.features},)"
             )
 
     def _standardized(self, c: Tensor | None) -> Tensor:
         check_context(c, self.context, type(self).__name__)
-        y, _ = self.standardize(c)
+        y, _ = self.standardize(c)  # type: ignore[arg-type]  # it is not None: the context is at least 1
         return y
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -61,7 +68,7 @@ class StandardizedContext(Transform):
         return self.transform.push_score(x, score, self._standardized(c))
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         mean, std = self.standardize.mean, self.standardize.std
         return {"transform": self.transform, "mean": mean.tolist(), "std": std.tolist()}
 

@@ -1,4 +1,4 @@
-"""CouplingLayer: some features move, by a univariate map whose parameters a network computes from those that stay."""
+"""Coupling layer with a dense network."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from counterflow.univariate.base import Univariate
 
 
 class CouplingLayer(Transform):
-    """A map that keeps some features and moves the others: y_i = g(x_i; params_i(kept features, c)).
+    """Coupling layer of RealNVP: it keeps some features and moves the others, y_i = g(x_i; params_i(kept, c)).
 
-    Both directions are one pass through the network, whose layers hold a_0 ... a_last before activation:
+    Both directions are one pass through a dense network:
 
-        t_0 = W_0 [kept, c] + b_0,    t_k = W_k f(a_(k-1)) + b_k
-        a_k = gate_k t_k + a_(skips[k]),    gate_k = sigmoid(V_k c + v_k)
-        params = W f(a_last) + b
+        h_k = gate_k (W_k out_{k-1} + b_k) + h_{skips[k]},    gate_k = sigmoid(V_k c + v_k) if k is in gates, else 1
+        out_k = f(h_k), or h_k if k is in linear,    out_{-1} = [kept, c]
+        params = W out_last + b
 
-    A layer that is not in `gates` has a gate of 1, one whose skip is None adds nothing, and a layer in `linear` is
-    fed on without its activation f. The weights are dense, where those of a coupling made by `Autoregressive` with two
-    degrees are masked; and kept features stay as they are, where that one moves them as well.
+    `cf.Coupling` is another construction: a whole flow, whose layers are `Autoregressive` with two degrees. Their
+    networks are masked, and the first half of the features passes through a univariate map as well, where this layer
+    copies it. This layer stands alone, and flows of other libraries are converted to it.
 
     Args:
         features: D.
-        moved: the indices of the features that move; their params see all other features.
-        context: C; 0 for none.
-        hidden: sizes of the hidden layers; () for params that are linear in [kept, c]. With neither kept features
-            nor a context, params are D P trained numbers and hidden has to be ().
-        univariate: the map of one feature; Affine() when not given.
-        activation: of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
-        skips: for each hidden layer an earlier one of its size, or None; () for none.
-        linear: hidden layers that are fed on as they are.
-        gates: hidden layers that the context scales.
+        moved: indices of the features that move; their parameters depend on all other features.
+        context: C; 0 for no context.
+        hidden: sizes of the hidden layers; () for parameters that are linear in [kept, c]. If no features are kept and
+            there is no context, the parameters are D P trained numbers and hidden has to be ().
+        univariate: map of one feature; Affine() when not given.
+        activation: activation of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
+        skips: for each hidden layer, the index of an earlier hidden layer of the same size that is added to it, or
+            None; () for no skip connections.
+        linear: indices of the hidden layers whose output is not activated.
+        gates: indices of the hidden layers that are scaled by a gate of the context.
 
     Raises:
         TypeError: univariate is not a univariate map.
-        ValueError: sizes below 1, features that do not exist, skips that do not fit, gates without a context.
+        ValueError: sizes below 1, features that do not exist, skips that do not fit, or gates without a context.
 
     Source: Dinh et al. 2017, "Density estimation using Real NVP"; the gated residual network is that of Durkan et al.
     2019, "Neural Spline Flows".
@@ -78,14 +79,16 @@ class CouplingLayer(Transform):
         self.context = positive(context, "context") if context else 0
         self.univariate = Affine() if univariate is None else univariate
         if not isinstance(self.univariate, Univariate):
-            raise TypeError(f"expected univariate as an instance such as cf.Affine(), got {univariate!r}")
+            raise TypeError(f"expected univariate to be an instance such as cf.Affine(), got {univariate!r}")
         self.activation = activation
         self.moved = tuple(moved)
         if not self.moved or len(set(self.moved)) < len(self.moved) or not set(self.moved) <= set(range(features)):
-            raise ValueError(f"expected moved as different features of 0..{features - 1}, got {self.moved}")
+            raise ValueError(f"expected moved to be different features of 0..{features - 1}, got {self.moved}")
         kept = [i for i in range(features) if i not in set(self.moved)]
         self.hidden = tuple(positive(size, f"hidden[{k}]") for k, size in enumerate(hidden))
-        self.skips, self.linear, self.gates = tuple(skips), tuple(sorted(linear)), tuple(sorted(gates))
+        self.skips = tuple(skips)
+        self.linear = tuple(sorted(linear))
+        self.gates = tuple(sorted(gates))
         self._check(len(kept) + self.context)
         self._links = check_links(self.hidden, self.skips, self.linear, alike="size")
         self.register_buffer("moves", torch.tensor(self.moved), persistent=False)
@@ -98,16 +101,18 @@ class CouplingLayer(Transform):
         self.gating = nn.ModuleDict({str(k): nn.Linear(self.context, self.hidden[k]) for k in self.gates})
         self.last = nn.Linear(sizes[-1], outputs) if sizes[-1] else None
         self.constant = None if sizes[-1] else nn.Parameter(torch.zeros(outputs))
-        if self.last is not None:  # starts where the univariate map with zero parameters is, or near it, as in MADE
+        if self.last is not None:  # parameters start near zero, as in MADE
             nn.init.normal_(self.last.weight, std=3e-4 / sizes[-1] ** 0.5)
             nn.init.zeros_(self.last.bias)
 
     def _check(self, inputs: int) -> None:
         activation_named(self.activation)
         if self.hidden and not inputs:
-            raise ValueError(f"expected hidden=() where nothing is kept and there is no context, got {self.hidden}")
+            raise ValueError(
+                f"expected hidden=(), since no features are kept and there is no context, got hidden={self.hidden}"
+            )
         if self.gates and not self.context:
-            raise ValueError(f"expected gates=() without a context, got {self.gates}")
+            raise ValueError(f"expected gates=() without a context, got gates={self.gates}")
         if not set(self.gates) <= set(range(len(self.hidden))):
             raise ValueError(
                 f"expected gates to hold indices of the {len(self.hidden)} hidden layers, got {self.gates}"
@@ -120,25 +125,26 @@ class CouplingLayer(Transform):
         return self._merge(x, y), log_slope.sum(-1)
 
     def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return x (..., D) and log|det dx/dy| (...). One pass as well: what is kept gives the same params."""
+        """Return x (..., D) and log|det dx/dy| (...). One pass: the kept features give the same parameters."""
         y = prepare(self, y, c, "y")
         x, log_slope = self.univariate.inverse(y[..., self.moves], self._params(y, c))
         return self._merge(y, x), log_slope.sum(-1)
 
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """See `Transform.forward_by_feature`: what is kept adds nothing."""
+        """See `Transform.forward_by_feature`; the terms of kept features are 0."""
         x = prepare(self, x, c)
         y, log_slope = self.univariate.forward(x[..., self.moves], self._params(x, c))
         return self._merge(x, y), total.index_add(-1, self.moves, log_slope)
 
-    def _merge(self, whole: Tensor, moved: Tensor) -> Tensor:
-        return whole.index_copy(-1, self.moves, moved)
+    def _merge(self, kept: Tensor, moved: Tensor) -> Tensor:
+        """Return kept (..., D) with the moved features replaced."""
+        return kept.index_copy(-1, self.moves, moved)
 
     def _params(self, x: Tensor, c: Tensor | None) -> Tensor:
-        """Parameters (..., moved, P)."""
+        """Return the parameters (..., moved, P)."""
         shape = (*x.shape[:-1], len(self.moved), self.univariate.parameters)
         if self.last is None:
-            return self.constant.reshape(shape[-2:]).expand(shape)  # type: ignore[union-attr]  # one of both is there
+            return self.constant.reshape(shape[-2:]).expand(shape)  # type: ignore[union-attr]  # None only if self.last is not
         h = x[..., self.stays]
         if c is not None:
             c = c.expand(*x.shape[:-1], self.context)
@@ -149,10 +155,10 @@ class CouplingLayer(Transform):
             return out * torch.sigmoid(self.gating[str(k)](c)) if k in self.gates else out
 
         _, out = self._links.propagate(affine, h, self._f)
-        return self.last(out).to(x.dtype).reshape(shape)  # lower under autocast
+        return self.last(out).to(x.dtype).reshape(shape)  # autocast may have lowered the precision
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {
             "features": self.features,
             "moved": list(self.moved),

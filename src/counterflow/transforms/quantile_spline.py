@@ -1,4 +1,4 @@
-"""QuantileSpline: each feature by a monotone curve through its quantiles, so that it starts out normal by itself."""
+"""Monotone splines through the quantiles of each feature, which make its marginal distribution about normal."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ Knots = tuple[Tensor, Tensor, Tensor]  # x, y and slopes of one feature, (K,) ea
 
 
 class QuantileSpline(Transform):
-    """Each feature by its own increasing curve: y_i = g_i(x_i), rational-quadratic between knots, linear beyond them.
+    """Increasing spline of each feature, y_i = g_i(x_i): rational-quadratic between knots, linear beyond them.
 
         y = y_k + h (s t^2 + d_k t (1 - t)) / (s + (d_k + d_k+1 - 2 s) t (1 - t)),    t = (x - x_k) / w,  s = h / w
 
-    with w and h the width and height of piece k. x, y and slopes are (D, K), ascending along K, slopes positive; they
-    are constants, saved with the transform and never trained. `QuantileSpline.from_data` finds them from data.
+    where d_k is the slope at knot k, and w and h are the width and height of bin k. The knots and slopes are constants,
+    saved with the transform and never trained. `QuantileSpline.from_data` computes them from data.
+
+    Args:
+        x: knots (D, K), ascending along K.
+        y: their values (D, K), ascending along K.
+        slopes: slopes at the knots (D, K), positive.
 
     Raises:
-        ValueError: three shapes that differ, fewer than two knots, or curves that do not increase.
+        ValueError: shapes that differ, fewer than two knots, or splines that do not increase.
 
     Source: Gregory and Delbourgo 1982, "Piecewise rational quadratic interpolation to monotonic data"; the formula is
     equation 4 of Durkan et al. 2019, "Neural Spline Flows".
@@ -55,7 +60,7 @@ class QuantileSpline(Transform):
         rising = torch.stack([x.diff() > 0, y.diff() > 0, slopes[:, 1:] > 0, slopes[:, :-1] > 0]).all(0).all(1)
         if not rising.all():
             raise ValueError(
-                "expected x and y that increase and positive slopes, got others at feature "
+                "expected x and y to increase and slopes to be positive, got something else at feature "
                 f"{int((~rising).nonzero()[0, 0])}; merge knots that coincide"
             )
         self.features = len(x)
@@ -64,15 +69,20 @@ class QuantileSpline(Transform):
 
     @classmethod
     def from_data(cls, rows: Tensor, min_gain: float = -math.inf) -> QuantileSpline:
-        """The curves that make each feature of rows (N, D) about standard normal: y = Phi^-1(F(x)) at its quantiles.
+        """Build the splines that make each feature of rows (N, D) about standard normal.
 
-        F is the empirical distribution function at about sqrt(N) levels, 8 to 64, from 1 / 2N to 1 - 1 / 2N; the
-        slope at an inner knot is the harmonic mean of those of its two chords. Features whose curve gains fewer than
-        min_gain nats a row over a normal fitted to them are standardised instead: a curve through quantiles
-        is jagged, and only spikes and long tails are worth that.
+            y = Phi^-1(F(x)) at the knots
+
+        F is the empirical distribution function. The knots are about sqrt(N) quantiles, from 8 to 64, at levels from
+        1 / 2N to 1 - 1 / 2N. The slope at an inner knot is the harmonic mean of the slopes of its two chords.
+
+        Args:
+            rows: (N, D).
+            min_gain: a feature is standardized instead if its spline gains less than this over a normal fitted to it,
+                in nats per row. A spline through quantiles is rough, and is worth it only for spikes and long tails.
 
         Raises:
-            ValueError: fewer than two rows, or a feature without two values.
+            ValueError: fewer than two rows, or a feature with a single value.
 
         Example:
             >>> import torch, counterflow as cf
@@ -87,12 +97,12 @@ class QuantileSpline(Transform):
         if min_gain > -math.inf:
             gains = [_gain(column, curve) for column, curve in zip(rows.double().T, curves, strict=True)]
             curves = [
-                curve if gain >= min_gain else _straight(column, curve)
+                curve if gain >= min_gain else _line(column, curve)
                 for column, curve, gain in zip(rows.double().T, curves, gains, strict=True)
             ]
         K = max(len(x) for x, _, _ in curves)
-        # Where knots coincide a feature has fewer; more of them on the line beyond its last one change nothing.
-        curves = [_lengthened(*curve, K) for curve in curves]
+        # A feature whose knots coincide has fewer of them; more on the line beyond its last knot change nothing.
+        curves = [_padded(*curve, K) for curve in curves]
         return cls(*(torch.stack(part).to(rows.dtype) for part in zip(*curves, strict=True)))
 
     def _bin(self, at: Tensor, edges: Tensor) -> rational_quadratic.Bin:
@@ -137,21 +147,22 @@ class QuantileSpline(Transform):
         return y, total + log_slope
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {"x": self.x.tolist(), "y": self.y.tolist(), "slopes": self.slopes.tolist()}
 
     def extra_repr(self) -> str:
-        """The sizes."""
+        """Return the numbers of features and knots."""
         return f"features={self.features}, knots={self.x.shape[1]}"
 
 
 def _through_quantiles(column: Tensor) -> Knots:
-    """Knots and slopes (K,) for one feature (N,)."""
-    N, ordered = len(column), column.sort().values
+    """Return knots and slopes (K,) for one feature (N,)."""
+    N = len(column)
+    ordered = column.sort().values
     pieces = max(8, min(64, round(math.sqrt(N))))
     inner = (torch.arange(1, pieces) * N / pieces).round().long().clamp(1, N - 1).unique()
     middle = (ordered[inner - 1] + ordered[inner]) / 2
-    # The outer knots stand half a gap beyond the extremes, a gap being what lies between the outer few on average.
+    # The outer knots are half a gap beyond the extremes; a gap is the mean distance between the outermost few values.
     few = min(3, N - 1)
     reach = torch.stack([ordered[few] - ordered[0], ordered[-1] - ordered[-1 - few]]) / (2 * few) + 1e-4 * column.std()
     x = torch.cat([ordered[:1] - reach[0], middle, ordered[-1:] + reach[1]])
@@ -160,26 +171,27 @@ def _through_quantiles(column: Tensor) -> Knots:
     kept = torch.cat([torch.ones(1, dtype=torch.bool), (x.diff() > 1e-7 * column.std()) & (y.diff() > 0)])
     x, y = x[kept], y[kept]
     if len(x) < 2:
-        raise ValueError(f"expected features with two values at least, got {ordered[0].item()} in all {N} rows")
+        raise ValueError(f"expected features with at least two values, got {ordered[0].item()} in all {N} rows")
     chord = y.diff() / x.diff()
     return x, y, torch.cat([chord[:1], 2 / (1 / chord[1:] + 1 / chord[:-1]), chord[-1:]])
 
 
 def _gain(column: Tensor, curve: Knots) -> float:
-    """Mean log density of a feature (N,) under the curve, less that under a normal with its mean and deviation."""
+    """Return the mean log density of a feature (N,) under its spline, minus that under a normal fitted to it."""
     y, log_det = QuantileSpline(*(part[None] for part in curve))(column[:, None])
     normal = -((column - column.mean()) / column.std(correction=0)).square() / 2 - column.std(correction=0).log()
     return float((log_det - y[:, 0].square() / 2 - normal).mean())
 
 
-def _straight(column: Tensor, curve: Knots) -> Knots:
-    """The line that standardises a feature, at the curve's first and last knot."""
-    x, std = curve[0][[0, -1]], column.std(correction=0)
+def _line(column: Tensor, curve: Knots) -> Knots:
+    """Return the line that standardizes a feature, with knots at the first and last one of its spline."""
+    x = curve[0][[0, -1]]
+    std = column.std(correction=0)
     return x, (x - column.mean()) / std, (1 / std).expand(2)
 
 
-def _lengthened(x: Tensor, y: Tensor, slopes: Tensor, size: int) -> Knots:
-    """With more knots on the line beyond the last, `size` in all."""
+def _padded(x: Tensor, y: Tensor, slopes: Tensor, size: int) -> Knots:
+    """Return `size` knots: the given ones, and more on the line beyond the last one."""
     more = torch.arange(1, size - len(x) + 1, dtype=x.dtype)
     return (
         torch.cat([x, x[-1] + more]),
