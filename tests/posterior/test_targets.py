@@ -17,6 +17,7 @@ from torch.distributions import (
 )
 
 import counterflow as cf
+from counterflow.posterior.targets import memory
 from counterflow.posterior.targets.function import as_target, from_torch
 from counterflow.posterior.targets.target import Program, Target, float64_by_default
 
@@ -177,6 +178,55 @@ def test_repr_names_the_size_and_the_parameters():
     assert repr(from_torch(bowl, dim=2)) == "Target(dim=2, parameters=('theta',))"
 
 
+def regression(rows, seen):
+    """Return the log density of 3 coefficients given `rows` data; `seen` gets the size of each batch."""
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(rows, 3, generator=generator, dtype=torch.float64)
+
+    def log_density(theta):
+        seen.append(len(theta))
+        return bowl(theta) + Normal(theta @ X.T, 1).log_prob(X.sum(1)).sum(-1)
+
+    return log_density
+
+
+def test_many_data_are_evaluated_in_parts_with_the_same_values_and_gradients(monkeypatch):
+    monkeypatch.setattr(memory, "BUDGET", 10_000_000)
+    seen = []
+    target = from_torch(regression(5_000, seen), dim=3)
+    assert 5 < target.max_points < 50  # a point takes 40 kB for each operation on the data
+    theta = torch.linspace(-1, 1, 3 * (2 * target.max_points + 5), dtype=torch.float64).reshape(-1, 3)
+    seen.clear()
+    value = target(theta)
+    assert max(seen) == target.max_points and sum(seen) - 1 == len(theta)  # one more, to see whether it repeats
+    leaf = theta.clone().requires_grad_()
+    weight = torch.rand(len(theta), dtype=torch.float64)
+    (gradient,) = torch.autograd.grad((weight * target(leaf)).sum(), leaf)
+    target.max_points = len(theta)
+    whole = theta[:20].clone().requires_grad_()
+    torch.testing.assert_close(target(whole), value[:20])
+    (expected,) = torch.autograd.grad((weight[:20] * target(whole)).sum(), whole)
+    torch.testing.assert_close(gradient[:20], expected)
+    torch.testing.assert_close(target.constrain(theta)["theta"], theta, rtol=0, atol=0)
+
+
+def test_few_data_are_evaluated_by_1024_points():
+    assert from_torch(bowl, dim=3).max_points == model().max_points == 1024
+
+
+def test_values_derived_from_many_draws_are_computed_in_parts():
+    seen = []
+
+    def derived(x):
+        seen.append(len(x))
+        return {"twice": 2 * x}
+
+    target = from_torch(lambda x: bowl(x), shapes={"x": (2,)}, derived=derived)
+    theta = torch.randn(2500, 2, dtype=torch.float64)
+    torch.testing.assert_close(target.constrain(theta), {"x": theta, "twice": 2 * theta}, rtol=0, atol=0)
+    assert seen == [1024, 1024, 452]
+
+
 def outside(x):
     return LogNormal(0, 1, validate_args=False).log_prob(-x.abs())
 
@@ -287,6 +337,18 @@ ERRORS = {
         ValueError,
         r"got none; the gradient is not finite for b;",
     ),
+    "a new part of the data at every call": (
+        lambda: from_torch(lambda theta: bowl(theta - torch.randn(3, dtype=torch.float64)), 3)(POINTS),
+        ValueError,
+        r"expected the same log density at every call, got -\d.* and then -\d.* at one point: it draws "
+        r"random numbers, such as a part of the data, .*; use all data and no noise",
+    ),
+    "rows that depend on each other": (
+        lambda: from_torch(lambda theta: bowl(theta) - theta.square().sum(), 3)(POINTS + torch.eye(2, 3)),
+        ValueError,
+        r"expected the same log density at every call, .* or the rows of a batch depend on each other",
+    ),
+    "no points at once": (lambda: setattr(model(), "max_points", 0), ValueError, r"expected max_points to be a whole"),
     "theta too wide": (
         lambda: from_torch(bowl, 2)(POINTS),
         ValueError,

@@ -229,6 +229,34 @@ def test_pyro_masks_scales_and_parameters_count():
     assert target.parameters == ("x",)
 
 
+MANY_ROWS = """
+import resource, torch, pyro
+from pyro import distributions as dist
+from counterflow.posterior.targets.pyro import from_pyro
+
+def model(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    s = pyro.sample("s", dist.HalfNormal(1.0))
+    with pyro.plate("row", len(y)):
+        pyro.sample("y", dist.Normal(mu, s), obs=y)
+
+target = from_pyro(model, torch.linspace(-1, 1, 1_000_000))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+theta = torch.zeros(2 * target.max_points + 1, 2, requires_grad=True)
+target(theta).sum().backward()
+target.constrain(theta)
+assert theta.grad.isfinite().all()
+print(target.max_points, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+"""
+
+
+@slow
+def test_pyro_models_of_a_million_rows_take_a_gigabyte():
+    run = subprocess.run([sys.executable, "-c", MANY_ROWS], capture_output=True, text=True, check=True)
+    points, gigabytes = map(float, run.stdout.split())
+    assert points < 20 and gigabytes < 1.1
+
+
 def pyro_model(name):
     """Return a function that builds a one-line model of Pyro or NumPyro, whose interfaces are alike."""
 

@@ -11,6 +11,7 @@ from torch.distributions.constraints import Constraint, real
 
 from counterflow.checks import positive
 from counterflow.posterior.targets.bijections import Bijections, find_bijection
+from counterflow.posterior.targets.memory import bytes_of_evaluation
 from counterflow.posterior.targets.target import EMPTY, Array, Program, Target, float64_by_default
 
 
@@ -130,6 +131,9 @@ class _TorchProgram(Program):
         values = self._variables.constrain(unconstrained)
         density = _call(self._function, theta, values)
         return torch.stack([density, *self._variables.log_jacobians(unconstrained, values)]).sum(0)
+
+    def bytes_per_point(self, theta: Tensor) -> float:
+        return bytes_of_evaluation(self.log_density, theta)
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
         values = self._variables.constrain(self._layout.split(theta))

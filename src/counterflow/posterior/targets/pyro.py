@@ -15,6 +15,7 @@ from torch.distributions.transforms import Transform
 from counterflow.checks import require
 from counterflow.posterior.targets.bijections import find_bijection, unconstrained_name
 from counterflow.posterior.targets.layout import Layout
+from counterflow.posterior.targets.memory import bytes_of_evaluation
 from counterflow.posterior.targets.sites import check_full_plate, data_mismatch_error, is_data, plate_dims
 from counterflow.posterior.targets.target import Array, Program, Target, describe_nonfinite, float64_by_default
 from counterflow.random import seeded
@@ -77,6 +78,9 @@ class _PyroProgram(Program):
 
     def log_density(self, theta: Tensor) -> Tensor:
         return self._over_rows(self._log_density_of_row)(theta)["log p"]
+
+    def bytes_per_point(self, theta: Tensor) -> float:
+        return bytes_of_evaluation(self._log_density_of_row, theta[0])
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
         return self._over_rows(self._values_of_row)(theta)

@@ -15,18 +15,23 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from counterflow.checks import positive
+from counterflow.posterior.targets.memory import MAX_POINTS, points_within_budget
+
 Array = npt.NDArray[Any]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 MAX_TRIES = 100  # random draws of a starting point before a model counts as having none, as in Stan
+FEW_POINTS = 3  # a batch of no more than this is evaluated at once without measuring memory
 INITIAL_RADIUS = 2.0  # starting points are uniform on (-2, 2), as in Stan
 
 
 class Program(ABC):
     """Interface to a model of one modelling tool with its data, from which `Target` is made.
 
-    theta is float64 and has at least one row. The methods that are not abstract have defaults for tools that lack the
-    feature.
+    theta is float64 and has at least one row, and at most `Target.max_points`. The methods that are not abstract have
+    defaults for tools that lack the feature. A program whose model has an initial point, or can be drawn from, has
+    another method besides, `initial_points`, which becomes that of `Target`.
 
     Attributes:
         coordinates: names of the D unconstrained coordinates: "mu", "log(tau)", "theta[3]".
@@ -61,6 +66,14 @@ class Program(ABC):
         """Return one draw of new data for each row of theta (S, D): name -> (S, *shape)."""
         return {}
 
+    def bytes_per_point(self, theta: Tensor) -> float:
+        """Return about how much memory each point takes in `log_density` with its gradient.
+
+        Args:
+            theta: one point (1, D), at which it may be measured.
+        """
+        return 0.0
+
     def explain(self, theta: Tensor) -> str:
         """Return which terms of the log density at theta (D,) are not finite; "" if unknown."""
         return ""
@@ -76,6 +89,8 @@ class Target:
     constant, with a gradient by autograd (once: the tools give no second derivatives). Rows are independent. The
     `from_*` functions make targets.
 
+    More than `max_points` points are evaluated in parts, so that memory stays bounded whatever the number of data is.
+
     Args:
         program: the model.
 
@@ -86,10 +101,14 @@ class Target:
         observed: the data by name.
         dims: names of the dimensions of each variable.
         coords: labels along each dimension.
+        initial_points: (n, generator) -> n points (n, D) to start from: the model's own initial point first, then draws
+            of its prior; None for tools without them. Their log density may be infinite.
 
     Raises:
         ValueError: the model has no free variable.
     """
+
+    initial_points: Callable[[int, torch.Generator], Tensor] | None
 
     def __init__(self, program: Program) -> None:
         check_has_free_variables(program.coordinates)
@@ -99,17 +118,39 @@ class Target:
         self.observed = dict(program.observed)
         self.dims = dict(program.dims)
         self.coords = dict(program.coords)
+        self.initial_points = getattr(program, "initial_points", None)
         self._program = program
+        self._max_points: int | None = None
+        self._is_repeatable = False
+
+    @property
+    def max_points(self) -> int:
+        """Number of points that are evaluated at once: 1024, or fewer if they would take more than 1 GB.
+
+        It is measured at the first evaluation, and may be set.
+        """
+        if self._max_points is None:
+            self._measure(torch.zeros(1, self.dim, dtype=torch.float64))
+        return self._max_points or MAX_POINTS
+
+    @max_points.setter
+    def max_points(self, value: int) -> None:
+        self._max_points = positive(value, "max_points")
 
     def __call__(self, theta: Tensor) -> Tensor:
         """Return the log density (B,) of theta (B, D), in float64 and in nats, with the Jacobian of the constraints.
 
         Raises:
             TypeError: theta is not a floating-point tensor.
-            ValueError: theta has another shape.
+            ValueError: theta has another shape, or the model has another log density at every call.
         """
         theta = self._checked(theta)
-        return self._program.log_density(theta) if len(theta) else theta.sum(-1)
+        if not len(theta):
+            return theta.sum(-1)
+        value = self._log_density(theta)
+        if not self._is_repeatable:
+            self._check_repeatable(theta[:1].detach(), value[0].item())
+        return value
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
         """Return the model's variables at theta (S, D): name -> (S, *shape), first the parameters, then derived ones.
@@ -120,10 +161,11 @@ class Target:
         """
         theta = self._checked(theta.detach())
         with torch.no_grad():
-            if len(theta):
-                return self._program.constrain(theta)
-            one_row = self._program.constrain(theta.new_zeros(1, self.dim))
-            return {name: value[:0] for name, value in one_row.items()}
+            if not len(theta):
+                one_row = self._program.constrain(theta.new_zeros(1, self.dim))
+                return {name: value[:0] for name, value in one_row.items()}
+            parts = [self._program.constrain(part) for part in theta.split(self.max_points)]
+            return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def unconstrain(self, values: Mapping[str, npt.ArrayLike | Tensor]) -> Tensor:
         """Return theta (S, D) at which the parameters have the values, name -> (S, *shape).
@@ -166,8 +208,13 @@ class Target:
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
         """Return one draw of new data for each row of theta (S, D): name -> (S, *shape); empty if the tool has none."""
         theta = self._checked(theta.detach())
+        if not len(theta):
+            return {}
+        parts = theta.split(self.max_points)
+        seeds = [seed, *np.random.SeedSequence(seed).generate_state(len(parts) - 1).tolist()]
         with torch.no_grad():
-            return self._program.predictive(theta, seed) if len(theta) else {}
+            draws = [self._program.predictive(part, seed) for part, seed in zip(parts, seeds, strict=True)]
+        return {name: np.concatenate([part[name] for part in draws]) for name in draws[0]}
 
     def __repr__(self) -> str:
         return f"Target(dim={self.dim}, parameters={self.parameters})"
@@ -187,6 +234,37 @@ class Target:
         with torch.enable_grad():
             value = self(leaf)
             return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
+
+    def _log_density(self, theta: Tensor) -> Tensor:
+        """Return the log density (B,), in parts if memory asks for it."""
+        if len(theta) <= FEW_POINTS:  # as many as a measurement takes
+            return self._program.log_density(theta)
+        if self._max_points is None:
+            self._measure(theta[:1].detach())
+        if len(theta) <= self.max_points:
+            return self._program.log_density(theta)
+        parts = theta.split(self.max_points)
+        if not (torch.is_grad_enabled() and theta.requires_grad):
+            return torch.cat([self._program.log_density(part) for part in parts])
+        values, gradients = zip(*(self._value_and_gradient(part.detach()) for part in parts), strict=True)
+        return _KnownGradient.apply(theta, torch.cat(values), torch.cat(gradients))
+
+    def _measure(self, theta: Tensor) -> None:
+        self._max_points = points_within_budget(self._program.bytes_per_point(theta))
+
+    def _check_repeatable(self, theta: Tensor, value: float) -> None:
+        """Raise ValueError if another evaluation at a point (1, D) differs from the first, which is finite."""
+        if not math.isfinite(value):
+            return
+        with torch.no_grad():
+            again = self._program.log_density(theta).item()
+        if not math.isclose(value, again, rel_tol=1e-9, abs_tol=1e-9):
+            raise ValueError(
+                f"expected the same log density at every call, got {value:g} and then {again:g} at one point: it draws "
+                "random numbers, such as a part of the data, or the rows of a batch depend on each other; use all data "
+                "and no noise"
+            )
+        self._is_repeatable = True
 
     def _explain(self, theta: Tensor) -> str:
         value, gradient = self._value_and_gradient(theta[None])
@@ -240,18 +318,20 @@ def log_density_with_gradient(value_and_gradient: Callable[[Array], Sequence[Arr
         >>> torch.autograd.grad(value.sum(), theta)[0]
         tensor([[-1., -1.]], dtype=torch.float64)
     """
-    return _WithGradient.apply(theta, value_and_gradient)
+    value, gradient = value_and_gradient(np.ascontiguousarray(theta.detach().cpu().numpy()))
+    return _KnownGradient.apply(
+        theta, torch.as_tensor(value, device=theta.device), torch.as_tensor(gradient, device=theta.device)
+    )
 
 
-class _WithGradient(torch.autograd.Function):
+class _KnownGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, value_and_gradient: Callable[[Array], Sequence[Array]]) -> Tensor:
-        value, gradient = value_and_gradient(np.ascontiguousarray(theta.detach().cpu().numpy()))
-        ctx.save_for_backward(torch.as_tensor(gradient, device=theta.device))
-        return torch.as_tensor(value, device=theta.device)
+    def forward(ctx: Any, theta: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return cotangent[:, None] * gradient, None
+        return cotangent[:, None] * gradient, None, None

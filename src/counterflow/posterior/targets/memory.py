@@ -1,0 +1,51 @@
+"""Memory that the evaluation of a torch function takes, to choose how many points are evaluated at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+BUDGET = 1 << 30  # bytes for the intermediate values of one evaluation of a target
+MAX_POINTS = 1024  # more points at once are hardly faster, however small the model is
+
+# Bytes at the peak of a forward and a backward pass for each byte of the forward pass's results. Measured 1.5 to 2.3 for
+# Normal(mu, sigma) with 20,000 observations; the rest is for what composite operations allocate inside.
+PEAK = 3.0
+
+
+def points_within_budget(bytes_per_point: float) -> int:
+    """Return how many points may be evaluated at once, at least 1 and at most 1024."""
+    return max(1, min(MAX_POINTS, int(BUDGET // max(bytes_per_point, 1.0))))
+
+
+def bytes_of_evaluation(log_density: Callable[[Tensor], Any], theta: Tensor) -> float:
+    """Return the bytes that an evaluation with its gradient takes, about.
+
+    Results that depend on theta are counted, and data are not: they are there once for all points.
+
+    Args:
+        log_density: the function, differentiable.
+        theta: one point.
+    """
+    with torch.enable_grad(), _SizeOfResults() as results:
+        log_density(theta.clone().requires_grad_())
+    return PEAK * results.total
+
+
+class _SizeOfResults(TorchFunctionMode):
+    """Add up the bytes of new tensors that require gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(x, Tensor) and x.requires_grad and not x._is_view():
+                self.total += x.numel() * x.element_size()
+        return result
