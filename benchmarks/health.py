@@ -46,7 +46,7 @@ from reliability import machine, write_section
 from torch import Tensor
 
 import counterflow as cf
-from counterflow.commands.model import observed
+from counterflow.commands.vae_data import to_likelihood_scale
 from counterflow.io.data import load, split
 from counterflow.posterior.stages import TargetModel
 
@@ -119,7 +119,7 @@ def banana(theta: Tensor) -> Tensor:
 
 def train_vae(steps: int, watch: Callable[[int], None]) -> None:
     """As `counterflow vae` does."""
-    digits = split(observed(load("digits"), "bernoulli"), seed=0)
+    digits = split(to_likelihood_scale(load("digits"), "bernoulli"), seed=0)
     torch.manual_seed(0)
     vae = cf.VAE((1, 8, 8), 4, "iaf", hidden=(32,), context=16, posterior_layers=2, posterior_hidden=(16,))
     epochs = math.ceil(steps / (len(digits.train) // 64))

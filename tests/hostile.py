@@ -31,8 +31,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import counterflow as cf
-from counterflow.commands.model import kind_of_run
 from counterflow.commands.model_file import read_data
+from counterflow.commands.trained import kind_of_run
 from counterflow.diagnostics.verdict import Verdict
 from counterflow.io.data import load
 from counterflow.io.data.cells import numbers, to_numbers_or_texts

@@ -1,91 +1,164 @@
-"""The command line: puts the commands together, and turns what goes wrong into one line."""
+"""The command line: finds the command, runs it, and turns errors into one line.
+
+Printing help imports neither torch nor the command's own modules beyond its options.
+"""
 
 from __future__ import annotations
 
+import difflib
 import errno
+import os
 import signal
 import sys
-import threading
-import types
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
 
 from counterflow import __version__
+from counterflow.checks import require
+
+COMMANDS = {  # group -> command -> its one line of help, the first of its docstring
+    "fit": {
+        "vae": "Train VAEs with a Gaussian and an IAF posterior, and compare them.",
+        "posterior": "Fit the posterior of a Bayesian model, and report whether it can be trusted.",
+        "density": "Fit the density of the rows of a table.",
+        "distill": "Distil a trained flow into one that samples in one pass.",
+    },
+    "use": {
+        "sample": "Draw from a trained model.",
+        "score": "Score data under a trained model, in nats.",
+        "export": "Write a trained model to ONNX or to an archive of torch.export.",
+    },
+    "measure": {
+        "bench": "Time both directions of an autoregressive layer, here and in other libraries.",
+    },
+}
+BROKEN_PIPE = 141  # exit code of a process that SIGPIPE ends, as shells report it
+CLASSES = {  # command -> the dataclass of its options, whose method `run` runs it
+    "vae": "counterflow.commands.vae:Vae",
+    "posterior": "counterflow.commands.posterior:Posterior",
+    "density": "counterflow.commands.density:Density",
+    "distill": "counterflow.commands.distill:Distill",
+    "sample": "counterflow.commands.sample:Sample",
+    "score": "counterflow.commands.score:Score",
+    "export": "counterflow.commands.export:Export",
+    "bench": "counterflow.commands.bench.command:Bench",
+}
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Run one command; 0 when all went well, 2 for bad input, 130 after Ctrl-C, 143 after SIGTERM."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: of the command line; those of the process if None.
+
+    Returns:
+        The exit code: 0 for success, 1 for a result that is not usable, 2 for bad input, 130 after Ctrl-C, 143 after
+        SIGTERM, 141 if a reader of the output has closed it.
+    """
     try:
-        import tyro
-
-        from counterflow.commands import console
-        from counterflow.commands.bench.command import Bench
-        from counterflow.commands.density import Density
-        from counterflow.commands.distill import Distill
-        from counterflow.commands.export import Export
-        from counterflow.commands.posterior import Posterior
-        from counterflow.commands.sample import Sample
-        from counterflow.commands.score import Score
-        from counterflow.commands.training import together
-        from counterflow.commands.vae import Vae
-    except ImportError as error:
-        print(f"counterflow: {error.name} is not installed; pip install 'counterflow[all]'", file=sys.stderr)
-        return 2
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: console.note(f"counterflow: {message}")
         try:
-            command = tyro.extras.subcommand_cli_from_dict(
-                {
-                    "vae": Vae,
-                    "posterior": Posterior,
-                    "density": Density,
-                    "distill": Distill,
-                    "sample": Sample,
-                    "score": Score,
-                    "export": Export,
-                    "bench": Bench,
-                },
-                prog="counterflow",
-                description=f"Autoregressive normalizing flows: VAEs, posteriors, tables. Version {__version__}.",
-                args=arguments,
-            )
-            with _ended_by_sigterm(), together():
-                return command.run()
+            return _main(sys.argv[1:] if arguments is None else list(arguments))
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # as in `counterflow --help | head -1`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for Python's own flush on exit
+        return BROKEN_PIPE
+
+
+def _main(arguments: list[str]) -> int:
+    name = arguments[0] if arguments else ""
+    if name in ("-h", "--help"):
+        print(help_text())
+        return 0
+    if name == "--version":
+        print(f"counterflow {__version__}")
+        return 0
+    if name in CLASSES:
+        return _run(name, arguments[1:])
+    _note(_unknown(name) if name else help_text())
+    return 2
+
+
+def _unknown(name: str) -> str:
+    close = difflib.get_close_matches(name, CLASSES, n=1)
+    hint = f"did you mean {close[0]}?" if close else "see counterflow --help"
+    return f"counterflow: expected a command ({', '.join(CLASSES)}), got {name}; {hint}"
+
+
+def help_text() -> str:
+    """Return the help, with one line for each command."""
+    lines = ["usage: counterflow COMMAND [OPTIONS]", "", "Autoregressive normalizing flows.", ""]
+    for group, commands in COMMANDS.items():
+        lines += [f"{group}:", *(f"  {name:<10} {line}" for name, line in commands.items()), ""]
+    lines += [
+        "options:",
+        "  -h, --help  Show this help.",
+        "  --version   Show the version.",
+        "",
+        "counterflow COMMAND --help describes a command and its options.",
+    ]
+    return "\n".join(lines)
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: _note(f"counterflow: {message}")
+        try:
+            command = _parse(name, arguments)
+            require("rich", "cli", "the command line")
+            from counterflow.commands.signals import sigterm_as_interrupt
+            from counterflow.commands.torchrun import joined_processes
+
+            with sigterm_as_interrupt(), joined_processes():
+                code: int = command.run()
+                return code
+        except BrokenPipeError:
+            raise
         except (ValueError, OSError, ImportError) as error:
-            console.note(f"counterflow: {_in_one_line(_explained(error), error)}")
+            _note(_one_line(f"counterflow: {_message(error)}", error))
             return 2
         except KeyboardInterrupt as error:
-            console.note(_in_one_line("interrupted", error))
+            _note(_one_line("interrupted", error))
             return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
-def _explained(error: Exception) -> str:
-    """A full disk is the one error of the system that has to be told in other words."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"expected room on the disk to write to, got none left ({error}); make some"
-    return str(error)
+def _parse(name: str, arguments: list[str]) -> Any:
+    """Return the options of a command as its dataclass; print help and errors of options, and exit, as tyro does."""
+    tyro = require("tyro", "cli", "the command line")
+    if os.environ.get("NO_COLOR"):
+        tyro._experimental_options["ansi_codes"] = False
+    module, _, options = CLASSES[name].partition(":")
+    return tyro.cli(
+        getattr(import_module(module), options),
+        prog=f"counterflow {name}",
+        args=arguments,
+        config=(tyro.conf.DisallowNone,),  # shows --key STR, not --key {None}|STR
+    )
 
 
-def _in_one_line(text: str, error: BaseException) -> str:
+def _message(error: Exception) -> str:
+    """Return the text of an error; errors of the system are put in words, without their numbers."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    place = f" {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"expected free space on the disk to write{place}, got none; free some"
+    return f"expected access to{place or ' a file'}, got: {(error.strerror or 'an unknown error').lower()}"
+
+
+def _one_line(text: str, error: BaseException) -> str:
     return " ".join("; ".join([text, *getattr(error, "__notes__", [])]).split())
 
 
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends a command as Ctrl-C does, which tidies up."""
-
-    def end(number: int, frame: types.FrameType | None) -> None:
-        raise KeyboardInterrupt(number)
-
-    if threading.current_thread() is not threading.main_thread():  # only that one is given signals
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _note(text: str) -> None:
+    """Print to stderr, through the console if it is in use: it moves progress bars, and is silent on all but rank 0."""
+    console = sys.modules.get("counterflow.commands.console")
+    if console is None:
+        print(text, file=sys.stderr)
+    else:
+        console.note(text)
 
 
 if __name__ == "__main__":

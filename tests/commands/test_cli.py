@@ -19,7 +19,6 @@ from PIL import Image
 from registry import over
 
 import counterflow as cf
-from counterflow.commands.vae import Vae
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(60, 3)).astype(np.float32)
@@ -120,7 +119,7 @@ def test_score_says_how_well_a_run_explains_data(digits):
     came = scores(folder / "scores.csv")
     assert all(len(column) == 1797 and np.isfinite(column).all() for column in came.values())
     assert (came["log_likelihood"] >= came["elbo"] - 1e-3).all()
-    assert f"{came['elbo'].mean():.2f}" in ran.stdout and "1797 data" in ran.stdout
+    assert f"{came['elbo'].mean():.2f}" in ran.stdout and "1797 rows" in ran.stdout
 
 
 @over(["sample", "score"], "command")
@@ -206,7 +205,7 @@ def test_vae_on_other_data(write, arguments, shape, here, tmp_path):
 
 
 def test_two_runs_of_one_seed_are_the_same(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(Vae, "_draw", lambda *_: None)  # only time
+    monkeypatch.setattr("counterflow.commands.vae_plots.plot_run", lambda *_: None)  # only time
     write_csv(tmp_path)
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
         arguments = ["--data", "rows.csv", "--likelihood", "gaussian", "--out", name, "--seed", seed]
@@ -232,8 +231,8 @@ def test_what_is_trained_on_what_is_tested_and_what_is_kept(here, tmp_path, monk
         tested.update(model.state_dict(), x=x)
         return cf.objectives.evaluate(model, x, *arguments)
 
-    for name, spy in (("elbo", elbo), ("evaluate", evaluate), ("Vae._draw", lambda *_: None)):
-        monkeypatch.setattr(f"counterflow.commands.vae.{name}", spy)
+    for name, spy in (("elbo", elbo), ("evaluate", evaluate), ("vae_plots.plot_run", lambda *_: None)):
+        monkeypatch.setattr(f"counterflow.commands.vae_run.{name}", spy)
     np.save("grey.npy", GREY / 255)
     wild = "--posterior iaf --learning-rate 1 --schedule constant --warm-up-steps 0 --ema 0 --epochs 6 --out run"
     assert here("vae", *TINY, "--data", "grey.npy", *wild.split())[0] == 0
@@ -246,7 +245,7 @@ def test_what_is_trained_on_what_is_tested_and_what_is_kept(here, tmp_path, monk
 
 
 def test_names_with_brackets_are_shown_as_they_are(here, tmp_path, monkeypatch):
-    monkeypatch.setattr(Vae, "_draw", lambda *_: None)
+    monkeypatch.setattr("counterflow.commands.vae_plots.plot_run", lambda *_: None)
     np.save(tmp_path / "[red].npy", ROWS)
     arguments = ["--data", "[red].npy", "--likelihood", "gaussian", "--posterior", "gaussian", "--out", "[bold]"]
     code, out, err = here("vae", *TINY, *arguments)
@@ -296,12 +295,12 @@ def test_ctrl_c_before_and_after_the_training(here, tmp_path, monkeypatch):
     write_csv(tmp_path)
     arguments = [*TINY, "--data", "rows.csv", "--likelihood", "gaussian", "--posterior", "iaf"]
     with monkeypatch.context() as patch:
-        patch.setattr("counterflow.commands.vae.warm_up", interrupt)  # which is called at every step
+        patch.setattr("counterflow.commands.vae_run.warm_up", interrupt)  # which is called at every step
         code, _, err = here("vae", *arguments, "--out", "before")
-        assert code == 130 and "no epoch was over" in err
+        assert code == 130 and "no epoch finished" in err
         assert not (tmp_path / "before").exists()  # nothing is left to go on from
     with monkeypatch.context() as patch:
-        patch.setattr("counterflow.commands.vae.evaluate", interrupt)
+        patch.setattr("counterflow.commands.vae_run.evaluate", interrupt)
         code, _, err = here("vae", *arguments, "--out", "after")
         assert code == 130 and "after/model.safetensors" in err
         assert cf.load(tmp_path / "after" / WEIGHTS).data_shape == (3,)
@@ -358,7 +357,7 @@ BAD = {
     "key without npz": (GAUSSIAN + "--key rows", "expected a key only with an .npz file"),
     "run folder that exists": (GAUSSIAN + "--out text", "new folder for the run, got text, which exists; give another"),
     "run folder that is a file": (GAUSSIAN + "--out old.csv", "expected a new folder for the run, got old.csv"),
-    "large batch": (GAUSSIAN + "--batch-size 49", "batch of 49 training rows, got 48 of 60; set --batch-size to at mo"),
+    "large batch": (GAUSSIAN + "--batch-size 49", "batch of 49 training rows, got 48; set --batch-size to at most 48"),
     "hidden": (GAUSSIAN + "--hidden 0", "expected hidden to be a whole number of at least 1, got 0"),
     "iaf hidden": (GAUSSIAN + "--iaf-hidden 0", r"expected hidden\[0\] to be a whole number of at least 1, got 0"),
     "latent": (GAUSSIAN + "--latent 0", "expected latent to be a whole number of at least 1, got 0"),
@@ -367,11 +366,11 @@ BAD = {
     "batch size": (GAUSSIAN + "--batch-size -1", "expected batch_size of at least 1, got -1"),
     "learning rate": (GAUSSIAN + "--learning-rate nan", "expected learning_rate above 0, got nan"),
     "samples": (GAUSSIAN + "--samples 0", "expected samples of at least 1, got 0"),
-    "test samples": (GAUSSIAN + "--test-samples 0", "expected test-samples of at least 1, got 0"),
-    "groups": (GAUSSIAN + "--free-bits 0.1 --groups 3", "expected groups that divide 2 latent features, got groups=3"),
+    "test samples": (GAUSSIAN + "--test-samples 0", "expected --test-samples to be at least 1, got 0"),
+    "groups": (GAUSSIAN + "--free-bits 0.1 --groups 3", "expected groups to divide 2 latent features, got groups=3"),
     "free bits of another objective": (
         GAUSSIAN + "--free-bits 0.1 --objective iw_elbo",
-        "expected --objective elbo with free bits, got iw_elbo",
+        "expected --objective elbo with --free-bits, got iw_elbo",
     ),
     "free bits": (GAUSSIAN + "--free-bits -1", "expected free_bits .*got -1"),
     "device": (GAUSSIAN + "--device toaster", "expected .*device.* got 'toaster'"),
@@ -380,7 +379,7 @@ BAD = {
     "sample without a model": ("sample 'no model'", "expected no model/model.safetensors, .*/model-gaussian"),
     "sample a broken model": ("sample broken", "expected a safetensors file, got broken/model.safetensors"),
     "sample a flow": ("sample flow", "expected a VAE in flow, got a Flow"),
-    "sample nothing": ("sample run -n 0", "expected n of at least 1, got 0"),
+    "sample nothing": ("sample run -n 0", "expected -n to be at least 1, got 0"),
     "sample over a file": ("sample run --out old.csv", "expected a new file, got old.csv, which exists; give another"),
     "sample over an old picture": ("sample images --out old.npy", "expected a new file, got old.png, which exists"),
     "samples to a picture": ("sample images --out new.png", "expected .*new.png"),
@@ -436,7 +435,7 @@ def test_bad_input_of_a_real_process(material):
 def test_a_package_that_is_missing_is_named(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "tyro", None)
     code, _, err = here("vae")
-    assert (code, err) == (2, "counterflow: tyro is not installed; pip install 'counterflow[all]'\n")
+    assert code == 2 and re.fullmatch(r"counterflow: expected tyro for .*; pip install 'counterflow\[cli\]'\n", err)
 
 
 # -- help --------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from pyarrow import parquet
 import counterflow as cf
 from counterflow import plots
 from counterflow.cli import main
-from counterflow.commands.misfit import misfit, noise
 from counterflow.commands.model_file import load_target, split_name
 from counterflow.commands.model_tool import Tool
+from counterflow.commands.posterior_plots import discrepancy, expected_discrepancy
 
 QUICK = shlex.split("--stages 1 --steps 30 --layers 1 --samples 32 --verdict-samples 1000 --starts 2")
 POSTERIOR = [*COMMAND, "posterior"]
@@ -316,7 +316,7 @@ def test_data_reach_the_model(here, tmp_path):
 
 
 def test_the_same_seed_the_same_draws(here, tmp_path, monkeypatch):
-    monkeypatch.setattr("counterflow.commands.posterior._draw", lambda *_: None)  # only time
+    monkeypatch.setattr("counterflow.commands.posterior_plots.plot_run", lambda *_: None)  # only time
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert here("mine.py:banana", *QUICK, "--seed", seed, "--out", name)[0] == 0
     a, b, c = (parquet.read_table(tmp_path / name / "draws.parquet") for name in "abc")
@@ -354,31 +354,31 @@ def test_a_bad_verdict_is_told_on_stderr_and_the_exit_code_is_0(here, tmp_path):
     assert verdict in out and f"counterflow: {verdict}" in err and "not corrected" in err
 
 
-def test_misfit_finds_the_pair_that_the_weights_bind():
+def test_the_discrepancy_finds_the_pair_that_the_weights_couple():
     x = np.random.default_rng(0).normal(size=(20_000, 4))
     weights = 1 + np.tanh(2 * x[:, 1] * x[:, 3])  # which says nothing of either alone
     weights /= weights.sum()
-    found = misfit(x, weights)
+    found = discrepancy(x, weights)
     assert found.pairs[0][:2] == (1, 3) and found.pairs[0][2] > 0.1 and len(found.pairs) == 6
-    assert found.pairs[1][2] < 3 * noise(weights) and (found.alone < 0.06).all()
+    assert found.pairs[1][2] < 3 * expected_discrepancy(weights) and (found.marginals < 0.06).all()
 
 
-def test_misfit_is_a_share_of_mass():
+def test_the_discrepancy_is_a_fraction_of_the_mass():
     x = np.random.default_rng(0).normal(size=(60_000, 2))
     upper = x[:, 0] > 0
-    found = misfit(x, upper / upper.sum())  # half of the draws are where no mass is
-    assert found.alone[0] == pytest.approx(0.5, abs=0.09)  # a cell of the middle has both
-    equal = misfit(x, np.full(60_000, 1 / 60_000))
-    assert equal.pairs[0][2] < 1e-12 and noise(np.full(60_000, 1 / 60_000)) < 1e-9
-    assert misfit(x[:, :1], upper / upper.sum()).pairs == []
+    found = discrepancy(x, upper / upper.sum())  # half of the draws are where no mass is
+    assert found.marginals[0] == pytest.approx(0.5, abs=0.09)  # a cell of the middle has both
+    equal = discrepancy(x, np.full(60_000, 1 / 60_000))
+    assert equal.pairs[0][2] < 1e-12 and expected_discrepancy(np.full(60_000, 1 / 60_000)) < 1e-9
+    assert discrepancy(x[:, :1], upper / upper.sum()).pairs == []
 
 
-def test_noise_is_what_weights_do_that_mean_nothing():
+def test_the_expected_discrepancy_is_that_of_independent_weights():
     rng = np.random.default_rng(0)
     weights = rng.exponential(size=10_000)
     weights /= weights.sum()
-    shares = [share for _, _, share in misfit(rng.normal(size=(10_000, 12)), weights).pairs]
-    assert np.mean(shares) == pytest.approx(noise(weights), rel=0.1)
+    shares = [share for _, _, share in discrepancy(rng.normal(size=(10_000, 12)), weights).pairs]
+    assert np.mean(shares) == pytest.approx(expected_discrepancy(weights), rel=0.1)
 
 
 RNG = np.random.default_rng(0)
@@ -477,7 +477,7 @@ BAD = {
     "a model that raises": ("mine.py:wrong", r"got RuntimeError: size mismatch.*\(line \d+ of mine.py: return theta @"),
     "a returned array": ("mine.py:built --data y.json", r"\(line \d+ of mine.py: return cf.targets.from_torch"),
     "folder that exists": ("mine.py:banana --out old", "expected a new folder for the run, got old, which exists"),
-    "n": ("mine.py:banana -n 0", "expected n of at least 1, got 0"),
+    "n": ("mine.py:banana -n 0", "expected -n to be at least 1, got 0"),
     "stages": ("mine.py:banana --stages 0", "expected stages of at least 1, got 0"),
     "flags with the default": ("--dim 3", "expected --data, --tool and --dim only with a model of yours"),
 }  # fmt: skip
@@ -548,8 +548,10 @@ def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):
 
     monkeypatch.setattr("shutil.disk_usage", full)
     code, _, err = here("--steps", "20", "--stages", "1", "--verdict-samples", "1000", "--out", "run")
-    assert code == 2 and "expected room on the disk to write to, got none left" in " ".join(err.split()), err
-    assert "go on with --resume run" in " ".join(err.split()) and not (tmp_path / "run" / "posterior.nc").exists()
+    assert code == 2 and "expected free space on the disk to write run, got none; free some" in " ".join(err.split()), (
+        err
+    )
+    assert "continue with --resume run" in " ".join(err.split()) and not (tmp_path / "run" / "posterior.nc").exists()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert here("--resume", "run")[0] == 0 and (tmp_path / "run" / "posterior.nc").is_file()

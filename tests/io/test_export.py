@@ -277,7 +277,7 @@ def test_the_command_without_onnx_runtime(here, monkeypatch):
 
 
 def test_the_command_says_where_numbers_differ(here, monkeypatch):
-    monkeypatch.setattr("counterflow.commands.export.largest_difference", lambda *_: 1e-3)
+    monkeypatch.setattr("counterflow.io.export.largest_difference", lambda *_: 1e-3)
     code, _, err = here("run", "flow.pt2")
     assert code == 1
     assert "expected at most 1e-05; the file is kept, but is not the model" in err

@@ -81,22 +81,26 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(name, ended_by, folder, here, m
     code, errors = counterflow(folder, *words, "--out", run, ended_by=ended_by, when=under_way)
     assert code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[ended_by], errors
     if ended_by != signal.SIGKILL:
-        assert f"go on with --resume {run}" in " ".join(errors.split()), errors
+        assert f"continue with --resume {run}" in " ".join(errors.split()), errors
     code, _, errors = here(*words, "--out", run)
-    assert code == 2 and f"or go on with it by --resume {run}" in " ".join(errors.split()), errors
+    assert code == 2 and f"or continue the run with --resume {run}" in " ".join(errors.split()), errors
     code, errors = counterflow(folder, words[0], "--resume", run)
     assert code == 0 and f"{training.replace('-', ' ')}: resuming from step" in errors, errors
     assert outcome(folder / run) == outcome(folder / name)
     code, _, errors = here(words[0], "--resume", run)
-    assert code == 2 and "which is finished" in errors and "Traceback" not in errors
+    assert code == 2 and "which is done" in errors and "Traceback" not in errors
 
 
 def test_what_cannot_be_resumed(here, tmp_path):
     run = tmp_path / "run"
     for words, told in {
-        ("vae", "--resume", "run"): "expected a run folder of counterflow vae to resume, got run: no config.json there",
+        (
+            "vae",
+            "--resume",
+            "run",
+        ): "expected the run folder of counterflow vae to resume, got run, without a conf",
         ("distill",): "expected the run folder of a teacher, or --resume with that of a distillation, got none",
-        ("density", "--save-every", "-1"): "expected save-every of at least 0 seconds, got -1.0",
+        ("density", "--save-every", "-1"): "expected --save-every to be at least 0 seconds, got -1.0",
     }.items():
         code, _, errors = here(*words)
         assert code == 2 and told in " ".join(errors.split())
@@ -107,7 +111,7 @@ def test_what_cannot_be_resumed(here, tmp_path):
         (
             '{"command": "posterior"}',
             (),
-            "expected a run of counterflow density, got run, one of counterflow posterior",
+            "expected a run of counterflow density, got run, a run of counterflow posterior",
         ),
         ('{"command": "density"}', ("--layers", "7"), "got --layers as well"),
         ('{"command": "density"}', ("other.csv", "--no-kernels"), "got DATA, --kernels as well"),

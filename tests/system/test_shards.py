@@ -18,7 +18,7 @@ from pyarrow import parquet
 from registry import over
 
 import counterflow as cf
-from counterflow.commands import parts
+from counterflow.commands.sharded_output import seed_of_part
 from counterflow.training.distributed import Workers
 
 RNG = np.random.default_rng(0)
@@ -180,7 +180,7 @@ def ended_at(monkeypatch, count):
 
 
 def test_sigterm_keeps_the_finished_parts(folder, here, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "ROWS", 32)
+    monkeypatch.setattr("counterflow.commands.density_output.ROWS_PER_PART", 32)
     ended_at(monkeypatch, 3)
     before = signal.getsignal(signal.SIGTERM)
     assert here("score", folder / "run", folder / "few.csv", "--out", "out") == (143, "", "interrupted\n")
@@ -191,7 +191,7 @@ def test_sigterm_keeps_the_finished_parts(folder, here, tmp_path, monkeypatch):
 
 
 def test_sigterm_leaves_no_file(folder, here, tmp_path, monkeypatch):
-    monkeypatch.setattr("counterflow.commands.tables.ROWS", 10)
+    monkeypatch.setattr("counterflow.commands.density_output.BATCH", 10)
     ended_at(monkeypatch, 3)
     assert here("score", folder / "run", folder / "few.csv", "--out", "new/out.csv")[0] == 143
     assert not list(tmp_path.iterdir())
@@ -209,8 +209,8 @@ def read(out, suffix):
 
 @over(["few.csv", "few.parquet", "few.npy", "few.npz"], "table")
 def test_parts_of_every_format(table, folder, expected, here, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "ROWS", 32)
-    monkeypatch.setattr("counterflow.commands.tables.ROWS", 10)
+    monkeypatch.setattr("counterflow.commands.density_output.ROWS_PER_PART", 32)
+    monkeypatch.setattr("counterflow.commands.density_output.BATCH", 10)
     monkeypatch.setattr("counterflow.io.data.streams.BLOCK", 1000)
     suffix = {".npz": ".npy"}.get((folder / table).suffix, (folder / table).suffix)
     arguments = ["score", folder / "run", folder / table, *(["--key", "x"] if "npz" in table else []), "--out", "out"]
@@ -254,13 +254,13 @@ def test_a_folder_of_parquet_files_is_one_table(folder, expected, here, tmp_path
 
 def test_no_two_parts_have_the_same_seed():
     """Of the 32 bits that the generator takes: at random, two of 100,000 would be alike with a chance of 2 in 3."""
-    seeds = {parts.seed_of(seed, number) for seed in (0, 1) for number in range(100_000)}
+    seeds = {seed_of_part(seed, number) for seed in (0, 1) for number in range(100_000)}
     assert len(seeds) == 200_000 and min(seeds) >= 0 and max(seeds) < 2**32
 
 
 @over(["run", "given"], "run")
 def test_a_part_is_drawn_by_its_number_alone(run, folder, here, tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "ROWS", 40)
+    monkeypatch.setattr("counterflow.commands.density_output.ROWS_PER_PART", 40)
     context = ["--context", folder / "few.csv", "-n", 2] if run == "given" else ["-n", 200]
     for name, seed in (("a", 1), ("b", 2)):
         assert here("sample", folder / run, *context, "--seed", seed, "--out", name)[0] == 0
@@ -282,8 +282,8 @@ def vae(tmp_path_factory):
 
 
 def test_parts_of_a_vae(vae, here, tmp_path, monkeypatch):
-    monkeypatch.setattr("counterflow.commands.score.ROWS", 20)
-    monkeypatch.setattr("counterflow.commands.sample.ROWS", 20)
+    monkeypatch.setattr("counterflow.commands.vae_output.ROWS_PER_SCORE_PART", 20)
+    monkeypatch.setattr("counterflow.commands.vae_output.ROWS_PER_SAMPLE_PART", 20)
     score = ["score", vae, vae / "images.npy", "--samples", 4, "--out", "scores"]
     draw = ["sample", vae, "-n", 50, "--out", "drawn"]
     assert "50 data (pixels binarised once): mean ELBO" in here(*score)[1]
@@ -305,7 +305,7 @@ def test_parts_of_a_vae(vae, here, tmp_path, monkeypatch):
 
 # -- what is refused ---------------------------------------------------------------------------------
 
-WISH = "expected --out as a new folder, or one that this command began, got"
+WISH = "expected --out to be a new folder, or one that this command started, got"
 REFUSED = {
     "a file": ("score run few.csv --out file", f"{WISH} file, which is a file; give another --out"),
     "something else": ("score run few.csv --out empty", f"{WISH} empty, which holds something else; give another"),
@@ -381,9 +381,9 @@ def test_refusals_of_several_processes(line, material, here, monkeypatch):
     code, told, errors = here(*line.split())
     assert (code, told) == (2, "")
     if line.endswith("--out a"):
-        assert "expected --out on a disk that all processes share, got a, which is not" in errors
+        assert "expected --out to be on a disk that all processes share, got a, which is not" in errors
     else:
         came = "a.csv" if "--out" in line else "none"
-        assert "expected --out under torchrun as a folder, a name without a suffix, where each process" in errors
+        assert "expected --out under torchrun to be a folder, a name without a suffix, where each process" in errors
         assert f"writes its own parts, got {came}\n" in errors
     assert everything(material) == before

@@ -77,7 +77,7 @@ def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
     process.kill()
     left, _ = process.communicate(timeout=300)  # the pipe ends with the processes that torchrun has left behind
     assert left.count("torchrun was killed: ending this process as well\n") == 1, left
-    assert "\ninterrupted; " in left and left.endswith("; go on with --resume all\n")
+    assert "\ninterrupted; " in left and left.endswith("; continue with --resume all\n")
     told["all"] = ended(torchrun(tmp_path, *vae, "all"))
     alone = [(row["epoch"], row["validation"]) for row in lines(tmp_path / "alone")]
     for run, said in told.items():
@@ -88,7 +88,7 @@ def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
 
 def test_what_torchrun_is_told(tmp_path):
     told = ended(torchrun(tmp_path, "vae"), code=1)
-    assert told.count("expected --out under torchrun, where a run that is started again finds its checkpoints") == 1
+    assert told.count("expected --out under torchrun, which finds the checkpoints there when it restarts") == 1
     told = ended(torchrun(tmp_path, *VAE, "--batch-size", "63", "--out", "run"), code=1)
     assert told.count("expected batch_size to be a multiple of the 2 processes, got 63") == 1
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,4 @@
-"""counterflow export: the one-pass direction of a trained model, for programs without Python."""
+"""counterflow export: write the one-pass direction of a trained model, for programs without Python."""
 
 from __future__ import annotations
 
@@ -6,39 +6,49 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
-from counterflow.commands import console
-from counterflow.commands.model import trained
-from counterflow.io.export import OUTPUTS, export, graph_of, largest_difference
+from counterflow.commands.options import optional
 
 TOLERANCE = 1e-5  # of a number, relative to 1 + the largest of its output
 
 
 @dataclass(frozen=True)
 class Export:
-    """Write the one-pass direction of a flow, or a part of a VAE, to an ONNX file or an archive of torch.export.
+    """Write a trained model to ONNX or to an archive of torch.export.
 
-    The file is then run on random input beside the model, ONNX by ONNX Runtime, and must give the same numbers.
+    The one-pass direction of a flow, or a part of a VAE, is written. The file is then run on random input beside the
+    model, an ONNX file by ONNX Runtime, and the results are compared.
     """
 
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """run folder of any command, or a .safetensors file"""
     path: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
-    """the file to write, which must be new: .onnx, or .pt2 for torch.export.load"""
-    direction: Literal["sample", "log_prob", "decode", "encode"] | None = None
-    """of a flow sample or log_prob, the one that is one pass when not given; of a VAE decode (the default) or encode"""
-    batch: int | None = None
-    """rows at each call; any number when not given"""
+    """new file to write: .onnx, or .pt2 for torch.export.load"""
+    direction: Annotated[
+        Literal["sample", "log_prob", "decode", "encode"] | None, optional("{sample,log_prob,decode,encode}")
+    ] = None
+    """of a flow, sample or log_prob, by default the one that takes one pass; of a VAE, decode (default) or encode"""
+    batch: Annotated[int | None, optional("INT")] = None
+    """fixed number of rows per call; by default any number"""
     double: bool = False
-    """keep float64, which ONNX Runtime knows in part; else the model is rounded to float32"""
+    """keep float64, which ONNX Runtime supports in part; by default the model is rounded to float32"""
     seed: int = 0
-    """of the random input"""
+    """seed of the random input"""
 
     def run(self) -> int:
-        """Write the file and compare; 1 where the numbers differ."""
-        model, _ = trained(self.run_folder)
+        """Write the file and compare; return the exit code, 1 if the results differ."""
+        from counterflow.commands.requirements import require_packages
+
+        if self.path.suffix == ".onnx":
+            require_packages("onnx", "onnxscript")
+        import torch
+
+        from counterflow.commands import console
+        from counterflow.commands.trained import load_trained
+        from counterflow.io.export import OUTPUTS, export, graph_of, largest_difference
+
+        model, _ = load_trained(self.run_folder)
         console.new_file(self.path)
         model = model if self.double else model.float()
         graph = graph_of(model, self.direction)
@@ -57,6 +67,8 @@ class Export:
             return 1
         console.say(f"largest difference to the model on random input: {difference:.1e}, relative to the largest value")
         if not difference <= TOLERANCE:
-            console.note(f"expected at most {TOLERANCE:g}; the file is kept, but is not the model")
+            console.note(
+                f"expected a difference of at most {TOLERANCE:g}; the file is kept, but differs from the model"
+            )
             return 1
         return 0

@@ -18,12 +18,11 @@ import torch
 from counterflow.commands.eight_schools import eight_schools
 from counterflow.commands.model_errors import errors_of_file
 from counterflow.commands.model_tool import Tool, find_tool
+from counterflow.commands.posterior import DEFAULT_MODEL
 from counterflow.posterior import targets
 from counterflow.posterior.targets.target import Target
 
 Data = Mapping[str, Any]
-
-DEFAULT_MODEL = "eight-schools"
 
 
 def load_target(model: str, data: Path | None, tool: Tool | None, dim: int | None) -> Target:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from counterflow.commands.bench.peers import OURS, PEERS
 from counterflow.commands.bench.report import Results, Table
 from counterflow.commands.bench.runner import DIRECTIONS, GROWTH_ROWS, Limits, Runner
 from counterflow.commands.bench.worker import MEASUREMENTS, Settings, Size
+from counterflow.commands.run_folder import FORMAT, new_run_folder
 from counterflow.io.json import write_json
 
-FORMAT = 1  # of the run folder
 SIZES = ("8/64/256", "64/512/256", "64/512/1024", "256/1024/256", "784/1024/100", "784/2048/256")
 GROWTH = (64, 128, 256, 512, 1024, 2048, 4096)
 QUICK_SIZES = ("8/64/64", "64/256/64")
@@ -45,10 +45,15 @@ def run(options: Bench) -> int:
     growth = sorted({*(options.growth or (QUICK_GROWTH if options.quick else GROWTH))})
     threads = torch.get_num_threads() if options.threads is None else options.threads
     _check(options, growth, threads)
-    folder = console.new_run(options.out, "bench")
-    config = {"format": FORMAT, "command": "bench", "version": __version__, **dataclasses.asdict(options)}
-    write_json(folder / "config.json", {**config, "threads": threads})
+    with ExitStack() as locks:
+        folder = new_run_folder(options.out, "bench", locks)
+        config = {"format": FORMAT, "command": "bench", "version": __version__, **dataclasses.asdict(options)}
+        write_json(folder / "config.json", {**config, "threads": threads})
+        _measure(options, sizes, growth, threads, folder)
+    return 0
 
+
+def _measure(options: Bench, sizes: Sequence[Size], growth: Sequence[int], threads: int, folder: Path) -> None:
     absent = not_installed(options.peers)
     for name, command in absent.items():
         console.note(f"{name} is not installed; to compare with it: {command}")
@@ -67,7 +72,6 @@ def run(options: Bench) -> int:
             runner.measure_first_calls(list(OURS))
         _save(folder, about, runner)
     _report(folder, about, runner)
-    return 0
 
 
 def _check(options: Bench, growth: Sequence[int], threads: int) -> None:

@@ -1,0 +1,77 @@
+"""Options that commands share, and the ways from a command line to config.json and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import tyro
+
+from counterflow.io.json import from_json
+
+Command = TypeVar("Command")
+
+FLAT = tyro.conf.arg(name="")  # the fields of a nested dataclass stand beside the options of the command
+
+
+def optional(metavar: str) -> Any:
+    """Show an option that is unset by default with this placeholder, and without "(default: None)"."""
+    return tyro.conf.arg(metavar=metavar, help_behavior_hint="")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """The folder that a run is written to."""
+
+    out: Annotated[Path | None, optional("FOLDER")] = None
+    """new folder for the run; by default runs/COMMAND-DATE-TIME"""
+    resume: Annotated[Path | None, optional("FOLDER")] = None
+    """folder of an interrupted run, which continues with its own options; give no other option"""
+    save_every: float = 60.0
+    """seconds between checkpoints, from which --resume continues"""
+
+    def __post_init__(self) -> None:
+        if not self.save_every >= 0:
+            raise ValueError(f"expected --save-every to be at least 0 seconds, got {self.save_every}")
+
+
+def run_folder_of(command: Any) -> RunFolder:
+    """Return the run folder options of a command that trains; every such command has them."""
+    options: RunFolder = command.folder
+    return options
+
+
+def given_options(command: Any) -> list[str]:
+    """Return the options of a command, except --resume, that differ from their defaults, as they are typed."""
+    defaults = type(command)(folder=RunFolder(resume=run_folder_of(command).resume))
+    return [name for name, value, default in _options(command, defaults) if value != default]
+
+
+def _options(values: Any, defaults: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield the name as it is typed, the value and the default of each option."""
+    hints = typing.get_type_hints(type(values), include_extras=True)
+    for field in dataclasses.fields(values):
+        value, default = (getattr(each, field.name) for each in (values, defaults))
+        metadata = getattr(hints[field.name], "__metadata__", ())
+        if dataclasses.is_dataclass(value):
+            yield from _options(value, default)
+        elif tyro.conf.Positional in metadata:
+            yield next(each.metavar for each in metadata if getattr(each, "metavar", None)).strip("[]"), value, default
+        else:
+            flag = field.name.replace("_", "-")
+            yield f"--no-{flag}" if value is False else f"--{flag}", value, default
+
+
+def from_config(like: Command, config: dict[str, Any], run: Path) -> Command:
+    """Build a command of the same type from the contents of a config.json.
+
+    Raises:
+        ValueError: config.json does not hold the options of this command.
+    """
+    names = {field.name for field in dataclasses.fields(typing.cast(Any, like))}
+    options = {name: value for name, value in config.items() if name in names}
+    command: Command = from_json(options, type(like), f"the options in {run / 'config.json'}")
+    return command

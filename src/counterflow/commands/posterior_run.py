@@ -1,0 +1,196 @@
+"""One run of `counterflow posterior`: read the model, fit it, write the draws and the verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from counterflow import posterior
+from counterflow.commands import console, posterior_plots
+from counterflow.commands.model_errors import errors_of_file
+from counterflow.commands.model_file import load_target
+from counterflow.commands.posterior import Posterior
+from counterflow.commands.posterior_plots import columns_of
+from counterflow.commands.run_folder import check_new, checkpoints, mark_done, metrics, resolve_run, running
+from counterflow.commands.signals import Stop
+from counterflow.io.atomic import atomic_write, check_room
+from counterflow.io.json import write_json
+from counterflow.posterior.targets.target import Target
+from counterflow.training.distributed import Workers
+from counterflow.training.history import Epoch
+
+MAX_PRINTED = 40  # rows of the printed table; summary.json holds all
+MAX_LISTED = 6  # parameters named before the fit
+
+
+def run(command: Posterior) -> int:
+    """Fit, write and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
+    options, resumed = resolve_run(command, "posterior")
+    if options.n < 1:
+        raise ValueError(f"expected -n to be at least 1, got {options.n}")
+    if resumed is None:
+        check_new(options.folder.out)
+    file = Path(options.model.rpartition(":")[0] or options.model)
+    with console.err.status("reading the model"):
+        target = load_target(options.model, options.data, options.tool, options.dim)
+        with errors_of_file(file):
+            target.initial(options.fit.starts, options.fit.seed)  # an error should come before there is a run folder
+    with running(options, resumed, "posterior") as (folder, stop):
+        console.note(f"{options.model}: {target.dim} dimensions ({_listed(target.parameters)}); run folder {folder}")
+        with errors_of_file(file):
+            fitted = _fit(options, target, folder, stop)
+        if Workers.current().rank:  # rank 0 writes and plots
+            return 0
+        _write(options, fitted, target, folder)
+        interrupted = fitted.stages[-1].stopped == "interrupted"
+        if not interrupted:
+            mark_done(folder)
+        _print(fitted, folder, interrupted)
+    return stop.code if interrupted else 0
+
+
+def _listed(names: tuple[str, ...]) -> str:
+    more = f" and {len(names) - MAX_LISTED} more" if len(names) > MAX_LISTED else ""
+    return ", ".join(names[:MAX_LISTED]) + more
+
+
+def _fit(options: Posterior, target: Target, folder: Path, stop: Stop) -> posterior.Posterior:
+    """Fit the posterior and show the progress."""
+    with _progress() as bar, metrics(folder) as write:
+        line = bar.add_task("starting points", total=None, elbo="...")
+        stages: list[posterior.Stage] = []
+
+        def on_step(task: str, done: int, total: int) -> None:
+            bar.update(line, description=task, completed=done, total=total)
+
+        def on_epoch(task: str, epoch: Epoch) -> None:
+            bar.update(line, elbo=f"{epoch.validation:.2f}")
+
+        def on_stage(stage: posterior.Stage) -> None:
+            stages.append(stage)
+            write(_finite({"stage": len(stages), **dataclasses.asdict(stage)}))
+            console.note(f"stage {len(stages)}: {_stage_line(stage)}")
+
+        return posterior.fit_posterior(
+            target,
+            options.fit,
+            on_stage=on_stage,
+            on_epoch=on_epoch,
+            on_step=stop.after_step(on_step),
+            checkpoints=checkpoints(folder, options.folder),
+        )
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("[bold]{task.description:<9}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(),
+        TextColumn("ELBO {task.fields[elbo]}"),
+        TimeElapsedColumn(),
+        console=console.err,
+        transient=True,
+        disable=not console.err.is_terminal,  # a log gets one line per stage
+    )
+
+
+def _stage_line(stage: posterior.Stage) -> str:
+    stopped = "" if stage.stopped == "finished" else f" ({stage.stopped})"
+    return (
+        f"{stage.steps} steps{stopped}, ELBO {stage.elbo:.2f}, k-hat {stage.k_hat:.2f}, "
+        f"{stage.verdict_samples:,} draws worth {stage.ess:,.0f}, {stage.seconds:.1f} s"
+    )
+
+
+def _write(options: Posterior, fitted: posterior.Posterior, target: Target, folder: Path) -> None:
+    """Write all results; summary.json comes last, as it marks the run as complete."""
+    torch.manual_seed(options.fit.seed)
+    fitted.save(folder)
+    data = fitted.to_arviz(options.n)
+    check_room(folder, 2 * _size(data) + (1 << 20))  # HDF5 ends the process if it cannot close a file
+    with atomic_write(folder / "posterior.nc") as path:
+        data.to_netcdf(str(path))
+    with atomic_write(folder / "draws.parquet") as path:
+        _write_parquet(path, data, fitted.values)
+    posterior_plots.plot_run(folder / "plots", fitted, target)
+    write_json(folder / "summary.json", _finite(_summary(fitted, options.model)))
+
+
+def _finite(value: Any) -> Any:
+    """Replace infinities and NaN, which JSON does not have, by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+def _size(data: Any) -> int:
+    """Return the bytes of all groups, for ArviZ before and after version 1."""
+    return int(data.nbytes if hasattr(data, "nbytes") else sum(data[group].nbytes for group in data.groups()))
+
+
+def _write_parquet(path: Path, data: Any, names: Iterable[str]) -> None:
+    """Write one row per draw and one column per number, named as in the summary."""
+    import pyarrow
+    import pyarrow.parquet
+
+    draws = ((name, np.asarray(data["posterior"][name])[0]) for name in names)
+    columns = {label: column for name, values in draws for label, column in columns_of(name, values)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+
+
+def _summary(fitted: posterior.Posterior, model: str) -> dict[str, Any]:
+    names = {"low": "5%", "high": "95%"}
+    return {
+        "model": model,
+        "verdict": fitted.sentence,
+        "trusted": fitted.trusted,
+        "k_hat": fitted.k_hat,
+        "ess": fitted.ess,
+        "samples": fitted.verdict.samples,
+        "elbo": fitted.elbo,
+        "elbo_error": fitted.verdict.elbo_error,
+        "iw_elbo": fitted.verdict.iw_elbo,
+        "missed": fitted.missed,
+        "seconds": round(fitted.seconds, 2),
+        "stages": len(fitted.stages),
+        "stopped": fitted.stages[-1].stopped,
+        "table": [
+            {"variable": name, **{names.get(key, key): value for key, value in row._asdict().items()}}
+            for name, row in fitted.summary().rows.items()
+        ],
+    }
+
+
+def _print(fitted: posterior.Posterior, folder: Path, interrupted: bool) -> None:
+    """Print the table and the verdict; a bad verdict goes to stderr too, unless both are the same terminal."""
+    console.out.print(_table(fitted.summary()))
+    if fitted.trusted or not (console.out.is_terminal and console.err.is_terminal):
+        console.say(fitted.sentence)
+    if not fitted.trusted:
+        console.note(f"counterflow: {fitted.sentence} The draws are those of the approximation, not corrected.")
+    if interrupted:
+        console.note(f"interrupted; this is the best stage so far; continue with --resume {folder}")
+    console.say(f"run folder: {folder}  (plots in {folder / 'plots'})")
+
+
+def _table(summary: posterior.Summary) -> Table:
+    table = Table()
+    for name in ("variable", "mean", "sd", "5%", "95%", "ESS"):
+        table.add_column(name, justify="left" if name == "variable" else "right", no_wrap=True)
+    rows = list(summary.rows.items())
+    for name, row in rows[:MAX_PRINTED]:
+        numbers = [f"{value:.4g}" for value in (row.mean, row.sd, row.low, row.high)]
+        table.add_row(name.replace("[", r"\["), *numbers, f"{row.ess:,.0f}")
+    if len(rows) > MAX_PRINTED:
+        table.caption = f"{MAX_PRINTED} of {len(rows)} numbers; summary.json holds all"
+    return table

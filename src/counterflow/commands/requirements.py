@@ -1,0 +1,41 @@
+"""Optional packages that the commands need, checked before any work."""
+
+from __future__ import annotations
+
+import warnings
+
+from counterflow.checks import require
+
+PACKAGES = {  # import name -> the extra that installs it, and its purpose
+    "arviz": ("posterior", "diagnostics and posterior.nc"),
+    "matplotlib": ("plots", "plots"),
+    "onnx": ("export", "ONNX files"),
+    "onnxscript": ("export", "ONNX files"),
+    "PIL": ("data", "images"),
+    "pyarrow": ("data", "tables"),
+    "sklearn": ("data", "density estimation and bundled data"),
+}
+
+
+def require_packages(*modules: str) -> None:
+    """Import optional packages, or raise one error about all of those that are missing.
+
+    Raises:
+        ImportError: at least one package does not import.
+
+    Example:
+        >>> require_packages("matplotlib", "pyarrow")
+    """
+    problems = []
+    extras = []
+    for module in modules:
+        extra, purpose = PACKAGES[module]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # ArviZ announces its next version on import
+                require(module, extra, purpose)
+        except ImportError as error:
+            problems.append(str(error).partition("; pip install")[0])
+            extras.append(extra)
+    if problems:
+        raise ImportError(f"{'; '.join(problems)}; pip install 'counterflow[{','.join(dict.fromkeys(extras))}]'")
