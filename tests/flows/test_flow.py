@@ -2,6 +2,7 @@
 
 from copy import deepcopy
 
+import numpy
 import pytest
 import torch
 from registry import FLOWS, close, inputs, over, stir
@@ -231,3 +232,62 @@ def test_repr_names_sizes_and_which_direction_is_solved():
         parameters = sum(p.numel() for p in flow.parameters())
         assert f"Flow(features=3, context={flow.context}, parameters={parameters:,})" in text
         assert f"  sample    {sample}\n  log_prob  {log_prob}\n" in text
+
+
+@over(["IAF", "IAF context", "kernels"])
+def test_a_number_of_samples_is_a_shape(name):
+    flow, c = flow_and_context(name, 4)
+    q = flow(c)
+    assert torch.equal(again(q.sample, 5), again(q.sample, (5,)))
+    assert torch.equal(again(q.rsample, 5), again(q.rsample, (5,)))
+    for method in (q.rsample_and_log_prob, q.rsample_and_path_log_prob):
+        for came, expected in zip(again(method, 5), again(method, (5,)), strict=True):
+            assert torch.equal(came, expected)
+    assert q.sample(numpy.int64(3)).shape == (3, *q.batch_shape, 3)
+    mixture = cf.flows.FlowMixture([flow, flow])(c)
+    assert torch.equal(again(mixture.sample, 5), again(mixture.sample, (5,)))
+
+
+def test_a_number_of_samples_by_feature_is_a_shape():
+    q = FLOWS["IAF"]()()
+    for came, expected in zip(
+        again(q.rsample_and_log_prob_by_feature, 5), again(q.rsample_and_log_prob_by_feature, (5,)), strict=True
+    ):
+        assert torch.equal(came, expected)
+
+
+@over(["log_prob", "sample", "rsample", "rsample_and_log_prob"])
+def test_methods_of_the_distribution_are_refused_on_the_flow_with_a_hint(name):
+    flow = FLOWS["MAF"]()
+    for module in (flow, cf.flows.FlowMixture([flow])):
+        assert not hasattr(module, name)
+        with pytest.raises(AttributeError, match=rf"use flow\(\)\.{name}\(\.\.\.\), or flow\(c\)\.{name}"):
+            getattr(module, name)
+    with pytest.raises(AttributeError, match="no attribute 'log_probs'"):
+        flow.log_probs  # noqa: B018
+
+
+def test_the_context_has_a_name():
+    flow, c = flow_and_context("IAF context", 4)
+    assert torch.equal(again(flow(context=c).sample), again(flow(c).sample))
+    mixture = cf.flows.FlowMixture([flow])
+    assert torch.equal(again(mixture(context=c).sample), again(mixture(c).sample))
+
+
+def test_arrays_are_refused_with_the_conversion():
+    with pytest.raises(
+        TypeError, match=r"value to be a floating-point tensor, got ndarray; convert it with torch\.as_"
+    ):
+        FLOWS["MAF"]()().log_prob(numpy.zeros((4, 3)))
+
+
+class Named(cf.flows.FlowDistribution):
+    """A subclass without a constructor of its own."""
+
+
+def test_expand_keeps_the_subclass_and_the_validation():
+    q = cf.MAF(3, layers=1, hidden=(4,))()
+    named = Named(q.base, q.transform, None, validate_args=False).expand((2,))
+    assert type(named) is Named and named.batch_shape == (2,) and not named._validate_args
+    mixture = cf.flows.FlowMixture([FLOWS["MAF"](), FLOWS["NSF"]()])().expand((2,))
+    assert mixture.batch_shape == (2,) and mixture.sample((5,)).shape == (5, 2, 3)

@@ -63,7 +63,7 @@ def test_marginals_take_repeated_values_and_features_of_few_knots():
         (lambda: cf.bases.KernelMixture(2, torch.zeros(4, 3)), r"points of shape \(N, 2\), got \(4, 3\)"),
         (lambda: cf.bases.KernelMixture(2, 4, width=0.0), "got width=0.0 and share=0.3"),
         (lambda: cf.bases.KernelMixture(2, 4, share=1.0), "got width=0.3 and share=1.0"),
-        (lambda: cf.flows.FlowMixture([]), r"one number of features and context, got \[\]"),
+        (lambda: cf.flows.FlowMixture([]), r"expected flows of one \(features, context\), got \[\]"),
         (lambda: cf.flows.FlowMixture([cf.MAF(2, layers=1), cf.MAF(3, layers=1)]), r"got \[\(2, 0\), \(3, 0\)\]"),
         (lambda: cf.Flow(kernels(2), cf.IAF(2).transform)().rsample_and_log_prob_by_feature(), "independent features"),
     ],
@@ -85,7 +85,7 @@ def test_kernels_are_the_mixture_that_their_formula_says():
 def test_kernels_are_scored_in_blocks_as_in_one(monkeypatch):
     base, z = kernels(3), torch.randn(4, 5, 3, generator=torch.Generator().manual_seed(3))
     whole = base().log_prob(z)
-    monkeypatch.setattr("counterflow.flows.bases.PAIRS", 7)
+    monkeypatch.setattr("counterflow.flows.bases.MAX_PAIRS", 7)
     close(base().log_prob(z), whole, 1e-7)
     assert base().log_prob(z[:0]).shape == (0, 5)
 
@@ -165,7 +165,7 @@ def test_kernels_of_a_conditional_flow_see_rows_through_their_context():
 
 def test_kernels_are_refused_where_they_have_no_meaning():
     start = cf.Flow(kernels(2), cf.Permute([1, 0]))
-    with pytest.raises(ValueError, match="starts from StandardNormal, got KernelMixture"):
+    with pytest.raises(ValueError, match="with a StandardNormal base, got KernelMixture"):
         cf.flows.with_kernel_base(start, torch.zeros(3, 2), torch.zeros(3, 2))
     start = cf.Flow(cf.bases.StandardNormal(2), cf.Permute([1, 0]))
     with pytest.raises(ValueError, match="at least one row in the validation rows, got none"):

@@ -271,7 +271,7 @@ ERRORS = {
     "no such order": (
         lambda: cf.MAF(3, order="backwards"),
         ValueError,
-        r"expected order as one of reversed, random, same, got 'backwards'",
+        r"expected order to be one of reversed, random, same, got 'backwards'",
     ),
 } | {
     f"{make.__name__} without {name}": (

@@ -1,4 +1,4 @@
-"""Base distributions."""
+"""Base distributions of flows."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ from counterflow.checks import positive
 
 
 class Base(nn.Module, ABC):
-    """The simple distribution that a flow starts from; called with a context, a torch distribution over (D,)."""
+    """Base distribution of a flow; called with a context, it returns a torch distribution with event shape (D,).
+
+    Attributes:
+        features: D.
+        context: C, the size of the context; 0 for a distribution that does not depend on it.
+    """
 
     features: int
     context: int = 0
 
     @abstractmethod
     def forward(self, c: Tensor | None = None) -> Distribution:
-        """The distribution for context c (..., C), of batch shape (...)."""
+        """Return the distribution for a context c (..., C), of batch shape (...), or for None."""
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {"features": self.features}
 
 
@@ -35,7 +40,10 @@ def _normal(mean: Tensor, std: Tensor) -> Distribution:
 
 
 class StandardNormal(Base):
-    """D independent normals of mean 0 and standard deviation 1.
+    """Standard normal N(0, I) in D dimensions.
+
+    Args:
+        features: D.
 
     Example:
         >>> import counterflow as cf
@@ -53,24 +61,30 @@ class StandardNormal(Base):
         self.register_buffer("std", torch.ones(features), persistent=False)
 
     def forward(self, c: Tensor | None = None) -> Distribution:
-        """The same for every context."""
+        """Return the distribution, the same for every context."""
         return _normal(self.mean, self.std)
 
     def extra_repr(self) -> str:
-        """The size."""
+        """Return the number of features."""
         return f"features={self.features}"
 
 
 class StudentT(Base):
-    """D independent Student t variables of location 0 and scale 1, whose degrees of freedom are trained: df = 1 / u.
+    """D independent Student t variables of location 0 and scale 1 with trained degrees of freedom.
 
-        u = 1 / max_df + exp(a - 4)
+        df = 1 / (1 / max_df + exp(a - 4))
 
-    a starts at 0 and is free for each feature; no feature gets lighter tails than `max_df` degrees of freedom have. A
-    flow of affine maps keeps the tails of its base, and importance weights are bounded only where those of the
-    approximation are no lighter than the target's.
+    a is trained for each feature and starts at 0. A flow of affine maps keeps the tails of its base, and importance
+    weights are bounded only if the tails of the approximation are no lighter than those of the target.
 
-    Source: Jaini et al. 2020, "Tails of Lipschitz Triangular Flows", for what a flow can do to the tails of its base.
+    Args:
+        features: D.
+        max_df: upper limit of the degrees of freedom, and so the lightest tails.
+
+    Raises:
+        ValueError: max_df is not positive and finite.
+
+    Source: Jaini et al. 2020, "Tails of Lipschitz Triangular Flows", for the effect of a flow on the tails.
 
     Example:
         >>> import counterflow as cf
@@ -89,17 +103,17 @@ class StudentT(Base):
 
     @property
     def df(self) -> Tensor:
-        """The degrees of freedom (D,)."""
+        """Degrees of freedom (D,)."""
         return 1 / (1 / self.max_df + torch.exp(self.a - 4))
 
     def forward(self, c: Tensor | None = None) -> Distribution:
-        """The same for every context."""
+        """Return the distribution, the same for every context."""
         zero = torch.zeros_like(self.a)
         each = StudentTDistribution(self.df, zero, zero + 1, validate_args=False)
         return Independent(each, 1, validate_args=False)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {"features": self.features, "max_df": self.max_df}
 
     def __repr__(self) -> str:
@@ -107,11 +121,15 @@ class StudentT(Base):
 
 
 class DiagonalNormal(Base):
-    """D independent normals whose means and scales depend on the context: (mean, a) = W c + b.
+    """D independent normals whose means and standard deviations are linear in the context, up to a clip.
 
-        std = exp(s),    s = bound * tanh(a / bound),    bound = 7
+        (mean, a) = W c + b,    std = exp(bound * tanh(a / bound)),    bound = 7
 
-    Without a context mean and a are D trained numbers each. b starts at 0.
+    b starts at 0. Without a context, mean and a are D trained numbers each, which start at 0.
+
+    Args:
+        features: D.
+        context: C; 0 for no context.
 
     Example:
         >>> import torch, counterflow as cf
@@ -131,39 +149,42 @@ class DiagonalNormal(Base):
             nn.init.zeros_(self.linear.bias)
 
     def forward(self, c: Tensor | None = None) -> Distribution:
-        """The distribution for each context."""
+        """Return the distribution for each context."""
         both = self.constant if self.linear is None else self.linear(c)
-        # One of the two is always there; under autocast the linear map gives a lower precision.
+        # One of the two is not None. Under autocast the linear map lowers the precision.
         mean, a = (both if c is None else both.to(c.dtype)).chunk(2, -1)  # type: ignore[union-attr]
         return _normal(mean, torch.exp(self.bound * torch.tanh(a / self.bound)))
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {"features": self.features, "context": self.context}
 
     def __repr__(self) -> str:
         return f"DiagonalNormal(features={self.features}, context={self.context})"
 
 
-PAIRS = 1 << 22  # of a row and a point that are held at a time
+MAX_PAIRS = 1 << 22  # largest number of (row, point) pairs whose distances are held in memory at a time
 
 
 class KernelMixture(Base):
-    """A standard normal and a Gaussian kernel at each of N points: it knows what the flow left over.
+    """Mixture of a standard normal and a Gaussian kernel at each of N points.
 
         q_0(z) = (1 - share) N(z; 0, I) + share / N sum_n N(z; point_n, width^2 I)
 
-    With the points at which a trained flow puts its training rows, this is a kernel density estimate with the flow as
-    its start: of rows that come nearly twice, of clusters too small for a network. points (N, D), width and share are
-    buffers: saved, not trained. Scoring B rows takes N D B multiplications, a block of rows at a time.
+    If the points are the base-space images of the training rows under a trained flow, this is a kernel density estimate
+    on top of the flow: it covers rows that occur nearly twice, and clusters too small for a network. Points, width and
+    share are saved with the flow and never trained. Scoring B rows takes N D B multiplications.
 
     Args:
         features: D.
-        points: the points (N, D), or N alone, and all points 0.
-        width: the standard deviation of each kernel.
-        share: of the kernels, from 0 to 1, neither included.
+        points: (N, D), or only the number N, for points that are loaded later and 0 until then.
+        width: standard deviation of each kernel.
+        share: total weight of the kernels, in (0, 1).
 
-    Source: Hjort and Glad 1995, "Nonparametric density estimation with a parametric start", for the idea of the start.
+    Raises:
+        ValueError: points of a wrong shape, a width that is not positive, or a share outside (0, 1).
+
+    Source: Hjort and Glad 1995, "Nonparametric density estimation with a parametric start".
 
     Example:
         >>> import torch, counterflow as cf
@@ -190,59 +211,59 @@ class KernelMixture(Base):
         self.register_buffer("share", torch.tensor(float(share), dtype=points.dtype))
 
     def forward(self, c: Tensor | None = None) -> Distribution:
-        """The same for every context."""
-        return _Kernels(self.points, self.width, self.share)
+        """Return the distribution, the same for every context."""
+        return _KernelDistribution(self.points, self.width, self.share)
 
     def standardized(self, z: Tensor) -> Tensor:
-        """z (B, D) less the centre of the part that it came from, in that part's deviations: N(0, I) if z is from q_0.
+        """Return residuals (B, D) of z (B, D), which are N(0, I) if z is from q_0.
 
-        The part is drawn in proportion to its density at z.
+        residual = (z - centre) / std of one component, drawn in proportion to its density at z
         """
         N, D = self.points.shape
-        parts = []
-        for rows in z.split(max(1, PAIRS // N)):
-            near = torch.cdist(rows, self.points, compute_mode="donot_use_mm_for_euclid_dist") / self.width
-            kernels = torch.log(self.share / N) - D * self.width.log() - near.square() / 2
+        residuals = []
+        for rows in z.split(max(1, MAX_PAIRS // N)):
+            distances = torch.cdist(rows, self.points, compute_mode="donot_use_mm_for_euclid_dist") / self.width
+            kernels = torch.log(self.share / N) - D * self.width.log() - distances.square() / 2
             normal = torch.log1p(-self.share) - rows.square().sum(-1, keepdim=True) / 2
-            picked = torch.distributions.Categorical(logits=torch.cat([kernels, normal], 1)).sample()
-            centre = self.points[picked.clamp_max(N - 1)]
-            parts.append(torch.where((picked == N)[:, None], rows, (rows - centre) / self.width))
-        return torch.cat(parts)
+            drawn = torch.distributions.Categorical(logits=torch.cat([kernels, normal], 1)).sample()
+            centre = self.points[drawn.clamp_max(N - 1)]
+            residuals.append(torch.where((drawn == N)[:, None], rows, (rows - centre) / self.width))
+        return torch.cat(residuals)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments; the numbers themselves are among the weights."""
+        """Return the constructor's arguments, with the number of points; the points are saved among the weights."""
         return {"features": self.features, "points": len(self.points)}
 
     def extra_repr(self) -> str:
-        """The sizes."""
+        """Return the numbers of features and points."""
         return f"features={self.features}, points={len(self.points)}"
 
 
-class _Kernels(Distribution):
-    """The distribution of `KernelMixture`."""
+class _KernelDistribution(Distribution):
+    """Distribution of a `KernelMixture`."""
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  # torch's own convention
     support = constraints.real_vector
-    has_rsample = False  # which part a draw comes from is a choice
+    has_rsample = False  # the choice of a component has no gradient
 
     def __init__(self, points: Tensor, width: Tensor, share: Tensor, batch_shape: Size = Size()) -> None:  # noqa: B008
         self.points, self.width, self.share = points, width, share
         super().__init__(batch_shape, points.shape[-1:], validate_args=False)
 
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> _Kernels:
-        return _Kernels(self.points, self.width, self.share, Size(batch_shape))
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> _KernelDistribution:
+        return _KernelDistribution(self.points, self.width, self.share, Size(batch_shape))
 
     def log_prob(self, value: Tensor) -> Tensor:
         N, D = self.points.shape
-        rows = value.reshape(-1, D).split(max(1, PAIRS // N))
-        near = torch.cat([self._log_kernels(part) for part in rows]).reshape(value.shape[:-1])
+        rows = value.reshape(-1, D).split(max(1, MAX_PAIRS // N))
+        kernels = torch.cat([self._log_kernels(part) for part in rows]).reshape(value.shape[:-1])
         normal = -value.square().sum(-1) / 2 - D / 2 * math.log(2 * math.pi)
-        return torch.logaddexp(torch.log1p(-self.share) + normal, self.share.log() + near)
+        return torch.logaddexp(torch.log1p(-self.share) + normal, self.share.log() + kernels)
 
     def _log_kernels(self, rows: Tensor) -> Tensor:
-        """The log density of the kernels alone, (B, D) -> (B,)."""
+        """Return the log density (B,) of the mixture of the kernels, without the normal, at rows (B, D)."""
         N, D = self.points.shape
-        # The differences themselves: squares that are multiplied out lose the digits of near points.
+        # Distances from differences: expanding the square would lose all digits for close points.
         distance = torch.cdist(rows, self.points, compute_mode="donot_use_mm_for_euclid_dist") / self.width
         scale = math.log(N) + D * self.width.log() + D / 2 * math.log(2 * math.pi)
         return torch.logsumexp(-distance.square() / 2, -1) - scale
@@ -250,6 +271,6 @@ class _Kernels(Distribution):
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         shape = Size(sample_shape) + self.batch_shape
         eps = torch.randn(*shape, self.event_shape[0], dtype=self.points.dtype, device=self.points.device)
-        picked = self.points[torch.randint(len(self.points), shape, device=eps.device)]
-        kernel = torch.rand(shape, device=eps.device) < self.share
-        return torch.where(kernel[..., None], picked + self.width * eps, eps)
+        centres = self.points[torch.randint(len(self.points), shape, device=eps.device)]
+        from_kernel = torch.rand(shape, device=eps.device) < self.share
+        return torch.where(from_kernel[..., None], centres + self.width * eps, eps)

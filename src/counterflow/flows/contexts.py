@@ -1,4 +1,4 @@
-"""Contexts for draws from a conditional flow."""
+"""Contexts at which a conditional flow is sampled."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from torch import Tensor
 from counterflow.checks import check_finite
 from counterflow.flows.flow import Flow
 
-Contexts = Tensor | Callable[[int], Tensor]  # (N, C) rows to pick from, or n -> (n, C)
+Contexts = Tensor | Callable[[int], Tensor]  # rows (N, C) to choose from, or a function n -> (n, C)
 
 
 def contexts_of(teacher: Flow, contexts: Contexts | None) -> Callable[[int], Tensor | None]:
-    """N -> (n, C) on the teacher's device, or None for a teacher without a context."""
+    """Return a function that draws n contexts (n, C), or None for a teacher without a context.
+
+    Args:
+        teacher: the conditional flow.
+        contexts: rows, of which each draw takes random ones, or a function that draws them; None without a context.
+
+    Raises:
+        ValueError: contexts that are missing, not expected, of a wrong shape or not finite.
+    """
     if (contexts is None) != (teacher.context == 0):
         wanted = f"contexts (N, {teacher.context})" if teacher.context else "no contexts"
         came = "none" if contexts is None else "some"
@@ -26,10 +34,10 @@ def contexts_of(teacher: Flow, contexts: Contexts | None) -> Callable[[int], Ten
         _check(contexts, teacher)
         rows = contexts
         return lambda n: rows[torch.randint(len(rows), (n,))]
-    drawn = contexts
+    draw_rows = contexts
 
     def draw(n: int) -> Tensor:
-        c = drawn(n)
+        c = draw_rows(n)
         _check(c, teacher, n)
         return c
 
@@ -45,7 +53,7 @@ def _check(c: Tensor, teacher: Flow, rows: int | None = None) -> None:
 def draw_contexts(
     draw: Callable[[int], Tensor | None], n: int, device: torch.device
 ) -> tuple[Tensor | None, tuple[int, ...]]:
-    """Contexts of n draws on the device, and the sample shape that makes n draws with them."""
+    """Return contexts (n, C) on the device, or None, and the sample shape with which a flow then draws n rows."""
     c = draw(n)
     return (None, (n,)) if c is None else (c.to(device), ())
 

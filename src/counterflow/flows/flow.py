@@ -1,10 +1,11 @@
-"""Flow: a base distribution and a transform. Called with a context, it is a torch distribution."""
+"""Flow: a base distribution and a transform; called with a context, it returns a torch distribution."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Size, Tensor, nn
@@ -13,11 +14,27 @@ from torch.distributions import Distribution, Independent, constraints
 from counterflow.flows.bases import Base
 from counterflow.transforms.base import Cost, Transform, check_context, prepare
 
+# Methods of the distribution that are not methods of the flow, and are often looked for there.
+DISTRIBUTION_METHODS = frozenset({"log_prob", "sample", "rsample", "rsample_and_log_prob"})
+SampleShape = int | Sequence[int]  # n, or a shape S
+
+
+def as_size(sample_shape: SampleShape) -> Size:
+    """Return the shape of a sample_shape argument; n stands for (n,)."""
+    return Size((int(sample_shape),)) if isinstance(sample_shape, Integral) else Size(sample_shape)  # type: ignore[arg-type]
+
 
 class FlowDistribution(Distribution):
-    """The distribution of z = f(eps; c), eps from the base: log q(z) = log q_0(eps) - log|det df/deps|.
+    """Distribution of z = f(eps; c) with eps from the base: log q(z) = log q_0(eps) - log|det df/deps|.
 
-    A torch distribution: batch_shape is the context's (...), event_shape (D,). There is no closed mean or entropy.
+    It is a torch distribution whose batch_shape is that of the context, (...), and whose event_shape is (D,). Mean and
+    entropy have no closed form. sample(100) means sample((100,)), also for the other methods that draw.
+
+    Args:
+        base: distribution of eps, with event shape (D,).
+        transform: f.
+        context: c, (..., C), or None.
+        validate_args: False to skip the checks of `log_prob`; torch's own default when not given.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  # torch's own convention
@@ -25,23 +42,31 @@ class FlowDistribution(Distribution):
     has_rsample = True
 
     def __init__(
-        self, base: Distribution, transform: Transform, c: Tensor | None, validate_args: bool | None = None
+        self, base: Distribution, transform: Transform, context: Tensor | None, validate_args: bool | None = None
     ) -> None:
-        self.base, self.transform, self.context = base, transform, c
+        self.base = base
+        self.transform = transform
+        self.context = context
         super().__init__(base.batch_shape, base.event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
-        """The same distribution with a larger batch shape."""
-        c = None if self.context is None else self.context.expand(*batch_shape, self.context.shape[-1])
-        return FlowDistribution(self.base.expand(Size(batch_shape)), self.transform, c, self._validate_args)
+        """Return the same distribution, of the same class, with a larger batch shape."""
+        new: FlowDistribution = self._get_checked_instance(FlowDistribution, _instance)
+        new.base = self.base.expand(Size(batch_shape))
+        new.transform = self.transform
+        new.context = None if self.context is None else self.context.expand(*batch_shape, self.context.shape[-1])
+        Distribution.__init__(new, new.base.batch_shape, new.base.event_shape, validate_args=False)
+        new._validate_args = self._validate_args
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q(value) in nats: (..., D) -> (...).
+        """Return log q(value) in nats, (...), for value (..., D).
 
-        It is finite or -inf, never NaN, for finite numbers and weights: what overflows on its way to the base ends
-        where the base has no density. Without validation (validate_args=False) it may be NaN there.
+        With finite values and weights it is finite or -inf, never NaN: a value that overflows on its way to the base
+        has density 0. With validate_args=False it may be NaN there.
 
         Raises:
+            TypeError: value is not a floating-point tensor.
             ValueError: a wrong number of features, a batch shape that does not broadcast, or a NaN.
         """
         value = prepare(self.transform, value, self.context, "value", "flow")
@@ -49,63 +74,67 @@ class FlowDistribution(Distribution):
             self._validate_sample(value)
         eps, log_det = self.transform.inverse(value, self.context)
         log_q = self._log_base(eps) + log_det
-        if self._validate_args and log_q.isnan().any() and self._is_sound():
-            numbers = True if self.context is None else self.context.isfinite().all(-1)
-            log_q = log_q.masked_fill(log_q.isnan() & numbers, -math.inf)
+        if self._validate_args and log_q.isnan().any() and self._has_finite_weights():
+            finite = True if self.context is None else self.context.isfinite().all(-1)
+            log_q = log_q.masked_fill(log_q.isnan() & finite, -math.inf)
         return log_q
 
-    def _is_sound(self) -> bool:
-        """Whether the weights are finite, so that a NaN is made of infinities: of sums and scales that overflowed."""
+    def _has_finite_weights(self) -> bool:
+        """Return True if all weights are finite; a NaN of the transform is then the result of an overflow."""
         return all(bool(p.isfinite().all()) for p in self.transform.parameters())
 
     def _log_base(self, eps: Tensor) -> Tensor:
-        """log q_0, (...); Independent's own sum does not take empty batches."""
+        """Return log q_0(eps), (...); the sum of torch's Independent fails for empty batches."""
         if isinstance(self.base, Independent):
             return self.base.base_dist.log_prob(eps).sum(-1)
         return self.base.log_prob(eps)
 
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples (S..., B..., D) through which gradients flow."""
-        return self.transform(self._start(sample_shape), self.context)[0]
+    def rsample(self, sample_shape: SampleShape = ()) -> Tensor:
+        """Return samples (S..., B..., D) that are differentiable in the weights and the context."""
+        return self.transform(self._sample_base(sample_shape), self.context)[0]
 
-    def _start(self, sample_shape: Sequence[int]) -> Tensor:
-        """eps from the base, through which gradients flow where it has any."""
-        size = Size(sample_shape)
+    def _sample_base(self, sample_shape: SampleShape) -> Tensor:
+        """Return eps from the base, differentiable if the base supports it."""
+        size = as_size(sample_shape)
         return self.base.rsample(size) if self.base.has_rsample else self.base.sample(size)
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples (S..., B..., D) without gradients."""
+    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
+        """Return samples (S..., B..., D) without gradients."""
         with torch.no_grad():
             return self.rsample(sample_shape)
 
-    def rsample_and_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Samples z (S..., B..., D) and log q(z), from one run through the layers."""
-        eps = self._start(sample_shape)
+    def rsample_and_log_prob(self, sample_shape: SampleShape = ()) -> tuple[Tensor, Tensor]:
+        """Return samples z (S..., B..., D) and log q(z) (S..., B...), from a single pass through the layers."""
+        eps = self._sample_base(sample_shape)
         z, log_det = self.transform(eps, self.context)
         return z, self._log_base(eps) - log_det
 
-    def rsample_and_log_prob_by_feature(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Samples z, and log q(z) as a sum of one term for each feature of z, both (S..., B..., D).
+    def rsample_and_log_prob_by_feature(self, sample_shape: SampleShape = ()) -> tuple[Tensor, Tensor]:
+        """Return samples z, and log q(z) split into one term per feature of z, both (S..., B..., D).
 
-        The term of a feature is the base's log density where it started less the log-slopes on its way. For a
-        diagonal Gaussian it is the feature's own log density. Permutations move the terms along.
+        The term of a feature is the log density of its eps under the base, minus the log-slopes of the layers. For a
+        diagonal Gaussian it is the log density of the feature. Permutations move the terms along with the features.
+
+        Raises:
+            TypeError: the features of the base are not independent, or a transform has no terms per feature.
         """
         if not isinstance(self.base, Independent):
             raise TypeError(f"expected a base of independent features, got {type(self.base).__name__}")
-        eps = self.base.rsample(Size(sample_shape))
-        # The base's terms travel with their features as well: what is carried is log_det - log q_0.
+        eps = self.base.rsample(as_size(sample_shape))
+        # The terms of the base move along with the features as well, so log_det - log q_0 is carried.
         z, total = self.transform.forward_by_feature(eps, -self.base.base_dist.log_prob(eps), self.context)
         return z, -total
 
-    def rsample_and_path_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        """Samples z and log q(z), whose gradient takes the path through z alone (sticking the landing).
+    def rsample_and_path_log_prob(self, sample_shape: SampleShape = ()) -> tuple[Tensor, Tensor]:
+        """Return samples z and log q(z), whose gradient is the path derivative (sticking the landing).
 
-        The value of the second is log q(z); its gradient is (d log q / dz) dz/dphi, without the score
-        d log q / dphi at fixed z, whose mean is zero. d log q / dz comes from one back substitution a layer.
+        The gradient is (d log q / dz) dz/dphi, without the score d log q / dphi at fixed z, whose mean is zero.
+        d log q / dz is computed by one back substitution per layer.
 
-        Source: Roeder et al. 2017, "Sticking the Landing"; Vaitl et al. 2024, as in `Transform.push_score`.
+        Source: Roeder et al. 2017, "Sticking the Landing"; Vaitl et al. 2024, "Fast and unified path gradient
+        estimators for normalizing flows".
         """
-        eps = self._start(sample_shape)
+        eps = self._sample_base(sample_shape)
         with torch.enable_grad():
             leaf = eps.detach().requires_grad_()
             log_base = self._log_base(leaf)
@@ -117,15 +146,25 @@ class FlowDistribution(Distribution):
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
 
 
+def call_first(module: nn.Module, name: str) -> AttributeError:
+    """Return the error for a method of the distribution that is looked for on the flow itself."""
+    return AttributeError(
+        f"expected a call that returns the distribution first: use flow().{name}(...), or flow(c).{name}(...) with a "
+        f"context; a {type(module).__name__} has no {name}"
+    )
+
+
 class Flow(nn.Module):
-    """A normalizing flow: z = f(eps; c) with eps from the base. Called with a context it returns q(z | c).
+    """Normalizing flow z = f(eps; c) with eps from the base; called with a context, it returns q(z | c).
+
+    flow(c) and flow(context=c) are the same; a flow without a context is called as flow().
 
     Args:
-        base: where eps comes from.
+        base: distribution of eps.
         transform: f, from eps to z.
 
     Raises:
-        ValueError: base and transform disagree on features or context; a context that is missing or not wanted.
+        ValueError: base and transform disagree on features or context.
 
     Example:
         >>> import torch, counterflow as cf
@@ -144,35 +183,53 @@ class Flow(nn.Module):
                 f"expected base and transform that agree, got features={base.features}, context={base.context} "
                 f"and features={transform.features}, context={transform.context}"
             )
-        self.base, self.transform = base, transform
+        self.base = base
+        self.transform = transform
         self.features = base.features
         self.context = contexts.pop() if contexts else 0
 
-    def forward(self, c: Tensor | None = None) -> FlowDistribution:
-        """The distribution q(z | c), c (..., C) or None."""
-        check_context(c, self.context, "flow")
-        base = self.base(c if self.base.context else None)
-        if c is not None:
-            base = base.expand(c.shape[:-1])
-        return FlowDistribution(base, self.transform, c if self.transform.context else None)
+    if TYPE_CHECKING:  # the call of a torch module returns Any otherwise
+
+        def __call__(self, context: Tensor | None = None) -> FlowDistribution: ...
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DISTRIBUTION_METHODS:
+            raise call_first(self, name)
+        return super().__getattr__(name)
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """Return the distribution q(z | c).
+
+        Args:
+            context: c, (..., C), or None for a flow without a context.
+
+        Raises:
+            TypeError: the context is not a floating-point tensor.
+            ValueError: a context that is missing, not expected or of a wrong shape.
+        """
+        check_context(context, self.context, "flow")
+        base = self.base(context if self.base.context else None)
+        if context is not None:
+            base = base.expand(context.shape[:-1])
+        return FlowDistribution(base, self.transform, context if self.transform.context else None)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {"base": self.base, "transform": self.transform}
 
     def __repr__(self) -> str:
         parameters = sum(p.numel() for p in self.parameters())
         lines = [
             f"Flow(features={self.features}, context={self.context}, parameters={parameters:,})",
-            f"  sample    {_in_words(self.transform.forward_cost)}",
-            f"  log_prob  {_in_words(self.transform.inverse_cost)}",
+            f"  sample    {_describe(self.transform.forward_cost)}",
+            f"  log_prob  {_describe(self.transform.inverse_cost)}",
             f"  base      {self.base!r}",
             f"  transform {self.transform!r}".replace("\n", "\n  "),
         ]
         return "\n".join(lines)
 
 
-def _in_words(cost: Cost) -> str:
+def _describe(cost: Cost) -> str:
     return {
         "one pass": "one pass",
         "forward substitution": "forward substitution: solved exactly, about the work of one pass",

@@ -1,4 +1,4 @@
-"""Kernels at the rows that a flow was trained on, as wide and of such a share as validates best."""
+"""Kernel density estimate in the base space of a trained flow."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from counterflow.checks import check_finite
-from counterflow.flows.bases import PAIRS, KernelMixture, StandardNormal
+from counterflow.flows.bases import MAX_PAIRS, KernelMixture, StandardNormal
 from counterflow.flows.flow import Flow
 
-WIDTHS = (0.03, 0.05, 0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)  # 1 is as wide as the base itself
-SHARES = (0.001, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # the first leaves the flow as it is, in effect
+WIDTHS = (0.03, 0.05, 0.08, 0.12, 0.17, 0.25, 0.35, 0.5, 0.7, 1.0)  # candidate widths; 1 is as wide as the base
+SHARES = (0.001, 0.03, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # candidate shares; 0.001 hardly changes the flow
 
-Rows = Tensor | tuple[Tensor, Tensor]  # x (N, D), or (x, c)
+Rows = Tensor | tuple[Tensor, Tensor]  # x (N, D), or (x, c) with contexts c (N, C)
 
 
 @torch.no_grad()
@@ -28,27 +28,31 @@ def with_kernel_base(
     shares: Sequence[float] = SHARES,
     max_points: int = 20_000,
 ) -> Flow:
-    """The trained flow with a `KernelMixture` for its base, whose points are the training rows seen through the flow.
+    """Replace the base of a trained flow by a `KernelMixture` at the base-space images of its training rows.
 
         q(x) = |det dz/dx| ((1 - share) N(z; 0, I) + share / N sum_n N(z; z_n, width^2 I)),    z = f^-1(x)
 
-    Of all pairs of a width and a share the one with the highest mean log q of the validation rows is taken. That finds
-    rows that come twice or nearly so, and clusters too small for a network. The transform is the same object.
+    The width and the share are the pair with the highest mean log q of the validation rows. This helps with rows that
+    occur nearly twice, and with clusters too small for a network. A conditional flow pools the rows of all contexts.
 
-    The flow then holds its training rows, one for one: whoever has it can read them. Scoring takes N D more
-    multiplications a row, and a conditional flow pools the rows of all contexts.
+    The new flow contains its training rows: anybody who has the flow can read them. Scoring takes N D more
+    multiplications per row. The transform is shared with the old flow.
 
     Args:
-        flow: one that starts from a standard normal, trained.
-        train: rows x (N, D), or (x, c).
-        validation: rows that were not trained on, alike.
-        widths, shares: what is tried.
-        max_points: number of training rows that become points, the first of them.
+        flow: a trained flow whose base is a `StandardNormal`.
+        train: training rows x (N, D), or (x, c) with contexts c (N, C).
+        validation: rows that the flow was not trained on, in the same form.
+        widths: candidates for the width.
+        shares: candidates for the share.
+        max_points: only the first max_points training rows are used.
+
+    Returns:
+        A new flow.
 
     Raises:
         ValueError: a flow with another base, no rows, or numbers that are not finite.
 
-    Source: Hjort and Glad 1995, "Nonparametric density estimation with a parametric start", for the idea of the start.
+    Source: Hjort and Glad 1995, "Nonparametric density estimation with a parametric start".
 
     Example:
         >>> import torch, counterflow as cf
@@ -59,23 +63,23 @@ def with_kernel_base(
         True
     """
     if not isinstance(flow.base, StandardNormal):
-        raise ValueError(f"expected a flow that starts from StandardNormal, got {flow.base!r}")
-    points = _seen(flow, train, "the training rows")[:max_points]
-    checked = _seen(flow, validation, "the validation rows")
-    D = flow.features
-    normal = flow.base().base_dist.log_prob(checked).sum(-1)
-    near = _kernels(checked, points, widths)
-    best, chosen = -math.inf, (widths[0], shares[0])
-    for log_kernels, width in zip(near, widths, strict=True):
+        raise ValueError(f"expected a flow with a StandardNormal base, got {flow.base!r}")
+    points = _to_base(flow, train, "the training rows")[:max_points]
+    held_out = _to_base(flow, validation, "the validation rows")
+    normal = flow.base().base_dist.log_prob(held_out).sum(-1)
+    best = -math.inf
+    chosen = (widths[0], shares[0])
+    for kernels, width in zip(_log_kernels(held_out, points, widths), widths, strict=True):
         for share in shares:
-            reached = torch.logaddexp(math.log1p(-share) + normal, math.log(share) + log_kernels).mean().item()
-            if reached > best:
-                best, chosen = reached, (width, share)
-    return Flow(KernelMixture(D, points, *chosen), flow.transform)
+            log_q = torch.logaddexp(math.log1p(-share) + normal, math.log(share) + kernels).mean().item()
+            if log_q > best:
+                best = log_q
+                chosen = (width, share)
+    return Flow(KernelMixture(flow.features, points, *chosen), flow.transform)
 
 
-def _seen(flow: Flow, rows: Rows, what: str) -> Tensor:
-    """Where the flow takes rows (N, D) to."""
+def _to_base(flow: Flow, rows: Rows, what: str) -> Tensor:
+    """Return the base-space images of rows, (N, D)."""
     x, c = rows if isinstance(rows, tuple) else (rows, None)
     if not len(x):
         raise ValueError(f"expected at least one row in {what}, got none")
@@ -84,12 +88,12 @@ def _seen(flow: Flow, rows: Rows, what: str) -> Tensor:
     return z
 
 
-def _kernels(rows: Tensor, points: Tensor, widths: Sequence[float]) -> Tensor:
-    """log (1/N) sum_n N(row; point_n, width^2 I) for each width, (W, V)."""
+def _log_kernels(rows: Tensor, points: Tensor, widths: Sequence[float]) -> Tensor:
+    """Return log (1/N) sum_n N(row; point_n, width^2 I) for each of W widths and V rows, (W, V)."""
     N, D = points.shape
     parts = []
-    for some in rows.split(max(1, PAIRS // N)):
-        squares = torch.cdist(some, points, compute_mode="donot_use_mm_for_euclid_dist").square()
+    for block in rows.split(max(1, MAX_PAIRS // N)):
+        squares = torch.cdist(block, points, compute_mode="donot_use_mm_for_euclid_dist").square()
         parts.append(torch.stack([torch.logsumexp(-squares / (2 * width**2), 1) for width in widths]))
     scale = torch.tensor([D * math.log(width) for width in widths], dtype=rows.dtype, device=rows.device)
     return torch.cat(parts, 1) - scale[:, None] - (math.log(N) + D / 2 * math.log(2 * math.pi))

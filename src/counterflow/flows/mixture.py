@@ -1,67 +1,83 @@
-"""FlowMixture: several flows as one density, the average of theirs."""
+"""Mixture of flows with equal weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution, constraints
 
-from counterflow.flows.flow import Flow, FlowDistribution
+from counterflow.flows.flow import (
+    DISTRIBUTION_METHODS,
+    Flow,
+    FlowDistribution,
+    SampleShape,
+    as_size,
+    call_first,
+)
 
 
 class MixtureDistribution(Distribution):
-    """The distribution of `FlowMixture`: log q(z) = log (1/M) sum_m q_m(z)."""
+    """Distribution of a `FlowMixture`: log q(z) = log (1/M) sum_m q_m(z).
+
+    Args:
+        components: M distributions of the same batch and event shape.
+    """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012  # torch's own convention
     support = constraints.real_vector
-    has_rsample = False  # which part a draw comes from is a choice
+    has_rsample = False  # the choice of a component has no gradient
 
-    def __init__(self, parts: Sequence[FlowDistribution]) -> None:
-        self.parts = tuple(parts)
-        super().__init__(parts[0].batch_shape, parts[0].event_shape, validate_args=False)
+    def __init__(self, components: Sequence[FlowDistribution]) -> None:
+        self.components = tuple(components)
+        super().__init__(components[0].batch_shape, components[0].event_shape, validate_args=False)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> MixtureDistribution:
-        """The same distribution with a larger batch shape."""
-        return MixtureDistribution([part.expand(batch_shape) for part in self.parts])
+        """Return the same distribution, of the same class, with a larger batch shape."""
+        new: MixtureDistribution = self._get_checked_instance(MixtureDistribution, _instance)
+        new.components = tuple(q.expand(batch_shape) for q in self.components)
+        Distribution.__init__(new, new.components[0].batch_shape, self.event_shape, validate_args=False)
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """log q(value) in nats: (..., D) -> (...); every part scores once."""
-        each = torch.stack([part.log_prob(value) for part in self.parts])
-        return torch.logsumexp(each, 0) - math.log(len(self.parts))
+        """Return log q(value) in nats, (...), for value (..., D)."""
+        each = torch.stack([q.log_prob(value) for q in self.components])
+        return torch.logsumexp(each, 0) - math.log(len(self.components))
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Samples (S..., B..., D) without gradients.
+    def sample(self, sample_shape: SampleShape = ()) -> Tensor:
+        """Return samples (S..., B..., D) without gradients.
 
-        Without a batch every part draws its own share; else every part draws all, and one of them is taken.
+        Without a batch, each component draws only its share of the samples. With a batch, each component draws all, and
+        one of them is chosen for each sample.
         """
-        picked = torch.randint(len(self.parts), (*sample_shape, *self.batch_shape))
+        size = as_size(sample_shape)
+        chosen = torch.randint(len(self.components), (*size, *self.batch_shape))
         if self.batch_shape:
-            each = torch.stack([part.sample(sample_shape) for part in self.parts])
-            picked = picked.to(each.device)[None, ..., None].expand(1, *each.shape[1:])
-            return each.gather(0, picked)[0]
-        shares = torch.bincount(picked.flatten(), minlength=len(self.parts)).tolist()
-        drawn = torch.cat([part.sample((share,)) for part, share in zip(self.parts, shares, strict=True)])
-        return drawn[torch.randperm(len(drawn)).to(drawn.device)].reshape(*sample_shape, -1)
+            each = torch.stack([q.sample(size) for q in self.components])
+            chosen = chosen.to(each.device)[None, ..., None].expand(1, *each.shape[1:])
+            return each.gather(0, chosen)[0]
+        counts = torch.bincount(chosen.flatten(), minlength=len(self.components)).tolist()
+        drawn = torch.cat([q.sample((n,)) for q, n in zip(self.components, counts, strict=True)])
+        return drawn[torch.randperm(len(drawn)).to(drawn.device)].reshape(*size, -1)
 
     def __repr__(self) -> str:
         return (
-            f"MixtureDistribution(parts={len(self.parts)}, batch_shape={tuple(self.batch_shape)}, "
+            f"MixtureDistribution(components={len(self.components)}, batch_shape={tuple(self.batch_shape)}, "
             f"event_shape={tuple(self.event_shape)})"
         )
 
 
 class FlowMixture(nn.Module):
-    """The average of several flows' densities: q(z | c) = (1/M) sum_m q_m(z | c).
+    """Mixture of flows with equal weights: q(z | c) = (1/M) sum_m q_m(z | c).
 
-    Flows that were trained on the same rows from other seeds err in different places; their average has a higher
-    log density of new rows than they have on average, by Jensen's inequality.
+    Use it as an ensemble of flows that were trained on the same rows with different seeds: by Jensen's inequality, its
+    log density of new rows is at least the mean of those of its members. It is called like a flow.
 
     Args:
-        flows: M flows of the same features and context, which may be of any kind.
+        flows: M flows of any kind with the same features and context.
 
     Raises:
         ValueError: no flows, or flows that disagree on features or context.
@@ -79,14 +95,23 @@ class FlowMixture(nn.Module):
         super().__init__()
         sizes = {(flow.features, flow.context) for flow in flows}
         if len(sizes) != 1:
-            raise ValueError(f"expected flows of one number of features and context, got {sorted(sizes)}")
+            raise ValueError(f"expected flows of one (features, context), got {sorted(sizes)}")
         self.flows = nn.ModuleList(flows)
         ((self.features, self.context),) = sizes
 
-    def forward(self, c: Tensor | None = None) -> MixtureDistribution:
-        """The distribution q(z | c), c (..., C) or None."""
-        return MixtureDistribution([flow(c) for flow in self.flows])
+    if TYPE_CHECKING:  # the call of a torch module returns Any otherwise
+
+        def __call__(self, context: Tensor | None = None) -> MixtureDistribution: ...
+
+    def __getattr__(self, name: str) -> Any:
+        if name in DISTRIBUTION_METHODS:
+            raise call_first(self, name)
+        return super().__getattr__(name)
+
+    def forward(self, context: Tensor | None = None) -> MixtureDistribution:
+        """Return the distribution q(z | c), for a context c (..., C) or None."""
+        return MixtureDistribution([flow(context) for flow in self.flows])
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return {"flows": list(self.flows)}

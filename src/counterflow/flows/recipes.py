@@ -1,4 +1,4 @@
-"""The flows that people ask for by name."""
+"""Flows with common architectures: IAF, MAF, NSF and Coupling."""
 
 from __future__ import annotations
 
@@ -27,16 +27,32 @@ def stack(
     context: int,
     layers: int,
     hidden: Sequence[int],
-    *,
     univariate: Univariate | None = None,
-    degrees: Sequence[int] | None = None,
     activation: str = "relu",
     order: Order = "reversed",
     seed: int | None = None,
+    *,
+    degrees: Sequence[int] | None = None,
 ) -> Compose:
-    """Autoregressive layers with the order of the features reversed, shuffled or kept between them."""
+    """Compose autoregressive layers, and permutations between them unless order is "same".
+
+    Args:
+        features: D.
+        context: C; 0 for no context.
+        layers: number of autoregressive layers.
+        hidden: sizes of the hidden layers of the network of each layer.
+        univariate: map of one feature; cf.Affine() when not given.
+        activation: activation of the hidden units.
+        order: change of the order of the features between layers: "reversed", "random" or "same".
+        seed: seed of the initial weights and of random orders; torch's global generator when not given.
+        degrees: degrees of the features in every layer, see `Autoregressive`; 1, 2, ..., D when not given.
+
+    Raises:
+        TypeError: univariate is not a univariate map.
+        ValueError: a size below 1, or a name that does not exist.
+    """
     if order not in ("reversed", "random", "same"):
-        raise ValueError(f"expected order as one of reversed, random, same, got {order!r}")
+        raise ValueError(f"expected order to be one of reversed, random, same, got {order!r}")
     positive(features, "features")
     transforms: list[Transform] = []
     with nullcontext() if seed is None else seeded(seed):
@@ -61,23 +77,24 @@ def IAF(
 ) -> Flow:
     """Inverse autoregressive flow: samples in one pass, scores by forward substitution.
 
-        z = f_layers(... f_1(eps; c) ...; c),    eps ~ N(0, I)
+        z = f_layers(... f_1(eps; c) ...; c),    eps ~ N(0, I),    log q(z) = log N(eps; 0, I) - sum of the log_det
 
-    Made for variational inference, where samples and their own density are wanted. The density of a given point
-    costs about the same here, where other libraries take D passes.
+    Use it for variational inference, which needs samples and their log density. The density of another point costs
+    about one pass as well, where other libraries take D passes.
 
     Args:
         features: D.
-        context: C, the size of the context c; 0 for none.
-        layers: the number of autoregressive layers.
-        hidden: the sizes of the hidden layers of each one's network.
-        univariate: the map of one feature: cf.Affine() when not given, cf.Gated(), cf.RationalQuadraticSpline().
-        activation: of the hidden units, for example "relu", "elu", "silu", "tanh".
-        order: of the features between layers: "reversed", "random" or "same".
-        seed: of the initial weights and of random orders; torch's global generator when not given.
+        context: C, the size of the context c; 0 for no context.
+        layers: number of autoregressive layers.
+        hidden: sizes of the hidden layers of the network of each layer.
+        univariate: map of one feature: cf.Affine() when not given, cf.Gated(), cf.RationalQuadraticSpline(), ...
+        activation: activation of the hidden units, for example "relu", "elu", "silu" or "tanh".
+        order: change of the order of the features between layers: "reversed", "random" or "same".
+        seed: seed of the initial weights and of random orders; torch's global generator when not given.
 
     Raises:
-        ValueError: a size below 1 or a name that does not exist.
+        TypeError: univariate is not a univariate map.
+        ValueError: a size below 1, or a name that does not exist.
 
     Source: Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow", algorithm 1.
 
@@ -88,16 +105,7 @@ def IAF(
         >>> z.shape, log_q.shape
         (torch.Size([100, 4]), torch.Size([100]))
     """
-    transform = stack(
-        features,
-        context,
-        layers,
-        hidden,
-        univariate=univariate,
-        activation=activation,
-        order=order,
-        seed=seed,
-    )
+    transform = stack(features, context, layers, hidden, univariate, activation, order, seed)
     return Flow(StandardNormal(features), transform)
 
 
@@ -116,7 +124,21 @@ def MAF(
 
         eps = f_layers(... f_1(x; c) ...; c),    log p(x) = log N(eps; 0, I) + sum of the log_det
 
-    Made for density estimation. The arguments are those of `IAF`.
+    Use it for density estimation.
+
+    Args:
+        features: D.
+        context: C, the size of the context c; 0 for no context.
+        layers: number of autoregressive layers.
+        hidden: sizes of the hidden layers of the network of each layer.
+        univariate: map of one feature: cf.Affine() when not given, cf.Gated(), cf.RationalQuadraticSpline(), ...
+        activation: activation of the hidden units, for example "relu", "elu", "silu" or "tanh".
+        order: change of the order of the features between layers: "reversed", "random" or "same".
+        seed: seed of the initial weights and of random orders; torch's global generator when not given.
+
+    Raises:
+        TypeError: univariate is not a univariate map.
+        ValueError: a size below 1, or a name that does not exist.
 
     Source: Papamakarios et al. 2017, "Masked Autoregressive Flow for Density Estimation", section 3.
 
@@ -126,16 +148,7 @@ def MAF(
         >>> flow().log_prob(torch.zeros(7, 4)).shape
         torch.Size([7])
     """
-    transform = stack(
-        features,
-        context,
-        layers,
-        hidden,
-        univariate=univariate,
-        activation=activation,
-        order=order,
-        seed=seed,
-    )
+    transform = stack(features, context, layers, hidden, univariate, activation, order, seed)
     return Flow(StandardNormal(features), Inverse(transform))
 
 
@@ -154,7 +167,26 @@ def NSF(
 ) -> Flow:
     """Neural spline flow: a `MAF` whose univariate map is a rational-quadratic spline on [-bound, bound].
 
-    Standardise the data first: outside the bound a layer is the identity. The other arguments are those of `IAF`.
+        eps = f_layers(... f_1(x; c) ...; c),    log p(x) = log N(eps; 0, I) + sum of the log_det
+
+    Standardize the data first, since each layer is the identity outside the bound.
+
+    Args:
+        features: D.
+        context: C, the size of the context c; 0 for no context.
+        layers: number of autoregressive layers.
+        hidden: sizes of the hidden layers of the network of each layer.
+        bins: number of bins of the spline.
+        bound: the spline covers [-bound, bound].
+        univariate: map of one feature; cf.RationalQuadraticSpline(bins, bound) when not given. If it is given, bins
+            and bound are not used.
+        activation: activation of the hidden units, for example "relu", "elu", "silu" or "tanh".
+        order: change of the order of the features between layers: "reversed", "random" or "same".
+        seed: seed of the initial weights and of random orders; torch's global generator when not given.
+
+    Raises:
+        TypeError: univariate is not a univariate map.
+        ValueError: a size below 1, bins or a bound that the spline refuses, or a name that does not exist.
 
     Source: Durkan et al. 2019, "Neural Spline Flows", the autoregressive variant, RQ-NSF (AR).
 
@@ -163,7 +195,8 @@ def NSF(
         >>> cf.NSF(features=2, layers=1, hidden=(16,), bins=4)().log_prob(torch.zeros(2)).shape
         torch.Size([])
     """
-    univariate = univariate or RationalQuadraticSpline(bins, bound)
+    if univariate is None:
+        univariate = RationalQuadraticSpline(bins, bound)
     return MAF(features, context, layers, hidden, univariate=univariate, activation=activation, order=order, seed=seed)
 
 
@@ -178,10 +211,29 @@ def Coupling(
     order: Order = "reversed",
     seed: int | None = None,
 ) -> Flow:
-    """Coupling flow: two degrees, so that the second half of the features depends on the first.
+    """Coupling flow: a `MAF` with two degrees, so that the second half of the features depends on the first half.
 
-    Scores in one pass; sampling is a substitution of two steps. The first half is not copied as in RealNVP: each
-    of its features passes through a univariate map that sees the context alone. The arguments are those of `IAF`.
+        eps = f_layers(... f_1(x; c) ...; c),    log p(x) = log N(eps; 0, I) + sum of the log_det
+
+    It scores in one pass and samples by a substitution of two steps. The first half of the features is not copied as in
+    RealNVP, but passes through a univariate map that depends only on the context.
+
+    `cf.transforms.CouplingLayer` is another construction: a single layer with a dense network, which copies the kept
+    features as RealNVP does and takes any set of moved features. Flows of other libraries are converted to it.
+
+    Args:
+        features: D.
+        context: C, the size of the context c; 0 for no context.
+        layers: number of autoregressive layers.
+        hidden: sizes of the hidden layers of the network of each layer.
+        univariate: map of one feature: cf.Affine() when not given, cf.Gated(), cf.RationalQuadraticSpline(), ...
+        activation: activation of the hidden units, for example "relu", "elu", "silu" or "tanh".
+        order: change of the order of the features between layers: "reversed", "random" or "same".
+        seed: seed of the initial weights and of random orders; torch's global generator when not given.
+
+    Raises:
+        TypeError: univariate is not a univariate map.
+        ValueError: a size below 1, or a name that does not exist.
 
     Source: Dinh et al. 2017, "Density estimation using Real NVP", section 3.2.
 
@@ -191,15 +243,6 @@ def Coupling(
         torch.Size([3, 5])
     """
     first = max(positive(features, "features") // 2, 1)
-    transform = stack(
-        features,
-        context,
-        layers,
-        hidden,
-        univariate=univariate,
-        degrees=[1] * first + [2] * (features - first),
-        activation=activation,
-        order=order,
-        seed=seed,
-    )
+    degrees = [1] * first + [2] * (features - first)
+    transform = stack(features, context, layers, hidden, univariate, activation, order, seed, degrees=degrees)
     return Flow(StandardNormal(features), Inverse(transform))
