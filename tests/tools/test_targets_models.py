@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from torch.distributions import HalfNormal, Normal
 
 from counterflow.posterior.targets.numpyro import from_numpyro
 from counterflow.posterior.targets.pymc import from_pymc
@@ -257,6 +258,12 @@ def test_pyro_models_of_a_million_rows_take_a_gigabyte():
     assert points < 20 and gigabytes < 1.1
 
 
+def choose_rows(key):
+    import jax
+
+    return jax.random.choice(key, 200, (10,), replace=False)
+
+
 def pyro_model(name):
     """Return a function that builds a one-line model of Pyro or NumPyro, whose interfaces are alike."""
 
@@ -284,6 +291,26 @@ def pyro_model(name):
             with ppl.plate("row", 10, subsample_size=4):
                 ppl.sample("y", dist.Normal(ppl.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=array([1.0]))
 
+        def drawn():
+            mu = ppl.sample("mu", dist.Normal(0.0, 1.0))
+            y = array(np.linspace(-1.0, 1.0, 200))
+            rows = torch.randperm(200)[:10] if tool == "pyro" else choose_rows(ppl.prng_key())
+            with (ppl.poutine if tool == "pyro" else ppl.handlers).scale(scale=20.0):
+                ppl.sample("y", dist.Normal(mu, 1.0).expand([10]).to_event(1), obs=y[rows])
+
+        def frozen(y):
+            mu = ppl.sample("mu", dist.Normal(0.0, 1.0))
+            with (ppl.poutine if tool == "pyro" else ppl.handlers).scale(scale=20.0):
+                ppl.sample("y", dist.Normal(mu, 1.0).expand([10]).to_event(1), obs=y[:10])
+
+        def rows(y):
+            with ppl.plate("row", 200, subsample=torch.arange(10)) as chosen:
+                ppl.sample("y", dist.Normal(ppl.sample("mu", dist.Normal(0.0, 1.0)), 1.0), obs=y[chosen])
+
+        if name == "rows":
+            return take(rows, torch.linspace(-1.0, 1.0, 200))
+        if name == "frozen":
+            return take(frozen, array(np.linspace(-1.0, 1.0, 200)))
         return take(locals()[name])
 
     return build
@@ -312,6 +339,108 @@ def test_numpyro_compiles_for_few_sizes_and_leaves_the_precision_of_jax():
     target(torch.zeros(9, 1))
     assert runs == [np.float64]
     assert jax.numpy.zeros(1).dtype == np.float32
+
+
+def test_numpyro_sites_inside_a_scan_are_latent_variables():
+    import numpyro
+    from numpyro import distributions as dist
+    from numpyro.contrib.control_flow import scan
+
+    y = np.random.default_rng(0).normal(size=5).cumsum()
+
+    def model(y):
+        step_size = numpyro.sample("step_size", dist.HalfNormal(1))
+
+        def step(previous, observation):
+            x = numpyro.sample("x", dist.Normal(previous, step_size))
+            noise = numpyro.sample("noise", dist.HalfNormal(step_size))
+            numpyro.deterministic("twice", 2 * x)
+            numpyro.sample("y", dist.Normal(x, noise), obs=observation)
+            return x, None
+
+        scan(step, numpyro.sample("start", dist.Normal(0, 1)), y)
+
+    target = from_numpyro(model, y)
+    assert target.dim == 12 and target.coordinates[1:3] == ("start", "x[0]") and "log(noise)[4]" in target.coordinates
+    theta = target.initial(3, seed=0)
+    values = target.constrain(theta)
+    torch.testing.assert_close(values["twice"], 2 * values["x"])
+    torch.testing.assert_close(target.unconstrain(values), theta)
+    before = torch.cat([values["start"][:, None], values["x"][:, :-1]], 1)
+    step_size, noise = values["step_size"][:, None], values["noise"]
+    expected = Normal(before, step_size).log_prob(values["x"]).sum(1) + Normal(values["x"], noise).log_prob(
+        torch.tensor(y)
+    ).sum(1)
+    expected += HalfNormal(step_size).log_prob(noise).sum(1) + HalfNormal(1.0).log_prob(values["step_size"])
+    expected += Normal(0.0, 1.0).log_prob(values["start"]) + theta[:, 0] + noise.log().sum(1)
+    torch.testing.assert_close(target(theta), expected)
+    draws = target.predictive(theta[:1].expand(400, -1), seed=0)["y"]
+    assert draws.shape == (400, 5)
+    assert (np.abs(draws.mean(0) - values["x"][0].numpy()) / noise[0].numpy() * 20).max() < 4.5
+
+
+def test_numpyro_leaves_the_arrays_of_the_user_to_jax_in_float32():
+    import jax
+    import numpyro
+    from numpyro import distributions as dist
+
+    X, y = np.ones((4, 2)), np.linspace(0.0, 1.0, 4)  # float64, which plain JAX takes as float32
+
+    def model(y):
+        b = numpyro.sample("b", dist.Normal(0, 1).expand([2]))
+        numpyro.deterministic("mean", X @ b)
+        numpyro.sample("y", dist.Normal(X @ b, 1), obs=y)
+
+    target = from_numpyro(model, y)
+    value = target(torch.zeros(3, 2))
+    target.constrain(torch.zeros(3, 2))
+    target.predictive(torch.zeros(3, 2), seed=0)
+    assert jax.jit(lambda y: (y**2).sum())(y).dtype == np.float32
+    assert jax.jit(lambda scale: scale * X)(2.0).dtype == np.float32
+    assert jax.numpy.asarray(y).dtype == np.float32
+    y[:] = 100.0  # the target has a copy
+    assert torch.equal(target(torch.zeros(3, 2)), value) and target.observed["y"].max() == 1.0
+
+
+def test_numpyro_starts_from_draws_of_the_prior():
+    import numpyro
+    from numpyro import distributions as dist
+
+    def model(y):
+        mu = numpyro.sample("mu", dist.Normal(50, 5))
+        numpyro.sample("free", dist.ImproperUniform(dist.constraints.positive, (), (2,)))
+        numpyro.sample("y", dist.Uniform(mu - 1, mu + 1), obs=y)
+
+    target = from_numpyro(model, np.array([49.5, 50.5]))
+    points = target.initial_points(200, torch.Generator().manual_seed(0))
+    assert points.shape == (200, 3) and points.isfinite().all()
+    assert (points[0, 0] - 50).abs() < 5 and (points[:, 0].std() - 5).abs() < 1  # the median of the prior comes first
+    assert target(points).isfinite().any()
+    assert torch.equal(points, target.initial_points(200, torch.Generator().manual_seed(0)))
+
+
+def test_numpyro_models_of_many_rows_take_less_than_a_gigabyte_at_once():
+    import numpyro
+    from numpyro import distributions as dist
+
+    X = np.random.default_rng(0).normal(size=(50_000, 4))
+
+    def model():
+        b = numpyro.sample("b", dist.Normal(0, 1).expand([4]))
+        numpyro.sample("y", dist.Bernoulli(logits=X @ b), obs=X[:, 0] > 0)
+
+    target = from_numpyro(model)
+    assert 1 < target.max_points < 2**30 // X.nbytes * 4
+
+
+def test_numpyro_has_the_shape_of_several_samples_of_a_site():
+    import numpyro
+    from numpyro import distributions as dist
+
+    target = from_numpyro(lambda: numpyro.sample("x", dist.Normal(0, 1), sample_shape=(3,)))
+    theta = torch.tensor([[0.0, 1.0, 2.0]])
+    torch.testing.assert_close(target(theta)[0], Normal(0.0, 1.0).log_prob(theta.double()).sum())
+    torch.testing.assert_close(target.constrain(theta)["x"], theta.double())
 
 
 # -- Stan ----------------------------------------------------------------------------------------------
@@ -479,7 +608,22 @@ ERRORS = {
     "pyro: part of the data": (
         lambda: pyro_model("subsample")("pyro", from_pyro),
         ValueError,
-        r"expected plates over all data, got 4 of 10 in plate row; leave its subsample_size out",
+        r"expected plates over all data, got 4 of 10 in plate row; leave its subsample_size or subsample out",
+    ),
+    "pyro: a part that is drawn in the model": (
+        lambda: pyro_model("drawn")("pyro", from_pyro),
+        ValueError,
+        r"expected the same log density at every call, got one of y that depends on random numbers drawn in the model",
+    ),
+    "pyro: a part with a scale": (
+        lambda: pyro_model("frozen")("pyro", from_pyro),
+        ValueError,
+        r"expected the log density of all data, got that of 10 of 200 rows at y, scaled by 20; observe all rows",
+    ),
+    "pyro: a part with given rows": (
+        lambda: pyro_model("rows")("pyro", from_pyro),
+        ValueError,
+        r"expected plates over all data, got 10 of 200 in plate row; leave its subsample_size or subsample out",
     ),
     "numpyro: discrete": (
         lambda: pyro_model("discrete")("numpyro", from_numpyro),
@@ -500,7 +644,17 @@ ERRORS = {
     "numpyro: part of the data": (
         lambda: pyro_model("subsample")("numpyro", from_numpyro),
         ValueError,
-        r"expected plates over all data, got 4 of 10 in plate row; leave its subsample_size out",
+        r"expected plates over all data, got 4 of 10 in plate row; leave its subsample_size or subsample out",
+    ),
+    "numpyro: a part that is drawn in the model": (
+        lambda: pyro_model("drawn")("numpyro", from_numpyro),
+        ValueError,
+        r"expected the same log density at every call, got one of y that depends on random numbers drawn in the model",
+    ),
+    "numpyro: a part with a scale": (
+        lambda: pyro_model("frozen")("numpyro", from_numpyro),
+        ValueError,
+        r"expected the log density of all data, got that of 10 of 200 rows at y, scaled by 20; observe all rows",
     ),
 }
 STAN_ERRORS = {

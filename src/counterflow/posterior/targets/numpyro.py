@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -12,8 +14,17 @@ from torch import Tensor
 from counterflow.checks import require
 from counterflow.posterior.targets.bijections import find_bijection, unconstrained_name
 from counterflow.posterior.targets.layout import Layout
-from counterflow.posterior.targets.sites import check_full_plate, data_mismatch_error, is_data, plate_dims
+from counterflow.posterior.targets.memory import points_within_budget
+from counterflow.posterior.targets.sites import (
+    check_full_plate,
+    check_not_scaled_from_part,
+    check_same_terms,
+    data_mismatch_error,
+    is_data,
+    plate_dims,
+)
 from counterflow.posterior.targets.target import (
+    INITIAL_RADIUS,
     Array,
     Program,
     Target,
@@ -21,10 +32,11 @@ from counterflow.posterior.targets.target import (
     log_density_with_gradient,
 )
 
-# (site, its bijection, shape of its values) -> its unconstrained form
-Chooser = Callable[[str, Any, tuple[int, ...]], Any]
+# (site, step of a scan that it is in) -> its value; the step is an index of scanned values, () outside of scans
+Chooser = Callable[[Mapping[str, Any], Any], Any]
 
 MIN_ROWS = 8  # batches are padded to a power of two of at least this many rows, so that JAX compiles for few sizes
+MEDIAN_DRAWS = 15  # prior draws whose median is the first initial point, as in NumPyro's init_to_median
 
 
 def from_numpyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Target:
@@ -67,131 +79,213 @@ class _NumpyroProgram(Program):
         self._numpyro = require("numpyro", "numpyro", "models of NumPyro")
         self._jax = require("jax", "numpyro", "models of NumPyro")
         self._model = model
-        self._args = args
-        self._kwargs = kwargs
-        with self._jax.enable_x64(True):
-            run = self._run(lambda name, transform, shape: np.zeros(transform.inverse_shape(shape)))
-            self.observed = {name: np.asarray(site["value"]) for name, site in run.sites.items() if is_data(site)}
-        self._layout = Layout({name: np.shape(free) for name, free in run.unconstrained.items()})
+        self._args, self._kwargs = self._jax.tree.map(_copy_of_array, (args, dict(kwargs)))
+        with self._modes():
+            sites = self._run(_at_zero)
+            latent = {name: site for name, site in sites.items() if _is_latent(site)}
+            transforms = {name: _bijection(site) for name, site in latent.items()}
+            shapes = {name: transforms[name].inverse_shape(np.shape(site["value"])) for name, site in latent.items()}
+            self.observed = {name: np.array(site["value"]) for name, site in sites.items() if is_data(site)}
+            check_same_terms(_terms(sites), _terms(self._run(_at_zero, seed=1)))
+        check_not_scaled_from_part(sites, self.observed, (model, self._args, self._kwargs))
+        self._layout = Layout(shapes)
         self.coordinates = self._layout.coordinates(
-            {name: unconstrained_name(name, transform) for name, transform in run.transforms.items()}
+            {name: unconstrained_name(name, transform) for name, transform in transforms.items()}
         )
-        self.parameters = tuple(self._layout.shapes)
-        self.dims = plate_dims({name: run.sites[name] for name in (*self.parameters, *self.observed)})
-        derived = [name for name, site in run.sites.items() if site["type"] == "deterministic"]
+        self.parameters = tuple(shapes)
+        self.dims = plate_dims({name: sites[name] for name in (*self.parameters, *self.observed)})
+        derived = [name for name, site in sites.items() if site["type"] == "deterministic"]
         self._variables = [*self.parameters, *derived]
-        self._batched_gradient = self._jax.jit(self._jax.vmap(self._jax.value_and_grad(self._log_density_of_row)))
-        self._batched_values = self._jax.jit(self._jax.vmap(self._values_of_row))
-        self._batched_unconstrain = self._jax.jit(self._jax.vmap(self._unconstrain_row))
+        self._compiled: dict[tuple[Callable[..., Any], int], Any] = {}
+        self._min_rows = MIN_ROWS
 
     def log_density(self, theta: Tensor) -> Tensor:
         return log_density_with_gradient(self._value_and_gradient, theta)
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
-        values = self._padded(self._batched_values, theta.cpu().numpy())
+        values = self._over_rows(self._values_of_row, theta.cpu().numpy())
         return {name: torch.tensor(np.asarray(values[name]), device=theta.device) for name in self._variables}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        arrays = {name: value.cpu().numpy() for name, value in values.items()}
-        unconstrained = self._padded(self._batched_unconstrain, arrays)
-        return self._layout.join({name: torch.tensor(np.asarray(value)) for name, value in unconstrained.items()})
+        return self._unconstrain({name: value.cpu().numpy() for name, value in values.items()})
+
+    def initial_points(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return n points (n, D): the median of prior draws in unconstrained space, and prior draws."""
+        draws = self._unconstrain(self._over_rows(self._prior_draw, _keys(n + MEDIAN_DRAWS, generator)))
+        finite = torch.where(draws.isfinite(), draws, 0.0)
+        return torch.cat([finite[n:].median(0, keepdim=True).values, finite[: n - 1]])[:n]
 
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
-        predictive = require("numpyro.infer", "numpyro", "models of NumPyro").Predictive
-        values = self.constrain(theta)
-        latent = {name: values[name].cpu().numpy() for name in self.parameters}
-        model = self._numpyro.handlers.uncondition(self._model)
-        draw = predictive(model, latent, return_sites=list(self.observed))
-        with self._jax.enable_x64(True):
-            draws = draw(self._jax.random.PRNGKey(seed), *self._args, **self._kwargs)
-            return {name: np.asarray(value) for name, value in draws.items()}
+        keys = _keys(len(theta), torch.Generator().manual_seed(seed))
+        draws = self._over_rows(self._predictive_draw, (theta.cpu().numpy(), keys))
+        return {name: np.asarray(draws[name]) for name in self.observed}
+
+    def bytes_per_point(self, theta: Tensor) -> float:
+        rows = np.repeat(theta.cpu().numpy(), MIN_ROWS, 0)
+        analysis = self._compile(self._density_and_gradient_of_row, rows).memory_analysis()
+        needed = analysis.temp_size_in_bytes / MIN_ROWS if analysis else 0.0
+        if points_within_budget(needed) < MIN_ROWS:
+            self._min_rows = 1
+        return needed
 
     def explain(self, theta: Tensor) -> str:
-        with self._jax.enable_x64(True):
-            return describe_nonfinite(
-                {name: float(term) for name, term in self._run_at(theta.cpu().numpy()).terms.items()}
-            )
+        with self._modes():
+            terms = _terms(self._run(self._at(theta.cpu().numpy())))
+            return describe_nonfinite({name: float(term) for name, term in terms.items()})
 
     def _value_and_gradient(self, theta: Array) -> tuple[Array, Array]:
-        value, gradient = self._padded(self._batched_gradient, theta)
+        value, gradient = self._over_rows(self._density_and_gradient_of_row, theta)
         return np.array(value), np.array(gradient)
 
+    def _density_and_gradient_of_row(self, theta: Any) -> tuple[Any, Any]:
+        return self._jax.value_and_grad(self._log_density_of_row)(theta)
+
     def _log_density_of_row(self, theta: Any) -> Any:
-        run = self._run_at(theta)
-        return sum(run.terms.values()) + sum(run.log_jacobians)
+        sites = self._run(self._at(theta))
+        log_density = sum(_terms(sites).values())
+        for name, unconstrained in self._layout.split(theta).items():
+            transform = _bijection(sites[name])
+            log_density += transform.log_abs_det_jacobian(unconstrained, sites[name]["value"]).sum()
+        return log_density
 
     def _values_of_row(self, theta: Any) -> dict[str, Any]:
-        sites = self._run_at(theta).sites
+        sites = self._run(self._at(theta))
         return {name: sites[name]["value"] for name in self._variables}
 
+    def _unconstrain(self, values: Any) -> Tensor:
+        unconstrained = self._over_rows(self._unconstrain_row, values)
+        return self._layout.join({name: torch.tensor(np.asarray(value)) for name, value in unconstrained.items()})
+
     def _unconstrain_row(self, values: Mapping[str, Any]) -> dict[str, Any]:
-        return self._run(lambda name, transform, shape: transform.inv(values[name])).unconstrained
+        sites = self._run(lambda site, index: values[site["name"]][index])
+        return {name: _bijection(sites[name]).inv(sites[name]["value"]) for name in self.parameters}
 
-    def _run_at(self, theta: Any) -> _Run:
+    def _prior_draw(self, key: Any) -> dict[str, Any]:
+        def draw(site: Mapping[str, Any], index: Any) -> Any:
+            own = self._key_of_site(key, site, index)
+            shape = _shape(site)
+            try:
+                return site["fn"](rng_key=own, sample_shape=site["kwargs"].get("sample_shape", ()))
+            except NotImplementedError:  # an improper prior
+                transform = _bijection(site)
+                radius = INITIAL_RADIUS
+                return transform(self._jax.random.uniform(own, transform.inverse_shape(shape), float, -radius, radius))
+
+        sites = self._run(draw)
+        return {name: sites[name]["value"] for name in self.parameters}
+
+    def _predictive_draw(self, theta_and_key: tuple[Any, Any]) -> dict[str, Any]:
+        theta, key = theta_and_key
+
+        def draw(site: Mapping[str, Any], index: Any) -> Any:
+            return site["fn"](rng_key=self._key_of_site(key, site, index))
+
+        sites = self._run(self._at(theta), draw_data=draw)
+        return {name: sites[name]["value"] for name in self.observed}
+
+    def _key_of_site(self, key: Any, site: Mapping[str, Any], index: Any) -> Any:
+        """Return a random key of the site's own, and of its step in a scan."""
+        fold_in = self._jax.random.fold_in
+        own = fold_in(key, zlib.crc32(site["name"].encode()))
+        return own if isinstance(index, tuple) else fold_in(own, index)
+
+    def _at(self, theta: Any) -> Chooser:
+        """Return a function of a latent site that gives its value at theta (D,)."""
         pieces = self._layout.split(theta)
-        return self._run(lambda name, transform, shape: pieces[name])
+        return lambda site, index: _bijection(site)(pieces[site["name"]][index])
 
-    def _run(self, choose: Chooser) -> _Run:
-        run = _Run(choose)
+    def _run(self, choose: Chooser, draw_data: Chooser | None = None, seed: int = 0) -> dict[str, Any]:
+        """Return the sites of one run, in which `choose` gives the values of latent sites, and draw_data of data."""
+
+        def substitute(site: Mapping[str, Any]) -> Any:
+            if site["type"] == "plate":
+                check_full_plate(site["name"], *site["args"])
+            if site["type"] != "sample":
+                return None
+            index = site["infer"].get("_scan_current_index")
+            if _is_latent(site):
+                return choose(site, () if index is None else index)
+            return draw_data(site, () if index is None else index) if draw_data and is_data(site) else None
+
         handlers = self._numpyro.handlers
-        model = handlers.substitute(handlers.seed(self._model, 0), substitute_fn=run.substitute)
-        with self._numpyro.validation_enabled(is_validate=False):  # validation only warns; `explain` says more
-            run.sites = handlers.trace(model).get_trace(*self._args, **self._kwargs)
-            run.terms = {name: _log_prob(site) for name, site in run.sites.items() if site["type"] == "sample"}
-        return run
+        model = handlers.substitute(handlers.seed(self._model, seed), substitute_fn=substitute)
+        sites: dict[str, Any] = handlers.trace(model).get_trace(*self._args, **self._kwargs)
+        return sites
 
-    def _padded(self, function: Callable[[Any], Any], rows: Any) -> Any:
-        """Return function(rows) for an array or arrays by name, called with copies of the last row as padding."""
+    @contextmanager
+    def _modes(self) -> Iterator[None]:
+        """Work in float64, and without validation, which only warns where `explain` says more."""
+        with self._jax.enable_x64(True), self._numpyro.validation_enabled(is_validate=False):
+            yield
+
+    def _over_rows(self, function: Callable[[Any], Any], rows: Any) -> Any:
+        """Return function of each row of an array, or of nested arrays, with copies of the last row as padding."""
         tree_map = self._jax.tree.map
         (count,) = {len(array) for array in self._jax.tree.leaves(rows)}
-        padding = max(MIN_ROWS, 1 << (count - 1).bit_length()) - count
-        with self._jax.enable_x64(True):
-            padded = tree_map(lambda array: np.concatenate([array, array[-1:].repeat(padding, 0)]), rows)
-            return tree_map(lambda array: array[:count], function(padded))
+        padding = max(self._min_rows, 1 << (count - 1).bit_length()) - count
+        padded = tree_map(lambda array: np.concatenate([array, np.asarray(array[-1:]).repeat(padding, 0)]), rows)
+        with self._modes():
+            return tree_map(lambda array: array[:count], self._compile(function, padded)(padded))
+
+    def _compile(self, function: Callable[[Any], Any], rows: Any) -> Any:
+        """Return function of a row, compiled for as many rows. No array of the user stays in the compiled function.
+
+        JAX 0.10 gives an array the type that it was traced with as long as the traced copy exists: if float64 data of
+        the user stayed here, plain JAX would fail on them in float32.
+        """
+        key = (function, len(self._jax.tree.leaves(rows)[0]))
+        if key not in self._compiled:
+            extend = require("jax.extend.core", "numpyro", "models of NumPyro")
+            with self._modes():
+                traced, shapes = self._jax.make_jaxpr(self._jax.vmap(function), return_shape=True)(rows)
+                structure = self._jax.tree.structure(shapes)
+                copies = [np.array(x) if isinstance(x, np.ndarray) else x for x in traced.consts]
+                flat = extend.jaxpr_as_fun(extend.ClosedJaxpr(traced.jaxpr, copies))
+
+                def run(rows: Any) -> Any:
+                    return self._jax.tree.unflatten(structure, flat(*self._jax.tree.leaves(rows)))
+
+                self._compiled[key] = self._jax.jit(run).lower(rows).compile()
+        return self._compiled[key]
 
 
-class _Run:
-    """One run of a model, in which `choose` gives the unconstrained forms of the latent sites.
+def _at_zero(site: Mapping[str, Any], index: Any) -> Any:
+    """Return the value of a latent site at the origin of unconstrained space."""
+    transform = _bijection(site)
+    return transform(np.zeros(transform.inverse_shape(_shape(site))))
 
-    Attributes:
-        sites: the trace.
-        terms: name -> log density of each sample site.
-        transforms: name -> bijection of each latent site.
-        unconstrained: name -> unconstrained form of each latent site.
-        log_jacobians: one term for each latent site.
-    """
 
-    sites: dict[str, Any]
-    terms: dict[str, Any]
+def _keys(n: int, generator: torch.Generator) -> Array:
+    """Return n random keys of JAX, as arrays (n, 2)."""
+    return torch.randint(1 << 32, (n, 2), generator=generator).numpy().astype(np.uint32)
 
-    def __init__(self, choose: Chooser) -> None:
-        self._choose = choose
-        self.transforms: dict[str, Any] = {}
-        self.unconstrained: dict[str, Any] = {}
-        self.log_jacobians: list[Any] = []
 
-    def substitute(self, site: Mapping[str, Any]) -> Any:
-        """Return the value of a latent site; None for other sites, which keep theirs."""
-        from numpyro.distributions import biject_to
+def _is_latent(site: Mapping[str, Any]) -> bool:
+    return site["type"] == "sample" and not site["is_observed"]
 
-        name = site["name"]
-        if site["type"] == "plate":
-            check_full_plate(name, *site["args"])
-        if site["type"] != "sample" or site["is_observed"]:
-            return None
-        transform = find_bijection(name, site["fn"].support, biject_to)
-        unconstrained = self._choose(name, transform, site["fn"].shape())
-        value = transform(unconstrained)
-        self.transforms[name] = transform
-        self.unconstrained[name] = unconstrained
-        self.log_jacobians.append(transform.log_abs_det_jacobian(unconstrained, value).sum())
-        return value
+
+def _shape(site: Mapping[str, Any]) -> tuple[int, ...]:
+    return (*site["kwargs"].get("sample_shape", ()), *site["fn"].shape())
+
+
+def _bijection(site: Mapping[str, Any]) -> Any:
+    from numpyro.distributions import biject_to
+
+    return find_bijection(site["name"], site["fn"].support, biject_to)
+
+
+def _terms(sites: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the log density of each sample site, scaled. Its mask is part of its distribution."""
+    return {name: _log_prob(site) for name, site in sites.items() if site["type"] == "sample"}
 
 
 def _log_prob(site: Mapping[str, Any]) -> Any:
-    """Return the log density of a sample site, scaled. Its mask is part of its distribution."""
     try:
-        density = site["fn"].log_prob(site["value"])
+        log_prob = site["fn"].log_prob(site["value"])
     except (TypeError, ValueError) as error:
         raise data_mismatch_error(site["name"], error) from error
-    return (density if site["scale"] is None else site["scale"] * density).sum()
+    return (log_prob if site["scale"] is None else site["scale"] * log_prob).sum()
+
+
+def _copy_of_array(value: Any) -> Any:
+    return np.array(value) if isinstance(value, np.ndarray) else value

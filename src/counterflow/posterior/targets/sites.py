@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from inspect import getclosurevars
+from types import FunctionType
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 
 def is_data(site: Mapping[str, Any]) -> bool:
@@ -16,12 +21,58 @@ def is_data(site: Mapping[str, Any]) -> bool:
 
 
 def check_full_plate(plate: str, size: int, subsample_size: int | None) -> None:
-    """Raise ValueError for a plate that draws a part of the data."""
+    """Raise ValueError for a plate that holds a part of the data."""
     if subsample_size not in (None, size):
         raise ValueError(
             f"expected plates over all data, got {subsample_size} of {size} in plate {plate}; leave its "
-            "subsample_size out, as the log density has to be the same at every call"
+            "subsample_size or subsample out and observe all data, as the log density has to be the same at every call"
         )
+
+
+def check_same_terms(first: Mapping[str, Any], second: Mapping[str, Any]) -> None:
+    """Raise ValueError if the terms of a log density differ between two runs with different random numbers."""
+    differing = [name for name, term in first.items() if not np.allclose(term, second[name], 1e-9, equal_nan=True)]
+    if differing:
+        raise ValueError(
+            f"expected the same log density at every call, got one of {', '.join(differing)} that depends on random "
+            "numbers drawn in the model, such as a part of the data; observe all data and draw no noise"
+        )
+
+
+def check_not_scaled_from_part(
+    sites: Mapping[str, Mapping[str, Any]], observed: Mapping[str, npt.NDArray[Any]], model_and_data: Any
+) -> None:
+    """Raise ValueError for observed sites whose scale makes up for rows that the model was given but does not use.
+
+    Args:
+        sites: the trace.
+        observed: the data of the sites.
+        model_and_data: the model and its arguments, in which larger arrays are looked for.
+    """
+    lengths = set(_lengths(model_and_data))
+    for name, value in observed.items():
+        scale = sites[name]["scale"]
+        rows = len(value) if value.ndim else 1
+        if scale is not None and np.ndim(scale) == 0 and scale > 1 and rows * float(scale) in lengths:
+            raise ValueError(
+                f"expected the log density of all data, got that of {rows} of {rows * float(scale):g} rows at {name}, "
+                f"scaled by {float(scale):g}; observe all rows without a scale"
+            )
+
+
+def _lengths(value: Any) -> Iterator[int]:
+    """Return the lengths of all arrays in nested containers, and in the variables that a function closes over."""
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple | list):
+        for inner in value:
+            yield from _lengths(inner)
+    elif isinstance(value, FunctionType):
+        for inner in getclosurevars(value).nonlocals.values():
+            if not isinstance(inner, FunctionType):
+                yield from _lengths(inner)
+    elif getattr(value, "shape", ()):
+        yield value.shape[0]
 
 
 def data_mismatch_error(site: str, error: Exception) -> ValueError:
