@@ -56,7 +56,8 @@ def main() -> None:
         new = found - base
         named = ", ".join(sorted(new, key=lambda name: -megabytes({name}))[:4])
         rows.append(f"| `{extra}` | {megabytes(new):,.0f} | {len(new)} packages; the largest: {named} |")
-    versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}, {platform.system()} {platform.machine()}"
+    system = f"{platform.system()} {platform.machine()}"
+    versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}, {system}"
     page = Path(__file__).parent / "results" / "extras.md"
     page.write_text(
         f"# Installed size of the extras\n\nMade by `python benchmarks/extras.py` on {versions}.\n\n"

@@ -1,4 +1,4 @@
-"""The solved direction under tracing, torch.func and dispatch modes: the numbers of a plain call, or a refusal in words."""
+"""Test the solved direction under tracing, torch.func and dispatch modes: right numbers, or a refusal in words."""
 
 import warnings
 
