@@ -555,3 +555,9 @@ def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert here("--resume", "run")[0] == 0 and (tmp_path / "run" / "posterior.nc").is_file()
+
+
+def test_a_package_that_writes_the_results_is_checked_before_the_fit(here, monkeypatch):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    code, _, err = here("posterior", *QUICK, "--out", "run")
+    assert code == 2 and "expected h5py for posterior.nc, got: " in err and not Path("run").exists()

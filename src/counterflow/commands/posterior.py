@@ -46,8 +46,9 @@ class Posterior:
     def run(self) -> int:
         """Fit, write and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
         from counterflow.commands.requirements import require_packages
+        from counterflow.diagnostics.arviz import netcdf_modules
 
-        require_packages("arviz", "pyarrow", "matplotlib")
+        require_packages(*netcdf_modules(), "pyarrow", "matplotlib")
         from counterflow.commands.posterior_run import run
 
         return run(self)

@@ -7,7 +7,10 @@ import warnings
 from counterflow.checks import require
 
 PACKAGES = {  # import name -> the extra that installs it, and its purpose
-    "arviz": ("posterior", "diagnostics and posterior.nc"),
+    "arviz": ("posterior", "posterior.nc"),
+    "arviz_base": ("posterior", "posterior.nc"),
+    "h5netcdf": ("posterior", "posterior.nc"),
+    "h5py": ("posterior", "posterior.nc"),
     "matplotlib": ("plots", "plots"),
     "onnx": ("export", "ONNX files"),
     "onnxscript": ("export", "ONNX files"),

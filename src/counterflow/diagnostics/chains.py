@@ -1,15 +1,14 @@
-"""Convergence of Markov chains, by ArviZ."""
+"""Convergence of Markov chains."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from counterflow.checks import require
+from counterflow.diagnostics.arviz import r_hat_and_ess
 
 
 class Convergence(NamedTuple):
@@ -21,7 +20,9 @@ class Convergence(NamedTuple):
 
 
 def convergence(draws: Tensor) -> Convergence:
-    """Compute R-hat and effective sample sizes of chains (chains, draws, D).
+    """Compute R-hat and effective sample sizes of chains (chains, draws, D), by ArviZ.
+
+    Of a feature in which no chain moves, R-hat is infinite and the effective sample sizes are the number of chains.
 
     Raises:
         ValueError: not (chains, draws, D) with at least four draws per chain.
@@ -38,21 +39,12 @@ def convergence(draws: Tensor) -> Convergence:
     """
     if draws.dim() != 3 or draws.shape[1] < 4:
         raise ValueError(f"expected draws (chains, draws, D) with at least 4 per chain, got {tuple(draws.shape)}")
-    arviz = import_arviz()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # more chains than draws are intended; 0 / 0 occurs if a chain does not move
-        data = arviz.convert_to_dataset({"x": draws.detach().double().cpu().numpy()})
-        found = (arviz.rhat(data), arviz.ess(data, method="bulk"), arviz.ess(data, method="tail"))
-    r_hat, bulk, tail = (torch.as_tensor(part["x"].values).reshape(-1) for part in found)
-    return Convergence(torch.where(r_hat.isnan(), math.inf, r_hat), bulk, tail)
-
-
-def import_arviz() -> Any:
-    """Import ArviZ on first use.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # on import, ArviZ 0.23 announces version 1
-        return require("arviz", "posterior", "R-hat, effective sample sizes and NetCDF files")
+    draws = draws.detach().double().cpu()
+    r_hat, bulk, tail = (torch.as_tensor(part) for part in r_hat_and_ess(draws.numpy()))
+    stuck = (draws == draws[:, :1]).all(1).all(0)  # rounding would decide what 0 / 0 or 1 / 0 becomes
+    chains = torch.full_like(bulk, len(draws))
+    return Convergence(
+        torch.where(stuck | r_hat.isnan(), math.inf, r_hat),
+        torch.where(stuck, chains, bulk),
+        torch.where(stuck, chains, tail),
+    )

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from counterflow.diagnostics.arviz import arviz_data
 from counterflow.diagnostics.importance import effective_sample_size_of_means, psis, resample
 from counterflow.diagnostics.verdict import Verdict
 from counterflow.flows.flow import Flow
@@ -20,7 +21,6 @@ from counterflow.io.atomic import write_bytes
 from counterflow.io.json import MAX_QUOTED, from_json, read_json, write_json
 from counterflow.io.serialization import load, save
 from counterflow.io.tensors import contiguous_copies, read_tensors
-from counterflow.posterior.arviz import arviz_data
 from counterflow.posterior.config import PosteriorConfig
 from counterflow.posterior.mcmc import Chains, independence_metropolis, neutra
 from counterflow.posterior.modes import missed_mass
