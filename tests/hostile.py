@@ -36,7 +36,7 @@ from counterflow.commands.trained import kind_of_run
 from counterflow.diagnostics.verdict import Verdict
 from counterflow.io.data import load
 from counterflow.io.data.cells import numbers, to_numbers_or_texts
-from counterflow.io.data.streams import open_table
+from counterflow.io.data.tables import open_table
 from counterflow.io.serialization import TYPES
 from counterflow.posterior.config import PosteriorConfig
 from counterflow.posterior.posterior import Posterior

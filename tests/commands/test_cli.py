@@ -345,7 +345,7 @@ def material(tmp_path):
 
 GAUSSIAN = "vae --data rows.npy --likelihood gaussian "
 BAD = {
-    "missing folder": ("vae --data nowhere", "expected .* got 'nowhere', where nothing is"),
+    "missing folder": ("vae --data nowhere", "expected .* got 'nowhere', which does not exist"),
     "empty folder": ("vae --data empty", "expected IDX files or PNG or JPEG images in empty, got an empty folder"),
     "folder of texts": ("vae --data text", "got 1 other files, the first a.txt"),
     "bytes under Bernoulli": ("vae --data bytes.npy", r"values in \[0, 1\] .* got 0 to 255; rescale"),
@@ -385,7 +385,7 @@ BAD = {
     "samples to a picture": ("sample images --out new.png", "expected .*new.png"),
     "score by a missing run": ("score nowhere rows.npy", "expected a run folder of counterflow vae, got nowhere"),
     "score without a model": ("score 'no model' rows.npy", "expected no model/model.safetensors, which does not exist"),
-    "score nothing": ("score run nowhere.npy", "got 'nowhere.npy', where nothing is"),
+    "score nothing": ("score run nowhere.npy", "got 'nowhere.npy', which does not exist"),
     "score another shape": ("score run bytes.npy --out new/a.csv", r"of shape \(B, 3\), got \(40, 1, 6, 5\); this VAE"),
     "score other values": ("score images bytes.npy --out new/a.csv", "expected data of shape"),
     "score over a file": ("score run rows.npy --out old.csv", "expected a new file, got old.csv, which exists"),

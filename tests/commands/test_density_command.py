@@ -154,7 +154,7 @@ def test_score_streams_in_batches(runs, here, tmp_path, monkeypatch):
     write(big, tmp_path / "big.csv")
     expected = np.tile(cf.FlowDensity.load(folder / "plain").score_samples(NUMBERS), 9)
     monkeypatch.setattr("counterflow.commands.density_output.BATCH", 64)
-    monkeypatch.setattr("counterflow.io.data.streams.BLOCK", 4096)
+    monkeypatch.setattr("counterflow.io.data.csv.BLOCK", 4096)
     for suffix in ("csv", "parquet"):
         assert here("score", folder / "plain", f"big.{suffix}", "--out", f"out.{suffix}")[0] == 0
         np.testing.assert_allclose(read(tmp_path / f"out.{suffix}").log_density, expected, rtol=1e-9)
@@ -252,16 +252,16 @@ def material(runs, tmp_path):
 
 
 BAD = {
-    "no table": ("density nowhere.csv", "expected a table, .csv, .parquet, .npy, .npz; got 'nowhere.csv', where nothi"),
+    "no table": ("density nowhere.csv", "expected a table, .csv, .parquet, .npy, .npz; got 'nowhere.csv', which does"),
     "no such format": ("density table.xlsx", "expected a table, .csv, .parquet, .npy, .npz, got table.xlsx; convert"),
-    "empty csv": ("density empty.csv", "expected empty.csv to be a CSV table .* does not read: Empty CSV file"),
+    "empty csv": ("density empty.csv", "expected empty.csv to be a UTF-8 CSV table .* does not read: Empty CSV file"),
     "empty parquet": ("density empty.parquet", "expected empty.parquet to be a Parquet file, but it does not read"),
     "empty npy": ("density empty.npy", "expected empty.npy to be a NumPy .npy file, but it does not read"),
     "empty npz": ("density empty.npz", "expected empty.npz to be a NumPy .npz file, but it does not read"),
     "header alone": ("density header.csv", "expected at least 10 rows in header.csv, got 0"),
     "one row": ("density one.csv", "expected at least 10 rows in one.csv, got 1; provide more data"),
-    "ragged": ("density ragged.csv", "expected ragged.csv to be a CSV table .*Row #3: Expected 3 columns, got 2"),
-    "names twice": ("density twice.csv", r"expected a name of its own .* got \['x'\] more than once"),
+    "ragged": ("density ragged.csv", "expected ragged.csv to be a UTF-8 CSV table .*Row #3: Expected 3 columns, got 2"),
+    "names twice": ("density twice.csv", r"distinct names of columns in twice.csv, got \['x'\] more than once"),
     "text": ("density table.csv", "expected numbers in column 'id' of table.csv, got 'r0' in row 0 .* name it as cont"),
     "late text": ("density text.csv", "expected numbers in column 'count' of text.csv, got 'high' in row 20000"),
     "late gap": ("density gap.csv", "a value in every cell of gap.csv, got missing .NaN.: row 20000 of 'count'"),
@@ -281,7 +281,7 @@ BAD = {
     "test part": ("density numbers.csv --test 1", r"expected --test to be in \(0, 1\), got 1"),
     "epochs": ("density numbers.csv --epochs 0", "expected epochs of at least 1, got 0"),
     "device": ("density numbers.csv --device toaster", "expected device to be an available .* got 'toaster'"),
-    "score nothing": ("score plain nowhere.csv", "got 'nowhere.csv', where nothing is"),
+    "score nothing": ("score plain nowhere.csv", "got 'nowhere.csv', which does not exist"),
     "score no rows": ("score plain header.csv --out new/a.csv", "expected at least one row in header.csv, got none"),
     "score empty": ("score plain empty.csv --out new/a.csv", "does not read: Empty CSV file"),
     "score ragged": ("score plain ragged.csv --out new/a.csv", "Expected 3 columns, got 2"),
@@ -298,7 +298,7 @@ BAD = {
     "score without context": ("score given numbers.csv --out new/a.csv", "got none called colour"),
     "score unseen": ("score given pink.csv --out new/a.csv", "that training saw .*, got 'pink' in row 1"),
     "score by a posterior": ("score posterior numbers.csv", "a run folder of counterflow vae or density, got posterio"),
-    "score by a broken run": ("score broken numbers.csv", "expected broken/config.json to be what a run of counter"),
+    "score by a broken run": ("score broken numbers.csv", "expected broken/config.json to be the configuration of"),
     "score by a bare run": ("score bare numbers.csv", "expected bare/density.json, which FlowDensity.save writes"),
     "score by a missing run": ("score nowhere numbers.csv", "expected a run folder .* got nowhere, which does not exi"),
     "sample nothing": ("sample plain -n 0", "expected -n to be at least 1, got 0"),

@@ -204,6 +204,8 @@ ARRAYS: dict[str, tuple[str, bytes, torch.dtype, np.ndarray]] = {
         np.r_[np.ones(600_000), 1.5][:, None],
     ),
     "parquet": ("x.parquet", parquet(a=ROWS[:, 0], b=ROWS[:, 1]), F64, ROWS[:, :2]),
+    "parquet of float32": ("x.parquet", parquet(a=pa.array([1.5, 2.0**25], "f4")), F32, np.array([[1.5], [2.0**25]])),
+    "parquet of texts": ("x.parquet", parquet(a=["1", " 2.5 "], b=[3, 4]), F32, np.array([[1, 3], [2.5, 4]])),
     "parquet, mixed": ("x.parquet", parquet(a=[1, 2], b=[True, False]), F32, np.array([[1, 1], [2, 0]])),
 }
 
@@ -285,10 +287,10 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "labels": ("a-idx1-ubyte", idx(GREY, magic=0x801), r"begins with 00000803 .* got 00000801.*; labels \("),
     "empty idx": ("a.idx", b"", r"expected .*a\.idx to be an IDX file of images, .* got nothing"),
     "half a header": ("a.idx", idx(GREY)[:9], r"begins with 00000803 and three sizes, got 00000803"),
-    "no pixels": ("a.idx", idx(GREY[:0]), r"at least one image in .*a\.idx, and the 0 x 5 x 7 pixels .* got 0; fetch"),
-    "short idx": ("a.idx", idx(GREY)[:-4], r"in .*a\.idx, and the 3 x 5 x 7 pixels .* declares, got 101; fetch"),
-    "long idx": ("a.idx", idx(GREY) + b"?", r"in .*a\.idx, and the 3 x 5 x 7 pixels .* got more; fetch"),
-    "idx of 2**95": ("a.idx.gz", HUGE, r"and the 2147483648 x 4294967295 x 4294967295 .* got 0; fetch"),
+    "no pixels": ("a.idx", idx(GREY[:0]), r"one image in .*a\.idx, and the 0 x 5 x 7 pixels .* got 0; download"),
+    "short idx": ("a.idx", idx(GREY)[:-4], r"in .*a\.idx, and the 3 x 5 x 7 pixels .* declares, got 101; download"),
+    "long idx": ("a.idx", idx(GREY) + b"?", r"in .*a\.idx, and the 3 x 5 x 7 pixels .* got more; download"),
+    "idx of 2**95": ("a.idx.gz", HUGE, r"and the 2147483648 x 4294967295 x 4294967295 .* got 0; download"),
     "cut gz": ("a.idx.gz", gzip.compress(idx(GREY))[:-20], r"a\.idx\.gz to be an IDX .* not read: .+; check"),
     "corrupt gz": ("a.idx", twisted(gzip.compress(idx(GREY))), r"a\.idx to be an IDX .* not read: .+; check"),
     # NumPy
@@ -321,32 +323,32 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "missing": (
         "x.csv",
         b"a,b\n1,\n,3\n4,NA\n5,nan\n6,7\n",
-        r"4 missing: row 0 of 'b', row 1 of 'a', row 2 of 'b', \.\. \(.*; impute, or drop 4 of 5 rows",
+        r"every cell of .*x\.csv, got 4 missing \(NaN\): row 0 of 'b', row 1 of 'a', row 2 of 'b', \.\. .* 4 of 5 rows",
     ),
-    "infinity": ("x.csv", b"a,b\n1,2\n3,1e999\n", r"1 non-finite of 4, the first \(inf\) at row 1, column 1 "),
-    "ragged": ("x.csv", b"a,b\n1,2\n3\n", r"x\.csv to be a CSV table .*Row #3: Expected 2 columns, got 1: 3"),
+    "infinity": ("x.csv", b"a,b\n1,2\n3,1e999\n", r"finite numbers in every cell .* 1 infinite \(inf\): row 1 of 'b'"),
+    "ragged": ("x.csv", b"a,b\n1,2\n3\n", r"x\.csv to be a UTF-8 CSV table .*Row #3: Expected 2 columns, got 1: 3"),
     "late ragged": ("x.csv", b"a,b\n" + b"1,2\n" * 300_000 + b"3\n", r"Row #300002: Expected 2 columns, got 1"),
     "index column": ("x.csv", b",a\n0,1\n", r"a name for every column of .*, got ',a' in the first line; name"),
-    "latin-1": ("x.csv", b"\xe9,b\n1,2\n", r"x\.csv to be a CSV table .* does not read: 'utf-8' codec"),
-    "latin-1 cell": ("x.csv", b"a,b\n1,\xe9\n", r"x\.csv to be a CSV table .* does not read: .*invalid UTF8"),
-    "empty csv": ("x.csv", b"", r"x\.csv to be a CSV table .* does not read: Empty CSV file; check that"),
+    "latin-1": ("x.csv", b"\xe9,b\n1,2\n", r"x\.csv to be a UTF-8 CSV table .* does not read: 'utf-8' codec"),
+    "latin-1 cell": ("x.csv", b"a,b\n1,\xe9\n", r"x\.csv to be a UTF-8 CSV table .* does not read: .*invalid UTF8"),
+    "empty csv": ("x.csv", b"", r"x\.csv to be a UTF-8 CSV table .* does not read: Empty CSV file; check that"),
     "names only": ("x.csv", b"a,b\n", r"at least one row and one column in .*x\.csv, got shape \(0, 2\)"),
-    "strings": ("x.parquet", parquet(a=[1, 2], b=[None, "7"]), r"column 'b' of .*, got '7' in row 1 .* encode it"),
+    "strings": ("x.parquet", parquet(a=[1, 2], b=[None, "x"]), r"column 'b' of .*, got 'x' in row 1 .* encode it"),
     "dates": ("x.parquet", parquet(a=[datetime.date(2020, 1, 1)]), r"column 'a' of .*, got datetime\.date\(2020"),
-    "null": ("x.parquet", parquet(a=[1, None], b=[2.5, 3.5]), r"got 1 missing: row 1 of 'a' \(rows .* 1 of 2"),
-    "all null": ("x.parquet", parquet(a=[None, None]), r"got 2 missing: row 0 of 'a', row 1 of 'a' \(rows"),
-    "parquet nan": ("x.parquet", parquet(a=[1.0, np.nan]), r"1 non-finite of 2, .* at row 1, column 0 "),
+    "null": ("x.parquet", parquet(a=[1, None], b=[2.5, 3.5]), r"got 1 missing \(NaN\): row 1 of 'a' \(rows .* 1 of 2"),
+    "all null": ("x.parquet", parquet(a=[None, None]), r"got 2 missing \(NaN\): row 0 of 'a', row 1 of 'a' \(rows"),
+    "parquet nan": ("x.parquet", parquet(a=[1.0, np.nan]), r"got 1 missing \(NaN\): row 1 of 'a' .* 1 of 2 rows"),
     "no parquet": ("x.parquet", b"hello", r"x\.parquet to be a Parquet file, but it does not read: .+; check"),
     "cut parquet": ("x.parquet", parquet(a=[1.0])[:-9], r"to be a Parquet file, but it does not read: .+; check"),
     "only a schema": ("x.parquet", parquet(a=pa.array([], "f8")), r"one row and one column .* shape \(0, 1\)"),
 }  # fmt: skip
 
 ARGUMENTS: dict[str, tuple[str, bytes, dict[str, Any], str]] = {
-    "levels of images": ("a.idx", idx(GREY), {"levels": 16}, r"levels=256, which .* has, got levels=16; leave"),
+    "levels of images": ("a.idx", idx(GREY), {"levels": 16}, r"levels=256, the levels of .*, got levels=16; leave"),
     "key of images": ("a.idx", b"", {"key": "x"}, r"a key only with an \.npz file, got 'x' with .*; leave the"),
     "key of npy": ("x.npy", NPY, {"key": "a"}, r"expected a key only with an \.npz file, got 'a' with .*x\.npy"),
     "wrong key": ("x.npz", npz(a=ROWS), {"key": "x"}, r"one array of .*, got 'x'; it holds a \(11, 3\) float64"),
-    "one level": ("x.npy", NPY, {"levels": 1}, r"expected levels of at least 2, got 1; 8-bit values have"),
+    "one level": ("x.npy", NPY, {"levels": 1}, r"expected levels to be at least 2, got 1; 8-bit values have"),
     "no integers": (
         "x.npy",
         npy(np.array([[1, 2], [0, 0.5], [3, 1]])),
@@ -379,7 +381,7 @@ def test_refused_arguments(tmp_path: Path, name: str, content: bytes, arguments:
 
 
 def test_nothing_there(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match=r'expected "digits", .*; got .*nowhere.*, where nothing is; check'):
+    with pytest.raises(FileNotFoundError, match=r'expected "digits", .*; got .*nowhere.*, which does not exist; check'):
         load(tmp_path / "nowhere.npy")
 
 
@@ -401,7 +403,9 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_missing_reader_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "PIL.Image", None)
-    with pytest.raises(ImportError, match=r"expected pillow for a folder of images, got: .*; pip install pillow"):
+    with pytest.raises(
+        ImportError, match=r"expected pillow for a folder of images, got: .*; pip install 'counterflow\[data\]'"
+    ):
         load(write(tmp_path, **{"a.png": PNG}))
 
 

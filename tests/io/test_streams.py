@@ -10,7 +10,8 @@ from pyarrow import parquet
 from registry import over
 
 from counterflow.io.data.cells import numbers
-from counterflow.io.data.streams import open_table, read_table, writing
+from counterflow.io.data.tables import open_table, read_table
+from counterflow.io.data.writers import table_writer
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(101, 3))
@@ -59,10 +60,10 @@ def test_batches_hold_the_rows_in_order(name, size, tmp_path):
     np.testing.assert_array_equal(others[source.names[2]], expected[:, 2])
 
 
-@over([1, 700, 10**6], "room")
-def test_texts_in_parquet_are_read_in_pieces_that_fit(room, tmp_path, monkeypatch):
+@over([1, 700, 10**6], "text_bytes")
+def test_texts_in_parquet_are_read_in_pieces_that_fit(text_bytes, tmp_path, monkeypatch):
     """The same batches, however few rows are read at a time; with missing texts, categories and lists."""
-    monkeypatch.setattr("counterflow.io.data.parquet.ROOM", room)
+    monkeypatch.setattr("counterflow.io.data.parquet.TEXT_BYTES", text_bytes)
     words = RNG.choice(["here", "there", "everywhere"], 101)
     table = pd.DataFrame({"x": X[:, 0], "word": words, "kind": pd.Categorical(words), "list": [[1.5], []] * 50 + [[]]})
     table["struct"] = [{"x": k, "word": word} for k, word in enumerate(words)]
@@ -79,7 +80,7 @@ def test_texts_come_back_as_they_were(tmp_path):
     table = pd.DataFrame({"t": texts, "x": [f"{k}.50" for k in range(7)]})
     table.to_csv(tmp_path / "in.csv", index=False)
     source = open_table(tmp_path / "in.csv")
-    with writing(tmp_path / "out.csv") as write:
+    with table_writer(tmp_path / "out.csv") as write:
         for batch in source.batches(3):
             write(batch)
     again = pd.read_csv(tmp_path / "out.csv", dtype=str, keep_default_na=False)
@@ -90,12 +91,12 @@ def test_texts_come_back_as_they_were(tmp_path):
 def test_nothing_is_left_of_a_file_that_was_not_finished(suffix, tmp_path):
     batch = pa.record_batch({"a": [1.0, 2.0]})
     path = tmp_path / "new" / "deep" / f"out{suffix}"
-    with pytest.raises(RuntimeError, match="half-way"), writing(path, 4) as write:
+    with pytest.raises(RuntimeError, match="half-way"), table_writer(path, 4) as write:
         write(batch)
         assert not path.exists()
         raise RuntimeError("half-way")
     assert not list(tmp_path.iterdir())
-    with writing(path, 4) as write:
+    with table_writer(path, 4) as write:
         write(batch)
         write(batch)
     assert [p.name for p in path.parent.iterdir()] == [path.name]

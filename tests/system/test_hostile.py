@@ -38,10 +38,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 
 import counterflow as cf
 from counterflow.commands.model_file import read_data
-from counterflow.io.data import formats, load
-from counterflow.io.data.streams import open_table, read_table
+from counterflow.io import limits
+from counterflow.io.data import load
+from counterflow.io.data.tables import open_table, read_table
 from counterflow.io.json import from_json
-from counterflow.io.limits import SIZES
+from counterflow.io.limits.checkpoint import SIZES
 from counterflow.io.serialization import TYPES
 from counterflow.training.checkpoints import Checkpoints
 
@@ -109,7 +110,7 @@ def test_a_gzip_that_unpacks_to_gigabytes_is_refused(tmp_path):
     path = tmp_path / "a.idx.gz"
     path.write_bytes(gzip.compress(struct.pack(">4I", 0x803, 4096, 1024, 1024)) + zeros(64) * 5)
     with pytest.raises(
-        ValueError, match=r"at most 256 MiB of memory, .* got 4,294,967,296 bytes for the pixels .*unzip"
+        ValueError, match=r"at most 256 MiB of memory, .* got 4,294,967,296 bytes for its pixels; .*unzip"
     ):
         load(path)
 
@@ -138,13 +139,13 @@ def test_rows_and_columns_beyond_the_file_are_refused(tmp_path):
 def test_a_header_that_takes_the_parser_down_is_refused(text, tmp_path):
     path = tmp_path / "a.npy"
     path.write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode())
-    refused("its header is no dictionary of texts and numbers", load, path)
+    refused("its header is not a dictionary of texts and numbers", load, path)
 
 
 def test_a_header_of_4_gigabytes_is_refused(tmp_path):
     path = tmp_path / "a.npy"
     path.write_bytes(b"\x93NUMPY\x02\0" + struct.pack("<I", 2**32 - 1) + b"{")
-    refused("a header of 4,294,967,295 bytes, where 10,000 are many", load, path)
+    refused("its header has 4,294,967,295 bytes, more than 10,000", load, path)
 
 
 def test_what_numpy_does_not_write_is_refused(tmp_path):
@@ -176,7 +177,7 @@ def test_a_csv_of_columns_without_end_is_refused(tmp_path):
     for content, columns in ((wide, "50,001"), ('a"b,' + wide, "50,002"), ('"a\n",b"c,' + wide, "50,003")):
         path.write_text(content)
         for read in (load, open_table):
-            refused(rf"bytes for up to {columns} columns; save it as .npy", read, path)
+            refused(rf"bytes for up to {columns} columns; .*save the table as .npy", read, path)
 
 
 def test_a_parquet_page_that_says_it_has_2_gigabytes_is_refused(tmp_path):
@@ -212,9 +213,9 @@ def repeated(name: str, path: Path) -> None:
 @pytest.mark.parametrize("name", ["dictionary", "categories", "structs", "lists", "prefixes", "of one length"])
 def test_texts_that_a_parquet_file_repeats_are_refused_before_all_are_there(name, tmp_path, monkeypatch):
     most = 1 << 21  # bytes; all texts together have ten times as many
-    monkeypatch.setattr(formats, "ALWAYS", most)
-    monkeypatch.setattr(formats, "RATIO", 10)
-    monkeypatch.setattr("counterflow.io.data.parquet.ROOM", most // 4)
+    monkeypatch.setattr(limits, "FREE_BYTES", most)
+    monkeypatch.setattr(limits, "MAX_RATIO", 10)
+    monkeypatch.setattr("counterflow.io.data.parquet.TEXT_BYTES", most // 4)
     repeated(name, path := tmp_path / "a.parquet")
     for read in (load, lambda path: list(open_table(path).batches(1_000)), whole_table):
         with pytest.raises(ValueError, match="to take at most 2 MiB of memory") as told:
@@ -242,8 +243,21 @@ def test_numbers_that_a_file_repeats_are_refused(tmp_path):
     (tmp_path / "a.npz").write_bytes(npz(zipfile.ZIP_DEFLATED, **{"a.npy": npy(np.zeros((40_000_000, 1)))}))
     for name, column in (("a.parquet", "a"), ("a.npz", "f0")):
         source = open_table(tmp_path / name)
-        refused("got 320,000,000 bytes for its rows; write a file of fewer rows", read_table, source, [column], [])
+        refused(
+            "got 320,000,000 bytes for its rows; .* split the table",
+            read_table,
+            source,
+            [column],
+            [],
+        )
         assert sum(batch.num_rows for batch in source.batches(1 << 16)) == 40_000_000
+
+
+def test_a_footer_with_a_list_of_2_to_60_truth_values_is_refused(tmp_path):
+    footer = b"\x19\xf1" + b"\x80" * 8 + b"\x10"  # field 1: a list, of truth values, as many as a varint says
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + footer + struct.pack("<I", len(footer)) + b"PAR1")
+    for read in (load, open_table):
+        refused("a.parquet to be a Parquet file, .* its metadata is cut off", read, tmp_path / "a.parquet")
 
 
 @pytest.mark.parametrize("name", ["parquet", "parquet, in batches"])
@@ -388,7 +402,7 @@ def test_every_size_of_a_constructor_is_counted():
         for name, parameter in inspect.signature(cls).parameters.items():
             if "int" in str(parameter.annotation):
                 assert (name in SIZES) != (name in known), (
-                    f"{cls.__name__}({name}): expected a size in counterflow.io.limits.SIZES, or in known"
+                    f"{cls.__name__}({name}): expected a size in counterflow.io.limits.checkpoint.SIZES, or in known"
                 )
 
 
@@ -469,14 +483,14 @@ def test_texts_of_data_take_no_memory(tmp_path):
 @pytest.mark.parametrize(
     ("value", "hint", "message"),
     [
-        (1.5, int, "expected x as int, got 1.5"),
-        (True, int, "expected x as int, got True"),
-        (True, float, "expected x as float, got True"),
-        ("1", float | None, r"expected x as float \| None, got '1'"),
-        ([1, "a"], tuple[int, ...], r"expected x\[1\] as int, got 'a'"),
-        ([1], tuple[int, int], r"expected x as tuple\[int, int\], got \[1\]"),
-        ({"a": [1]}, dict[str, int], r"expected x\['a'\] as int, got \[1\]"),
-        ({"layers": 1, "colour": 2}, cf.FitConfig, "expected x as FitConfig, got {'layers'"),
+        (1.5, int, "expected x to be int, got 1.5"),
+        (True, int, "expected x to be int, got True"),
+        (True, float, "expected x to be float, got True"),
+        ("1", float | None, r"expected x to be float \| None, got '1'"),
+        ([1, "a"], tuple[int, ...], r"expected x\[1\] to be int, got 'a'"),
+        ([1], tuple[int, int], r"expected x to be tuple\[int, int\], got \[1\]"),
+        ({"a": [1]}, dict[str, int], r"expected x\['a'\] to be int, got \[1\]"),
+        ({"layers": 1, "colour": 2}, cf.FitConfig, "expected x to be FitConfig, got {'layers'"),
     ],
 )
 def test_what_is_not_as_hinted_is_named(value, hint, message):

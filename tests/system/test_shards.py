@@ -211,7 +211,8 @@ def read(out, suffix):
 def test_parts_of_every_format(table, folder, expected, here, tmp_path, monkeypatch):
     monkeypatch.setattr("counterflow.commands.density_output.ROWS_PER_PART", 32)
     monkeypatch.setattr("counterflow.commands.density_output.BATCH", 10)
-    monkeypatch.setattr("counterflow.io.data.streams.BLOCK", 1000)
+    for reader in ("csv", "arrays"):
+        monkeypatch.setattr(f"counterflow.io.data.{reader}.BLOCK", 1000)
     suffix = {".npz": ".npy"}.get((folder / table).suffix, (folder / table).suffix)
     arguments = ["score", folder / "run", folder / table, *(["--key", "x"] if "npz" in table else []), "--out", "out"]
     code, told, errors = here(*arguments)

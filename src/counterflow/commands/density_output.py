@@ -25,8 +25,9 @@ from counterflow.density.config import DESCRIPTION, MODEL
 from counterflow.density.context import Context
 from counterflow.density.estimator import FlowDensity
 from counterflow.io.data.cells import numbers, to_texts
-from counterflow.io.data.source import Part, Source, located
-from counterflow.io.data.streams import appending, check_writable, open_table, writing
+from counterflow.io.data.source import TablePart, TableSource, located_batches
+from counterflow.io.data.tables import open_table
+from counterflow.io.data.writers import append_batches, check_writable, table_writer
 
 Array = np.ndarray[Any, Any]
 ROWS_PER_PART = 1 << 18  # seconds to minutes of work, which is all that a kill can lose
@@ -55,8 +56,8 @@ def score_table(run: Path, data: Path, key: str | None, device: str, out: Path |
         raise ValueError(f"expected a table without a column {ADDED!r}, which is added, got one in {data}")
     if shards is not None:
 
-        def write_part(number: int, part: Part, path: Path, report: Report) -> Sums:
-            with appending(path, suffix, part.rows) as write:
+        def write_part(number: int, part: TablePart, path: Path, report: Report) -> Sums:
+            with append_batches(path, suffix, part.rows) as write:
                 return _score(density, names, context_names, [part], write, report)
 
         about = inputs("score", _files(folder), data, key=key, rows=ROWS_PER_PART)
@@ -67,7 +68,7 @@ def score_table(run: Path, data: Path, key: str | None, device: str, out: Path |
             f"expected --out to end in {suffix}, as {data} is such a table, or to be a name without a suffix, for a "
             f"folder of parts, got {path}"
         )
-    with writing(path, source.rows) as write, console.err.status("scoring") as status:
+    with table_writer(path, source.rows) as write, console.err.status("scoring") as status:
         report = _reporter(status, "scoring")
         sums = _score(density, names, context_names, source.parts(None), write, report)
         if not sums["rows"]:
@@ -84,7 +85,7 @@ def _score(
     density: FlowDensity,
     names: Sequence[str],
     context_names: Sequence[str],
-    pieces: Iterable[Part],
+    pieces: Iterable[TablePart],
     write: Callable[[Any], None],
     report: Report,
 ) -> Sums:
@@ -92,7 +93,7 @@ def _score(
     sums = {"rows": 0, ADDED: 0.0, f"{ADDED}_squared": 0.0}
     with ThreadPoolExecutor(1) as writer:
         written = None
-        for path, first, batch in _read_ahead(located(pieces, BATCH)):
+        for path, first, batch in _read_ahead(located_batches(pieces, BATCH)):
             x = numbers(batch, names, path, first)
             scores = density.score_checked(x, _context(density.context_, context_names, batch, path, first))
             if written is not None:
@@ -140,7 +141,7 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
 
         def write_part(number: int, piece: Any, path: Path, report: Report) -> Sums:
             torch.manual_seed(seed_of_part(seed, number))
-            with appending(path, ".parquet") as write:
+            with append_batches(path, ".parquet") as write:
                 return {"rows": _sample(density, batches([piece]), write, report)}
 
         about = inputs("sample", _files(folder), context, n=n, seed=seed, rows=ROWS_PER_PART)
@@ -149,7 +150,7 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
     path = console.new_file(out or folder / "samples.csv")
     check_writable(path)
     with (
-        writing(path, _rows_to_draw(source, n, path)) as write,
+        table_writer(path, _rows_to_draw(source, n, path)) as write,
         console.err.status("drawing") as status,
     ):
         torch.manual_seed(seed)
@@ -161,7 +162,7 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
     return 0
 
 
-def _rows_to_draw(source: Source | None, n: int, path: Path) -> int | None:
+def _rows_to_draw(source: TableSource | None, n: int, path: Path) -> int | None:
     """Return the number of rows to draw; None if it is unknown, and not needed for the format of the file."""
     if source is None:
         return n
@@ -192,7 +193,9 @@ def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
             yield batch
 
 
-def _batches_to_draw(density: FlowDensity, source: Source | None, n: int) -> Callable[[Iterable[Any]], Iterator[Any]]:
+def _batches_to_draw(
+    density: FlowDensity, source: TableSource | None, n: int
+) -> Callable[[Iterable[Any]], Iterator[Any]]:
     """Return a function that turns pieces of work into batches (rows, context, context columns to copy).
 
     A piece is a number of rows or, with a context, a part of its table, for each row of which n rows are drawn.
@@ -202,8 +205,8 @@ def _batches_to_draw(density: FlowDensity, source: Source | None, n: int) -> Cal
         return lambda pieces: ((size, None, {}) for piece in pieces for size in portions(piece, BATCH))
     names = _match(context.names, source)
 
-    def batches(pieces: Iterable[Part]) -> Iterator[Any]:
-        for path, first, batch in located(pieces, max(1, BATCH // n)):
+    def batches(pieces: Iterable[TablePart]) -> Iterator[Any]:
+        for path, first, batch in located_batches(pieces, max(1, BATCH // n)):
             table = _context(context, names, batch, path, first) or {}
             times = pyarrow.array(np.repeat(np.arange(batch.num_rows), n))
             carried = {
@@ -228,7 +231,7 @@ def _by_name(density: FlowDensity, x: Array) -> dict[str, Array]:
     return {name: np.ascontiguousarray(column) for name, column in zip(names, x.T, strict=True)}
 
 
-def _column_names(density: FlowDensity, source: Source) -> tuple[list[str], list[str]]:
+def _column_names(density: FlowDensity, source: TableSource) -> tuple[list[str], list[str]]:
     """Return the names, in the file, of the trained columns and of those to condition on."""
     trained = density.get_feature_names_out().tolist()
     context = [] if density.context_ is None else density.context_.names
@@ -236,7 +239,7 @@ def _column_names(density: FlowDensity, source: Source) -> tuple[list[str], list
     return names[: len(trained)], names[len(trained) :]
 
 
-def _match(wanted: Sequence[str], source: Source) -> list[str]:
+def _match(wanted: Sequence[str], source: TableSource) -> list[str]:
     """Match columns by name; by position if the file has no names and as many columns."""
     if not source.named and len(source.names) == len(wanted):
         return list(source.names)

@@ -17,7 +17,7 @@ from counterflow.commands.gaussian_mixture import mixture_log_density
 from counterflow.commands.run_folder import check_new, checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
 from counterflow.density.estimator import FlowDensity
-from counterflow.io.data.streams import open_table, read_table
+from counterflow.io.data.tables import open_table, read_table
 from counterflow.io.json import write_json
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch

@@ -21,7 +21,7 @@ from counterflow.commands.posterior import Posterior
 from counterflow.commands.posterior_plots import columns_of
 from counterflow.commands.run_folder import check_new, checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
-from counterflow.io.atomic import atomic_write, check_room
+from counterflow.io.atomic import atomic_write, check_free_space
 from counterflow.io.json import write_json
 from counterflow.posterior.targets.target import Target
 from counterflow.training.distributed import Workers
@@ -115,7 +115,7 @@ def _write(options: Posterior, fitted: posterior.Posterior, target: Target, fold
     torch.manual_seed(options.fit.seed)
     fitted.save(folder)
     data = fitted.to_arviz(options.n)
-    check_room(folder, 2 * _size(data) + (1 << 20))  # HDF5 ends the process if it cannot close a file
+    check_free_space(folder, 2 * _size(data) + (1 << 20))  # HDF5 ends the process if it cannot close a file
     with atomic_write(folder / "posterior.nc") as path:
         data.to_netcdf(str(path))
     with atomic_write(folder / "draws.parquet") as path:

@@ -1,1 +1,1 @@
-"""Files: atomic writes, serialization, limits on untrusted files, export, data."""
+"""Files: atomic writes, checkpoints, limits on untrusted files, export to other runtimes, and data sets."""

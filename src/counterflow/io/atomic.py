@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all, and JSON that may be anybody's."""
+"""Atomic writes: a file appears complete under its name, or the old file stays."""
 
 from __future__ import annotations
 
@@ -10,50 +10,58 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+SUFFIX = ".part"  # of temporary files
+
 
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Another path to write to, which becomes this file at the end: it is there as a whole or as it was before.
+def atomic_write(path: Path, suffix: str = SUFFIX) -> Iterator[Path]:
+    """Yield a temporary path in the same folder, which replaces `path` when the block ends without an error.
 
-    So it is after a loss of power as well. Where the writing fails, the folders that were made for it go too.
+    Readers see the old file or the complete new one, even after a power loss. On an error the temporary file and the
+    folders that were created for it are removed.
+
+    Args:
+        path: the file; missing folders are created.
+        suffix: of the temporary path, for writers that look at it.
     """
     folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     try:
         yield temporary
-        _to_disk(temporary, os.O_RDWR)
+        _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         for folder in folders:
-            with suppress(OSError):  # somebody else has put something there
+            with suppress(OSError):  # it is not empty, or is gone
                 folder.rmdir()
         raise
     if os.name == "posix":  # elsewhere a folder cannot be opened
-        _to_disk(path.parent, os.O_RDONLY)  # the new name, too
+        _sync(path.parent, os.O_RDONLY)  # writes the new name to disk
 
 
-def check_room(folder: Path, size: int) -> None:
-    """Raise OSError unless a disk has room for so many bytes: not every library survives it when it has not."""
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically, see `atomic_write`."""
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def check_free_space(folder: Path, size: int) -> None:
+    """Raise OSError if a disk has fewer than `size` free bytes, for libraries that crash when a disk is full."""
     if shutil.disk_usage(folder).free < size:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
 
 def leftovers(path: Path) -> list[Path]:
-    """What processes that were killed have left of this file."""
-    return list(path.parent.glob(f".{glob.escape(path.name)}.*.part"))
+    """Return the temporary files of `path` that killed processes left behind."""
+    return list(path.parent.glob(f".{glob.escape(path.name)}.*{SUFFIX}"))
 
 
-def _to_disk(path: Path, mode: int) -> None:
-    opened = os.open(path, mode)
+def _sync(path: Path, flags: int) -> None:
+    """Write a file's or folder's content to disk."""
+    descriptor = os.open(path, flags)
     try:
-        os.fsync(opened)
+        os.fsync(descriptor)
     finally:
-        os.close(opened)
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """A file that is there as a whole or as it was before, also after a loss of power."""
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(content)
+        os.close(descriptor)

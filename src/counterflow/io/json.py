@@ -1,4 +1,4 @@
-"""JSON files, and values checked against type hints."""
+"""JSON files, and values of JSON checked against type hints."""
 
 from __future__ import annotations
 
@@ -11,19 +11,23 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from counterflow.io.atomic import write_bytes
 
-MAX_QUOTED = 1000  # characters of an error that is told in ours; one may quote as much as there is in a file
+MAX_QUOTED = 1000  # characters of another error that an error quotes; that error may quote as much as a file holds
 
 
 def write_json(path: Path, value: Any) -> None:
-    """One JSON file, indented, ending in a newline."""
+    """Write an indented JSON file atomically; values that JSON does not know become texts."""
     write_bytes(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 
 def read_json(path: Path, what: str) -> dict[str, Any]:
-    """The one JSON object that a file holds.
+    """Read the JSON object in a file.
+
+    Args:
+        path: the file.
+        what: the expected content, for errors.
 
     Raises:
-        ValueError: it holds something else.
+        ValueError: the file does not hold a JSON object.
 
     Example:
         >>> import tempfile
@@ -35,25 +39,30 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:  # text that is not UTF-8 is a ValueError as well
-        came = "lists within lists without end" if isinstance(error, RecursionError) else str(error)
-        raise ValueError(f"expected {path} to be {what}, but it does not read as JSON: {came}") from None
+        cause = "its lists are nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise ValueError(f"expected {path} to be {what}, but it does not read as JSON: {cause}") from None
     if not isinstance(value, dict):
-        raise ValueError(f"expected {path} to be {what}, an object of JSON, got {type(value).__name__}")
+        raise ValueError(f"expected {path} to be {what}, a JSON object, got {type(value).__name__}")
     return value
 
 
 def from_json(value: Any, hint: Any, name: str) -> Any:
-    """A value of JSON as a type hint has it: lists become tuples, texts paths, and objects the dataclass hinted.
+    """Convert a value of JSON to the type of a hint: lists to tuples, texts to paths, objects to dataclasses.
+
+    Args:
+        value: a value that `json.loads` returned.
+        hint: a type hint of JSON's own types, Path, Literal, tuple, dict, dataclasses and unions of these.
+        name: of the value, for errors.
 
     Raises:
-        ValueError: it is of another type, or an object lacks a field or has others.
+        ValueError: the value has another type, or an object lacks a field or has unknown ones.
 
     Example:
         >>> from_json([1, 2], tuple[int, ...], "sizes")
         (1, 2)
         >>> from_json("two", int | None, "layers")
         Traceback (most recent call last):
-        ValueError: expected layers as int | None, got 'two'
+        ValueError: expected layers to be int | None, got 'two'
     """
     inner = get_args(hint)
     if hint is Any:
@@ -76,19 +85,22 @@ def from_json(value: Any, hint: Any, name: str) -> Any:
         return {key: from_json(v, inner[1], f"{name}[{key!r}]") for key, v in value.items()}
     elif is_dataclass(hint) and isinstance(value, dict):
         hints = get_type_hints(hint)
-        with suppress(KeyError, TypeError):  # a field too many, or one that is missing
+        with suppress(KeyError, TypeError):  # unknown or missing fields
             return cast(Any, hint)(**{key: from_json(v, hints[key], f"{name}.{key}") for key, v in value.items()})
-    elif isinstance(hint, type) and _is(value, hint):
+    elif isinstance(hint, type) and _has_type(value, hint):
         return value
-    told = hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("typing.", "")
-    raise ValueError(f"expected {name} as {told}, got {value!r:.100}")
+    wanted = hint.__name__ if isinstance(hint, type) and not inner else str(hint).replace("typing.", "")
+    raise ValueError(f"expected {name} to be {wanted}, got {value!r:.100}")
 
 
-def _is(value: Any, kind: type) -> bool:
-    """Whether it is of that type, where numbers are as JSON has them: 1 may stand for 1.0 or true, and 1.0 for 1."""
+def _has_type(value: Any, kind: type) -> bool:
+    """Check a value's type. JSON does not separate kinds of numbers: 1 may be a float or true, and 1.0 an int."""
     if kind not in (int, float, bool):
         return isinstance(value, kind)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return value is True or value is False if kind is bool else False
-    atomic_write = isinstance(value, int) or value.is_integer()
-    return value in (0, 1) if kind is bool else kind is float or atomic_write
+    if isinstance(value, bool):
+        return kind is bool
+    if not isinstance(value, int | float):
+        return False
+    if kind is bool:
+        return value in (0, 1)
+    return kind is float or isinstance(value, int) or value.is_integer()

@@ -1,4 +1,4 @@
-"""Reading and writing tensors as safetensors."""
+"""Tensors in safetensors files."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from torch import Tensor
 
 
 def read_tensors(path: Path, device: str = "cpu") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a safetensors file, and the texts in its header.
+    """Read a safetensors file.
+
+    Returns:
+        The tensors by name, and the texts in the header by name.
 
     Raises:
-        ValueError: it is none, or not all of one.
+        ValueError: the file is not a complete safetensors file.
     """
     try:
         with safe_open(path, "pt", device) as file:
-            # a file of safetensors can only be gone through by its keys
+            # keys() is the only way to list the tensors of the file
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
     except (SafetensorError, ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"expected a safetensors file, got {path}, which does not read as one ({error})") from None
 
 
 def contiguous_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in ordinary memory of which none shares any, as safetensors wants them."""
+    """Copy tensors to contiguous CPU memory; safetensors refuses tensors that share memory."""
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}

@@ -1,8 +1,10 @@
-"""Data by name or by path: images and tables as tensors, and seeded splits of them.
+"""Data by name or path: images and tables as tensors, and their seeded splits.
 
-Image files (IDX, PNG, JPEG) and the digits state their scale, so they stay integers with `levels`; arrays and
-tables do not, so they are taken as they are unless the caller states `levels`.
+Image files (IDX, PNG, JPEG) and the digits have known levels, so they stay integers. Arrays and tables do not, so their
+numbers are kept unless the caller gives `levels`.
 """
+
+from __future__ import annotations
 
 import math
 import os
@@ -12,22 +14,26 @@ from pathlib import Path
 import torch
 
 from counterflow.checks import check_finite
-from counterflow.io.data.arrays import Array, as_levels, as_tensor, read_npy, read_npz
+from counterflow.io.data.arrays import read_npy, read_npz
+from counterflow.io.data.cells import Array
+from counterflow.io.data.conversion import as_levels, as_tensor
 from counterflow.io.data.formats import ACCEPTED
 from counterflow.io.data.images import IDX_FILE, read_digits, read_folder, read_idx
-from counterflow.io.data.tables import read_csv, read_parquet
+from counterflow.io.data.tables import read_rows
 
-__all__ = ["ACCEPTED", "Dataset", "Splits", "load", "split"]
+__all__ = ["Dataset", "Splits", "load", "split"]
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Values and where they came from.
+    """Images or rows, and their source.
 
-    values   (N, C, H, W) images or (N, D) rows; uint8 where the levels are known, else float32 or float64
-    test     the official test split, shaped as values, where the source has one (MNIST-style t10k-* files)
-    levels   values are integers in 0..levels-1: 256 for images, 17 for the digits; None for real numbers
-    name     the source as the user named it
+    Args:
+        values: images (N, C, H, W) or rows (N, D); uint8 where the levels are known, else float32 or float64.
+        test: the official test split, shaped like values, where the source has one (MNIST-style t10k-* files).
+        levels: number of integer levels, if values are integers in 0..levels-1: 256 for images, 17 for the digits;
+            None for real numbers.
+        name: the source as the user gave it.
     """
 
     values: torch.Tensor
@@ -35,11 +41,12 @@ class Dataset:
     levels: int | None
     name: str
 
-    def unit(self) -> "Dataset":
-        """The same data as float32 in [0, 1], values / (levels - 1); itself when levels is None.
+    def unit(self) -> Dataset:
+        """Return the data scaled to [0, 1] as float32, values / (levels - 1); unchanged if levels is None.
 
-        >>> load("digits").unit().values.max()
-        tensor(1.)
+        Example:
+            >>> load("digits").unit().values.max()
+            tensor(1.)
         """
         if self.levels is None:
             return self
@@ -50,7 +57,7 @@ class Dataset:
 
 @dataclass(frozen=True, eq=False)
 class Splits:
-    """Three disjoint parts of a dataset, (n, *shape) each, with n >= 1."""
+    """Three disjoint parts of a dataset, each (n, *shape) with n >= 1."""
 
     train: torch.Tensor
     validation: torch.Tensor
@@ -58,55 +65,72 @@ class Splits:
 
 
 def load(source: str | Path, key: str | None = None, levels: int | None = None) -> Dataset:
-    """Read images or a table; the source says which.
+    """Load images or a table.
 
-    source   "digits": the 1797 images of 8 x 8 that scikit-learn ships ("./digits" is a folder of that name);
-             a folder of MNIST-style IDX files, or one such file; a folder of PNG or JPEG images, with its
-             subfolders, in the order of their paths: grey ones have 1 channel, one in colour among them makes
-             all RGB, alpha is dropped; a .npy, .npz, .csv (with or without a line of names) or .parquet file
-    key      which array of an .npz that holds more than one
-    levels   states that an array or a table holds integers in 0..levels-1, which is checked; they become
-             uint8 if levels <= 256, else int32
+    | source | data |
+    |---|---|
+    | "digits" | the 1797 images of 8 x 8 that scikit-learn ships ("./digits" is a folder of that name) |
+    | folder of MNIST-style IDX files, or one such file | grey images |
+    | folder of PNG or JPEG images | images in the order of their paths, subfolders included |
+    | .npy or .npz file | rows (N, D), grey images (N, H, W), or colour images, see below |
+    | .csv or .parquet file | rows (N, D); the first line of a CSV may hold names |
 
-    An array is (N, D) rows, (N, H, W) grey images, or colour images (N, C, H, W) with C in (1, 3) or else
-    (N, H, W, C) with C in (1, 3, 4). Arrays of float64 stay so; all else, the numbers of a CSV too, becomes
-    float32, or float64 if there are numbers beyond 2**24, where float32 rounds whole numbers.
+    Images are grey unless one of them has colour, then all become RGB; alpha is dropped. A colour array is
+    (N, C, H, W) with C in (1, 3), or else (N, H, W, C) with C in (1, 3, 4). Arrays and Parquet columns of float64 stay
+    float64. Everything else becomes float32, or float64 if a number is beyond 2**24, where float32 rounds integers.
 
-    Raises FileNotFoundError if nothing is there, ImportError if the reader of the format is not installed,
-    and ValueError for what is no data: what does not decode, no rows, mixed sizes, text, missing cells, NaN,
-    infinity.
+    Args:
+        source: name or path.
+        key: the name of the array, for an .npz file that holds more than one.
+        levels: the number of integer levels of an array or a table, whose values must be integers in 0..levels-1;
+            they become uint8 if levels <= 256, else int32.
 
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ImportError: the package that reads the format is not installed.
+        ValueError: the file does not decode, has no rows or images of different sizes, or holds text, missing cells,
+            NaN or infinity.
+
+    Example:
         >>> digits = load("digits")
         >>> digits.values.shape, digits.values.dtype, digits.levels
         (torch.Size([1797, 1, 8, 8]), torch.uint8, 17)
     """
     name = str(source)
     if levels is not None and levels < 2:
-        raise ValueError(f"expected levels of at least 2, got {levels}; 8-bit values have levels=256")
+        raise ValueError(f"expected levels to be at least 2, got {levels}; 8-bit values have levels=256")
     if key is not None and not name.lower().endswith(".npz"):
         raise ValueError(f"expected a key only with an .npz file, got {key!r} with {name}; leave the key out")
     if source == "digits":
-        return _stated(read_digits(), None, 17, levels, name)
+        return _with_levels(read_digits(), None, 17, levels, name)
     path = Path(os.path.expanduser(source))
     if not path.exists():
-        raise FileNotFoundError(f"expected {ACCEPTED}; got {name!r}, where nothing is; check the path")
+        raise FileNotFoundError(f"expected {ACCEPTED}; got {name!r}, which does not exist; check the path")
     if path.is_dir():
-        return _stated(*read_folder(path), 256, levels, name)
+        return _with_levels(*read_folder(path), 256, levels, name)
     if IDX_FILE.search(path.name):
-        return _stated(read_idx(path), None, 256, levels, name)
-    values = as_tensor(_array(path, key), name)
+        return _with_levels(read_idx(path), None, 256, levels, name)
+    values = as_tensor(_read_array(path, key), name)
     check_finite(values, name)
     return Dataset(values if levels is None else as_levels(values, levels, name), None, levels, name)
 
 
 def split(dataset: Dataset, *, seed: int, validation: float = 0.1, test: float = 0.1) -> Splits:
-    """Cut a dataset into train, validation and test: at random, and always the same for one seed.
+    """Split a dataset at random into train, validation and test parts, always the same for one seed.
 
-    validation and test are fractions of the rows, rounded down. Where the dataset has an official test split,
-    that is the test part, and validation alone is cut from the values. Torch's global generator is not used.
+    An official test split of the dataset becomes the test part; then only the validation part is taken from its values.
+    Torch's global generator is not used.
 
-    Raises ValueError for fractions that leave nothing to train on, and for too few rows to fill every part.
+    Args:
+        dataset: the data.
+        seed: of the permutation.
+        validation: fraction of the rows, rounded down.
+        test: fraction of the rows, rounded down.
 
+    Raises:
+        ValueError: the fractions leave nothing to train on, or there are too few rows to fill every part.
+
+    Example:
         >>> parts = split(load("digits"), seed=0)
         >>> len(parts.train), len(parts.validation), len(parts.test)
         (1439, 179, 179)
@@ -119,7 +143,7 @@ def split(dataset: Dataset, *, seed: int, validation: float = 0.1, test: float =
         )
     rows = len(dataset.values)
     needed = math.ceil(1 / min(fractions) - 1e-9)
-    sizes = [math.floor(rows * fraction + 1e-9) for fraction in fractions]  # as 49 * (1 / 49) < 1 in float64
+    sizes = [math.floor(rows * fraction + 1e-9) for fraction in fractions]  # because 49 * (1 / 49) < 1 in float64
     if rows - sum(sizes) < 1 or min(sizes) < 1:
         raise ValueError(
             f"expected at least {needed} rows in {dataset.name}, so that no part is empty, got {rows} for "
@@ -130,20 +154,18 @@ def split(dataset: Dataset, *, seed: int, validation: float = 0.1, test: float =
     return Splits(train, held_out[0], held_out[1] if dataset.test is None else dataset.test)
 
 
-def _stated(values: torch.Tensor, test: torch.Tensor | None, levels: int, asked: int | None, name: str) -> Dataset:
-    if asked not in (None, levels):
-        raise ValueError(f"expected levels={levels}, which {name} has, got levels={asked}; leave levels out")
+def _with_levels(values: torch.Tensor, test: torch.Tensor | None, levels: int, given: int | None, name: str) -> Dataset:
+    if given not in (None, levels):
+        raise ValueError(f"expected levels={levels}, the levels of {name}, got levels={given}; leave levels out")
     return Dataset(values, test, levels, name)
 
 
-def _array(path: Path, key: str | None) -> Array:
+def _read_array(path: Path, key: str | None) -> Array:
     match path.suffix.lower():
         case ".npy":
             return read_npy(path)
         case ".npz":
             return read_npz(path, key)
-        case ".csv":
-            return read_csv(path)
-        case ".parquet":
-            return read_parquet(path)
+        case ".csv" | ".parquet":
+            return read_rows(path)
     raise ValueError(f"expected {ACCEPTED}; got {path}; convert it to one of these")

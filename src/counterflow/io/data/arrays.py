@@ -1,148 +1,143 @@
-"""NumPy files, and the rules by which an array of any format becomes a tensor of rows or images."""
+"""NumPy's .npy and .npz files, as arrays and as tables."""
 
-import io
-import math
-import re
+from __future__ import annotations
+
 import zipfile
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import torch
 
-from counterflow.io.data.formats import reading
-from counterflow.io.limits import check_taken
+from counterflow.checks import require
+from counterflow.io.data.cells import Array
+from counterflow.io.data.formats import NPY, NPZ
+from counterflow.io.data.source import TablePart, TableSource, sequential_parts
+from counterflow.io.limits import check_memory, decoding
+from counterflow.io.limits.npy import Header, check_array, check_packing, read_header
 
-NPY, NPZ = "a NumPy .npy file", "a NumPy .npz file"
-HEADER = 10_000  # bytes, as NumPy has it
-# What NumPy writes there. Python's parser, which reads it, takes all memory for some thousands of signs or operators.
-PLAIN = re.compile(rb"(?:'[^']*+'|\d++L?|True|False|[{}()\[\],:\s])*+")
-LISTED = 20  # arrays of an .npz, in an error
-PACKINGS = {zipfile.ZIP_STORED: "stored", zipfile.ZIP_DEFLATED: "deflated"}  # what NumPy writes
-
-Array = np.ndarray[Any, Any]
-
-
-class Header(NamedTuple):
-    """What an .npy says of itself."""
-
-    shape: tuple[int, ...]
-    fortran: bool  # the first index moves fastest
-    dtype: np.dtype[Any]
-    size: int  # bytes of the numbers
-    stored: int  # bytes of the file that it stands in
+BLOCK = 1 << 22  # bytes of an .npz read at a time
+BYTES_PER_COLUMN = 1 << 10  # of a column's name and what Arrow keeps for it
+MAX_LISTED = 20  # arrays of an .npz that an error names
 
 
 def read_npy(path: Path) -> Array:
-    """The array of a .npy file, of real numbers, mapped into memory."""
-    with reading(path, NPY), open(path, "rb") as stream:
-        header = npy_header(stream, path.stat().st_size, path)
-    _check_numeric(header.dtype, str(path))
-    with reading(path, NPY):
+    """Map the array of real numbers in a .npy file into memory."""
+    with decoding(path, NPY), open(path, "rb") as stream:
+        header = read_header(stream, path.stat().st_size, path)
+    _check_real(header.dtype, str(path))
+    with decoding(path, NPY):
         array: Array = np.load(path, mmap_mode="r", allow_pickle=False)
     return array
 
 
 def read_npz(path: Path, key: str | None) -> Array:
-    """The array of an .npz file that key names, or its only one."""
-    member, header = npz_member(path, key)
-    check_unpacked(path, header, header.size)
-    with reading(path, NPZ), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
+    """Read the array of an .npz file named `key`, or its only array."""
+    member, header = _find_member(path, key)
+    check_array(path, header, header.size)
+    with decoding(path, NPZ), zipfile.ZipFile(path) as archive, archive.open(member) as stream:
         array: Array = np.lib.format.read_array(stream, allow_pickle=False)
     return array
 
 
-def check_unpacked(path: Path, header: Header, held: int) -> None:
-    """Raise ValueError where the bytes held of an array at a time are beyond what its file accounts for."""
-    check_taken(path, f"an array of shape {header.shape}", held, header.stored, "save it as .npy, if they are there")
+def open_npy(path: Path) -> TableSource:
+    """Open a .npy file of rows (N, D) as a table."""
+    array = read_npy(path)
+    names = _column_names(array.shape, str(path), path)
+
+    def batches(start: int, stop: int, size: int) -> Iterator[Any]:
+        for first in range(start, stop, size):
+            yield _as_batch(np.asarray(array[first : min(first + size, stop)]), names)
+
+    def parts(size: int | None) -> Iterator[TablePart]:
+        for first in range(0, len(array), size or len(array) or 1):
+            stop = min(first + (size or len(array)), len(array))
+            yield TablePart(path, first, stop - first, partial(batches, first, stop))
+
+    return TableSource(path, names, False, len(array), parts)
 
 
-def npz_member(path: Path, key: str | None) -> tuple[str, Header]:
-    """The file within an .npz that holds the array that key names, or its only one, of real numbers."""
+def open_npz(path: Path, key: str | None) -> TableSource:
+    """Open rows (N, D) in an .npz file as a table: the array named `key`, or the only one."""
+    member, header = _find_member(path, key)
+    names = _column_names(header.shape, f"{member.removesuffix('.npy')!r} of {path}", path)
+    read = partial(_read_columns if header.fortran else _read_rows, path, member, header)
+    rows = header.shape[0]
+    return TableSource(
+        path,
+        names,
+        False,
+        rows,
+        sequential_parts(path, rows, lambda: (_as_batch(block, names) for block in read())),
+    )
+
+
+def _read_rows(path: Path, member: str, header: Header) -> Iterator[Array]:
+    """Yield an array stored row by row, a block of rows at a time."""
+    rows, columns = header.shape
+    width = header.dtype.itemsize * columns
+    size = max(1, BLOCK // width)
+    check_array(path, header, min(size, rows) * width)
+    with ExitStack() as stack:
+        with decoding(path, NPZ):
+            archive = stack.enter_context(zipfile.ZipFile(path))
+            stream = stack.enter_context(archive.open(member))
+            read_header(stream, archive.getinfo(member).file_size, path)
+        for first in range(0, rows, size):
+            count = min(size, rows - first)
+            with decoding(path, NPZ):
+                block = np.frombuffer(stream.read(count * width), header.dtype).reshape(count, columns)
+            yield block
+
+
+def _read_columns(path: Path, member: str, header: Header) -> Iterator[Array]:
+    """Yield an array stored column by column, which must be read at once, a block of rows at a time."""
+    array = read_npz(path, member.removesuffix(".npy"))
+    size = max(1, BLOCK // (header.dtype.itemsize * header.shape[1]))
+    for first in range(0, len(array), size):
+        yield array[first : first + size]
+
+
+def _find_member(path: Path, key: str | None) -> tuple[str, Header]:
+    """Return the member of an .npz that holds the array named `key`, or its only array, and its header."""
     headers = {}
-    with reading(path, NPZ), zipfile.ZipFile(path) as archive:
+    with decoding(path, NPZ), zipfile.ZipFile(path) as archive:
         for info in (info for info in archive.infolist() if info.filename.endswith(".npy")):
-            if info.compress_type not in PACKINGS:
-                raise ValueError(f"{info.filename!r} is neither {' nor '.join(PACKINGS.values())}")
+            check_packing(info)
             with archive.open(info) as stream:
-                headers[info.filename.removesuffix(".npy")] = npy_header(stream, info.file_size, path)
+                headers[info.filename.removesuffix(".npy")] = read_header(stream, info.file_size, path)
     chosen = next(iter(headers)) if key is None and len(headers) == 1 else key
     if chosen is None or chosen not in headers:
         held = [f"{name} {header.shape} {header.dtype}" for name, header in headers.items()] or ["no arrays"]
-        came = "no key" if key is None else repr(key)
+        got = "no key" if key is None else repr(key)
         raise ValueError(
-            f"expected a key that names one array of {path}, got {came}; it holds {', '.join(held[:LISTED])}"
-            f"{', ..' if len(held) > LISTED else ''}"
+            f"expected a key that names one array of {path}, got {got}; it holds {', '.join(held[:MAX_LISTED])}"
+            f"{', ..' if len(held) > MAX_LISTED else ''}"
         )
-    _check_numeric(headers[chosen].dtype, f"{chosen!r} of {path}")
+    _check_real(headers[chosen].dtype, f"{chosen!r} of {path}")
     return f"{chosen}.npy", headers[chosen]
 
 
-def npy_header(stream: Any, length: int, path: Path) -> Header:
-    """What the .npy says of itself that a stream of so many bytes begins with.
-
-    Raises ValueError where that is no header, or more numbers than the stream has bytes.
-    """
-    version = np.lib.format.read_magic(stream)
-    prefix = stream.read(2 if version == (1, 0) else 4)
-    size = int.from_bytes(prefix, "little")
-    if size > HEADER:
-        raise ValueError(f"it has a header of {size:,} bytes, where {HEADER:,} are many")
-    text = io.BytesIO(prefix + stream.read(size))
-    if not PLAIN.fullmatch(text.getvalue(), len(prefix)):
-        raise ValueError("its header is no dictionary of texts and numbers")
-    read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    shape, fortran, dtype = read(text)
-    rest, numbers = length - len(np.lib.format.MAGIC_PREFIX) - 2 - text.tell(), math.prod(shape) * dtype.itemsize
-    if min(shape, default=0) < 0 or numbers > rest or (numbers == 0 and max(shape, default=0) > rest + HEADER):
-        raise ValueError(f"it declares an array {shape} of {numbers:,} bytes, and {rest:,} follow")
-    return Header(shape, fortran, dtype, numbers, path.stat().st_size)
-
-
-def _check_numeric(dtype: np.dtype[Any], what: str) -> None:
+def _check_real(dtype: np.dtype[Any], what: str) -> None:
     if dtype.kind not in "buif":
         never = "objects are pickled, may run code and are never loaded: " if dtype.hasobject else ""
         raise ValueError(f"expected real numbers in {what}, got dtype {dtype}; {never}save it as numbers")
 
 
-def narrow(array: Array) -> Array:
-    """float32, or float64 if there are numbers beyond 2**24, where float32 rounds whole numbers."""
-    reach = max(float(array.max(initial=0)), -float(array.min(initial=0)))
-    return array.astype(np.float64 if reach > 2**24 else np.float32)
+def _column_names(shape: tuple[int, ...], what: str, path: Path) -> list[str]:
+    if len(shape) != 2 or shape[1] == 0:
+        raise ValueError(f"expected rows (N, D) in {what}, got shape {shape}; reshape it")
+    todo = "if it really has that many, store fewer columns"
+    check_memory(path, f"{shape[1]:,} columns", BYTES_PER_COLUMN * shape[1], path.stat().st_size, todo)
+    return [f"f{column}" for column in range(shape[1])]
 
 
-def as_tensor(array: Array, name: str) -> torch.Tensor:
-    """(N, D) or (N, C, H, W), float32 or float64."""
-    shape = array.shape
-    channels_first = array.ndim == 4 and shape[1] in (1, 3)
-    channels_last = array.ndim == 4 and shape[3] in (1, 3, 4) and not channels_first
-    if not (array.ndim in (2, 3) or channels_first or channels_last):
-        todo = "(N, 1), if it is N rows of one feature" if array.ndim == 1 else "one of these"
-        raise ValueError(
-            f"expected rows (N, D), grey images (N, H, W), or colour images (N, 3, H, W) or (N, H, W, 3) in "
-            f"{name}, got shape {shape}; reshape it to {todo}"
-        )
-    if array.size == 0:
-        raise ValueError(f"expected at least one row and one column in {name}, got shape {shape}; add data")
-    if array.ndim == 3:
-        array = array[:, None]
-    if channels_last:
-        array = np.moveaxis(array, 3, 1)
-    if array.dtype.kind != "f":
-        array = narrow(array)
-    dtype = np.float64 if array.dtype.itemsize > 4 else np.float32
-    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
-
-
-def as_levels(values: torch.Tensor, levels: int, name: str) -> torch.Tensor:
-    """The values as uint8 if levels <= 256, else int32; ValueError unless they are integers in 0..levels-1."""
-    bad = (values != values.round()) | (values < 0) | (values > levels - 1)
-    if bad.any():
-        row, *rest = bad.nonzero()[0].tolist()
-        place = f"column {rest[0]}" if len(rest) == 1 else f"index {tuple(rest)}"
-        raise ValueError(
-            f"expected integers in 0..{levels - 1} in {name}, as levels={levels} says, got {int(bad.sum())} "
-            f"other values, the first {values[(row, *rest)].item()} at row {row}, {place} (counted from 0); "
-            "rescale and round them, or leave levels out"
-        )
-    return values.to(torch.uint8 if levels <= 256 else torch.int32)
+def _as_batch(array: Array, names: Sequence[str]) -> Any:
+    """Convert rows (N, D) to an Arrow record batch."""
+    arrow = require("pyarrow", "data", "a table")
+    # Arrow knows only the machine's own byte order, and no floats of more than 8 bytes
+    dtype = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
+    columns = [arrow.array(np.ascontiguousarray(column, dtype)) for column in array.T]
+    return arrow.record_batch(columns, names=list(names))

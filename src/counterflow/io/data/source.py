@@ -1,4 +1,4 @@
-"""A table on disk, as parts of consecutive rows of one file, each read batch by batch."""
+"""Tables on disk: read in parts of consecutive rows, batch by batch, in bounded memory."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 
 @dataclass(frozen=True)
-class Part:
+class TablePart:
     """Consecutive rows of one file.
 
-    path     of the file
-    first    which of its rows is the first one here
-    rows     how many, None where only reading them would tell
-    batches  rows at most -> Arrow record batches, in the order of the file; a CSV's are texts
+    Args:
+        path: the file.
+        first: the number of the part's first row in the file.
+        rows: the number of rows; None where only reading them tells.
+        batches: function from the maximum number of rows in a batch to Arrow record batches, in the order of the file.
+            The cells of a CSV file are texts.
     """
 
     path: Path
@@ -26,30 +28,32 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Source:
-    """A table on disk.
+class TableSource:
+    """Table in a file, or in a folder of Parquet files.
 
-    names    of the columns; f0, f1, .. where the file gives none
-    named    whether it does
-    rows     how many, None where only reading to the end would tell
-    parts    rows at most -> the table in parts, in its order; for None, a part is a file. Row groups of Parquet are
-             never cut: one with more rows is a part of its own. A CSV and an .npz are read from the start, so one of
-             their parts must be read before the next one is asked for, which reads over what was left
+    Args:
+        path: the file or folder.
+        names: of the columns; f0, f1, .. where the file has none.
+        named: the file has names.
+        rows: the number of rows; None where only reading to the end tells.
+        parts: function from the maximum number of rows in a part to the parts, in order; with None, each file is one
+            part. Row groups of Parquet are not cut, so one with more rows is a part of its own. A CSV and an .npz file
+            are read from the start: read one part before asking for the next, which skips the rows that are left.
     """
 
     path: Path
     names: list[str]
     named: bool
     rows: int | None
-    parts: Callable[[int | None], Iterator[Part]]
+    parts: Callable[[int | None], Iterator[TablePart]]
 
     def batches(self, size: int) -> Iterator[Any]:
-        """All rows in Arrow record batches of at most so many."""
-        return (batch for _, _, batch in located(self.parts(None), size))
+        """Yield all rows in Arrow record batches of at most `size` rows."""
+        return (batch for _, _, batch in located_batches(self.parts(None), size))
 
 
-def located(parts: Iterable[Part], size: int) -> Iterator[tuple[Path, int, Any]]:
-    """Each batch of these parts, with its file and which row of it is the batch's first."""
+def located_batches(parts: Iterable[TablePart], size: int) -> Iterator[tuple[Path, int, Any]]:
+    """Yield (file, number of the batch's first row in the file, batch) for batches of at most `size` rows."""
     for part in parts:
         first = part.first
         for batch in part.batches(size):
@@ -57,42 +61,58 @@ def located(parts: Iterable[Part], size: int) -> Iterator[tuple[Path, int, Any]]
             first += batch.num_rows
 
 
-def in_turn(path: Path, rows: int | None, read: Callable[[], Iterator[Any]]) -> Callable[[int | None], Iterator[Part]]:
-    """`Source.parts` of a file that must be read from its start; `read` opens it and gives all of its batches."""
+def sequential_parts(
+    path: Path, rows: int | None, read: Callable[[], Iterator[Any]]
+) -> Callable[[int | None], Iterator[TablePart]]:
+    """Return `TableSource.parts` for a file that can only be read from its start.
 
-    def parts(size: int | None) -> Iterator[Part]:
-        stream = _Stream(read())
-        while stream.more():
+    Args:
+        path: the file.
+        rows: the number of rows, if known.
+        read: opens the file and yields all of its batches, of any size.
+    """
+
+    def parts(size: int | None) -> Iterator[TablePart]:
+        stream = _RowStream(read())
+        while stream.has_rows():
             first = stream.row
             end = None if size is None else first + size
-            known = None if rows is None else rows - first if size is None else min(size, rows - first)
-            yield Part(path, first, known, partial(stream.until, end))
-            for _ in stream.until(end, 1 << 30):
+            yield TablePart(path, first, _known_rows(rows, first, size), partial(stream.read_until, end))
+            for _ in stream.read_until(end, 1 << 30):
                 pass
 
     return parts
 
 
-class _Stream:
-    """Batches that are read once, in pieces of any number of rows."""
+def _known_rows(total: int | None, first: int, size: int | None) -> int | None:
+    if total is None:
+        return None
+    return total - first if size is None else min(size, total - first)
+
+
+class _RowStream:
+    """Batches that are read once, and cut at any row."""
 
     def __init__(self, batches: Iterator[Any]) -> None:
-        self.row = 0  # the next one
+        self.row = 0  # the number of the next row
         self._batches = batches
-        self._batch: Any = None  # what is left of the latest
+        self._batch: Any = None  # the rest of the latest batch
 
-    def more(self) -> bool:
-        """Whether there is another row."""
+    def has_rows(self) -> bool:
+        """Return True if there is another row."""
         while self._batch is None or not self._batch.num_rows:
             self._batch = next(self._batches, None)
             if self._batch is None:
                 return False
         return True
 
-    def until(self, end: int | None, most: int) -> Iterator[Any]:
-        """The rows before row `end`, in batches of at most so many."""
-        while (end is None or self.row < end) and self.more():
-            size = min(most, self._batch.num_rows, most if end is None else end - self.row)
-            batch, self._batch = self._batch.slice(0, size), self._batch.slice(size)
-            self.row += size
+    def read_until(self, end: int | None, size: int) -> Iterator[Any]:
+        """Yield the rows before row `end`, or all, in batches of at most `size` rows."""
+        while (end is None or self.row < end) and self.has_rows():
+            rows = min(size, self._batch.num_rows)
+            if end is not None:
+                rows = min(rows, end - self.row)
+            batch = self._batch.slice(0, rows)
+            self._batch = self._batch.slice(rows)
+            self.row += rows
             yield batch

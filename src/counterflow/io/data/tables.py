@@ -1,113 +1,125 @@
-"""Tables of numbers, CSV and Parquet: every cell must be there and be a number."""
+"""Tables of any size: opened without reading their rows, read batch by batch or as one array."""
 
-import re
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from counterflow.io.data.arrays import Array, narrow
-from counterflow.io.data.cells import is_number
-from counterflow.io.data.formats import needs, reading
-from counterflow.io.data.parquet import PARQUET, check_parquet, opened_parquet, row_groups
-from counterflow.io.limits import check_taken
+from counterflow.checks import require
+from counterflow.io.data.arrays import open_npy, open_npz
+from counterflow.io.data.arrow import decoded_bytes
+from counterflow.io.data.cells import Array, check_cells, numbers, to_numbers, to_numbers_or_texts
+from counterflow.io.data.conversion import narrow
+from counterflow.io.data.csv import open_csv
+from counterflow.io.data.parquet import open_parquet, parquet_files
+from counterflow.io.data.source import TableSource, located_batches
+from counterflow.io.limits import check_memory
 
-CSV = "a CSV table in UTF-8 with as many cells on every line (blank lines do not count as a Row)"
-
-ROWS = 1 << 16  # read at a time
-COLUMN = 1 << 14  # bytes that the reader of CSV takes for each column, whatever is in it
-
-
-def csv_header(path: Path) -> tuple[list[str], bool]:
-    """The names of the columns of a .csv file, f0, f1, .. where it has none, and whether it has them."""
-    csv = needs("pyarrow.csv", "pyarrow", "a CSV file")
-    columns = _most_columns(path)  # counted here, as Arrow ends the process where they take all memory
-    todo = "save it as .npy, if they are columns"
-    check_taken(path, f"up to {columns:,} columns", COLUMN * columns, path.stat().st_size, todo)
-    with reading(path, CSV), csv.open_csv(path, read_options=csv.ReadOptions(use_threads=False)) as stream:
-        names = stream.schema.names
-    if "" in names:
-        raise ValueError(
-            f"expected a name for every column of {path}, or no names at all, got {','.join(names)!r:.200} in the "
-            "first line; name or remove the column without (pandas: to_csv(index=False))"
-        )
-    # numbers in the first line are data, save for 0, 1, 2, .., the names that pandas gives to columns without
-    if all(map(is_number, names)) and names != [str(column) for column in range(len(names))]:
-        return [f"f{column}" for column in range(len(names))], False
-    return names, True
+SUFFIXES = (".csv", ".parquet", ".npy", ".npz")
+ROWS = 1 << 16  # of a batch, where all rows are read
+BYTES_PER_TEXT = 1 << 6  # of a Python text, without its characters
+TODO = "if it really has that many rows, split the table"
 
 
-def _most_columns(path: Path) -> int:
-    """How many columns the first line of a .csv file has at most: a comma within quotes counts as well."""
-    with path.open("rb") as file:
-        block = file.read(1 << 20).removeprefix(b"\xef\xbb\xbf").lstrip(b"\r\n")  # as much as Arrow looks at
-    line = re.split(rb"[\r\n]", block, maxsplit=1)[0]
-    return (block if line.count(b'"') % 2 else line).count(b",") + 1  # quotes may reach over the end of a line
+def open_table(path: Path, key: str | None = None) -> TableSource:
+    """Open a .csv, .parquet, .npy or .npz file, or a folder of Parquet files, without reading its rows.
+
+    A folder is one table: the .parquet files in it and in its subfolders, ordered by path, all with the same columns.
+    Names that begin with . or _ are left out.
+
+    Args:
+        path: the file or folder.
+        key: the name of the array, for an .npz file that holds more than one.
+
+    Raises:
+        FileNotFoundError: the path does not exist.
+        ValueError: another format, a file that does not decode, an array that is not (N, D), files whose columns
+            differ, or names that appear twice.
+    """
+    source = _open(path, key)
+    twice = sorted(name for name, count in Counter(source.names).items() if count > 1)
+    if twice:
+        raise ValueError(f"expected distinct names of columns in {path}, got {str(twice)[:200]} more than once")
+    return source
 
 
-def read_csv(path: Path) -> Array:
-    """(N, D) of a .csv file, with or without a line of names."""
-    arrow, csv = (needs(module, "pyarrow", "a CSV file") for module in ("pyarrow", "pyarrow.csv"))
-    options = csv.ReadOptions(use_threads=False)  # with threads, errors do not know their line
-    names, named = csv_header(path)
-    options.autogenerate_column_names = not named
-
-    def read(dtype: Any) -> Any:
-        convert = csv.ConvertOptions(column_types=dict.fromkeys(names, dtype), strings_can_be_null=True)
-        return csv.read_csv(path, read_options=options, convert_options=convert)
-
-    with reading(path, CSV):
-        try:
-            table = read(arrow.float64())
-        except arrow.ArrowInvalid:
-            table = read(arrow.string())  # for _stack to name the cell that is no number
-    return narrow(_stack(path, table))
+def _open(path: Path, key: str | None = None) -> TableSource:
+    suffix = ".parquet" if path.is_dir() else path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise ValueError(f"expected a table, {', '.join(SUFFIXES)}, got {path}; convert it to one of these")
+    if key is not None and suffix != ".npz":
+        raise ValueError(f"expected a key only with an .npz file, got {key!r} with {path}; leave the key out")
+    if not path.exists():
+        raise FileNotFoundError(f"expected a table, {', '.join(SUFFIXES)}; got {str(path)!r}, which does not exist")
+    if suffix == ".npz":
+        return open_npz(path, key)
+    return {".csv": open_csv, ".parquet": open_parquet, ".npy": open_npy}[suffix](path)
 
 
-def read_parquet(path: Path) -> Array:
-    """(N, D) of a .parquet file."""
-    arrow, taken, stored = needs("pyarrow", "pyarrow", PARQUET), check_parquet(path), path.stat().st_size
-    check_taken(path, "its rows", taken.numbers, stored, "save it as .npy, if they are there")
-    with reading(path, PARQUET), opened_parquet(path) as file:
-        groups, schema = range(file.num_row_groups), file.schema_arrow
-    batches: list[Any] = []
+def read_table(source: TableSource, names: Sequence[str], others: Sequence[str]) -> tuple[Any, dict[str, Array]]:
+    """Read all rows of some columns.
+
+    Args:
+        source: the table.
+        names: columns of numbers.
+        others: columns of numbers or texts.
+
+    Returns:
+        An Arrow table of the columns `names` in float64, and the columns `others` by name.
+
+    Raises:
+        ValueError: a cell of the columns `names` is missing, not a number or not finite, or the rows take more memory
+            than the file's bytes account for.
+    """
+    arrow = require("pyarrow", "data", "a table")
+    stored = sum(file.stat().st_size for file in parquet_files(source.path))
+    row_bytes = 8 * len(names) + BYTES_PER_TEXT * len(others)
+    check_memory(source.path, "its rows", (source.rows or 0) * row_bytes, stored, TODO)
     held = 0
-    for batch in row_groups(path, groups, ROWS, taken):
-        batches.append(batch)
-        held += batch.nbytes
-        check_taken(path, "its rows", held, stored, "write it without the column of long texts")
-    return _stack(path, arrow.Table.from_batches(batches, schema))
+    blocks: list[Array] = [np.empty((0, len(names)))]
+    rest: list[Any] = []
+    for path, first, batch in located_batches(source.parts(None), ROWS):
+        blocks.append(numbers(batch, names, path, first))
+        rest.append(arrow.Table.from_batches([batch.select(list(others))]))
+        held += sum(decoded_bytes(batch.column(name)) for name in others)
+        check_memory(source.path, "its context", held, stored, TODO)
+    table = arrow.table(dict(zip(names, np.concatenate(blocks).T, strict=True)))
+    if not (others and rest):
+        return table, {}
+    every = arrow.concat_tables(rest, promote_options="permissive")  # the files of a folder may differ in their types
+    joined = every.combine_chunks().to_batches()[0]
+    return table, {name: to_numbers_or_texts(joined.column(name)) for name in others}
 
 
-def _stack(path: Path, table: Any) -> Array:
-    """(N, D) of an Arrow table, every cell of which must be there and be a number."""
-    if not table.num_rows or not table.num_columns:
-        return np.empty((table.num_rows, table.num_columns))
-    text = next((text for text in _texts(table) if not is_number(str(text[2]))), next(_texts(table), None))
-    if text is not None:
-        name, row, cell = text
-        raise ValueError(
-            f"expected numbers in column {name!r:.100} of {path}, got {cell!r:.100} in row {row} (counted from 0); "
-            "drop the column or encode it as numbers"
-        )
-    missing = np.stack([column.is_null().to_numpy() for column in table.columns], axis=1)  # (N, D)
-    if missing.any():
-        places = [f"row {row} of {table.column_names[column]!r:.100}" for row, column in np.argwhere(missing)[:3]]
-        more = ", .." if missing.sum() > len(places) else ""
-        raise ValueError(
-            f"expected a number in every cell of {path}, got {missing.sum()} missing: {', '.join(places)}"
-            f"{more} (rows counted from 0); impute, or drop {missing.any(1).sum()} of {len(missing)} rows"
-        )
-    return np.stack([column.to_numpy() for column in table.columns], axis=1)
+def read_rows(path: Path) -> Array:
+    """Read a .csv or .parquet file as an array (N, D), float64 where Parquet holds float64, else see `narrow`.
+
+    Raises:
+        ValueError: a cell is missing, not a number or not finite, or the rows take more memory than the file's bytes
+            account for.
+    """
+    source = _open(path)
+    check_memory(path, "its rows", (source.rows or 0) * 8 * len(source.names), path.stat().st_size, TODO)
+    blocks: list[Array] = [np.empty((0, len(source.names)))]
+    dtype: np.dtype[Any] | None = None
+    for _, first, batch in located_batches(source.parts(None), ROWS):
+        block = np.empty((batch.num_rows, batch.num_columns))
+        for k, name in enumerate(source.names):  # by position: names may appear twice
+            block[:, k] = to_numbers(batch.column(k), name, path, first)
+        blocks.append(block)
+        dtype = _common_dtype(batch.schema.types)
+    values = np.concatenate(blocks)
+    check_cells(values, source.names, path)
+    return narrow(values) if dtype is None or dtype.kind != "f" else values.astype(dtype, copy=False)
 
 
-def _texts(table: Any) -> Iterator[tuple[str, int, object]]:
-    """(column, row, cell) of what is not missing in the columns that have no numeric type."""
-    types = needs("pyarrow.types", "pyarrow", "a table")
-    numeric = (types.is_integer, types.is_floating, types.is_boolean)
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if not any(is_type(column.type) for is_type in numeric):
-            for row, cell in enumerate(column.to_pylist()):
-                if cell is not None:
-                    yield name, row, cell
+def _common_dtype(types: Sequence[Any]) -> np.dtype[Any] | None:
+    """Return NumPy's common type of Arrow types; None where one is not of integers, floats or truth values."""
+    arrow = require("pyarrow.types", "data", "a table")
+    if all(arrow.is_integer(t) or arrow.is_floating(t) or arrow.is_boolean(t) for t in types):
+        return np.result_type(*(np.dtype(t.to_pandas_dtype()) for t in types))
+    return None
