@@ -561,7 +561,7 @@ def test_a_state_of_another_training_is_refused():
         cf.fit(Conditional(), jittered, *rows, cf.FitConfig(), checkpoints=state)
     del state.resume.tensors["shuffle"]
     with pytest.raises(
-        ValueError, match="expected a complete checkpoint of this training in nowhere, got KeyError: 'shuffle'"
+        ValueError, match="expected a complete checkpoint of this training in nowhere, got KeyError: 'shuf"
     ):
         course(state)
 

@@ -1,23 +1,20 @@
-"""The one training loop: every training of the library is this function with another objective."""
+"""The training loop: every training of the library is this function with another objective."""
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable
-from itertools import islice
-from typing import Any
+from contextlib import closing
 
-import torch
 from torch import nn
 
 from counterflow.random import seeded
-from counterflow.training.batches import Batch, check_rows, fingerprint_of, in_order, moved
+from counterflow.training.batches import Batch, check_rows, fingerprint_of
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
 from counterflow.training.history import History, OnEpoch, OnStep
-from counterflow.training.trainer import NotFiniteError, Objective, Trainer, mean_term
+from counterflow.training.trainer import NotFiniteError, Objective, Trainer
 
 
 def fit(
@@ -34,38 +31,41 @@ def fit(
     checkpoints: Checkpoints | None = None,
     task: str = "training",
 ) -> History:
-    """Maximise the mean of an objective's terms; the model ends with the weights that validated best.
+    """Maximize the mean of an objective's terms; the model ends with the weights that validated best.
 
-    A step whose loss or gradient is not finite never reaches the weights: it is skipped and counted, and
-    max_skipped of them in a row end the run with a RuntimeWarning. Ctrl-C ends it as well. However it ends, the
-    best weights so far are restored and `History.stopped` says why.
+    A step whose loss or gradient is not finite never reaches the weights: it is skipped and counted, and max_skipped
+    such steps in a row end the training with a RuntimeWarning. Ctrl-C ends it as well. However it ends, the best
+    weights so far are loaded into the model, and `History.stopped` gives the reason.
 
-    Where torch.distributed has a process group, all its processes call this with the same arguments, and come to the
-    same weights by DistributedDataParallel: each takes its share of every batch, with noise of its own, and of the
-    validation rows. What an objective draws without data is drawn by each. on_epoch is called on rank 0
-    only.
+    If torch.distributed has a process group, all of its processes call this with the same arguments, and
+    DistributedDataParallel keeps their weights equal. Each process takes its share of every batch and of the validation
+    rows, with its own noise. An objective without data draws as much in each process.
 
     Args:
-        model: trained in place, and moved to the config's device.
-        objective: (model, batch, **annealed) -> terms.
-        train, validation: tensors of N rows, or tuples of such tensors (data and context); finite. An objective that
-            needs no data takes two numbers instead, the steps of an epoch and the evaluations of a validation: its
-            batch is None.
+        model: trained in place, and moved to the device of the config.
+        objective: (model, batch, **annealed) -> terms in nats; the loss is their negative mean.
+        train: training data, a tensor of N finite rows or a tuple of such tensors (data and context). For an objective
+            without data an int, the steps per epoch; its batch is None.
+        validation: validation data of the same form, or for an objective without data an int, the number of
+            evaluations.
         config: how to train.
-        validate: the objective of the validation rows, objective itself when not given. Its noise is the same
-            in every epoch.
-        anneal: epoch (a float) -> keywords for the objective, such as beta for a warm-up of the KL.
+        validate: objective of the validation rows, evaluated with the averaged weights and the same noise in every
+            epoch; the training objective by default.
+        anneal: position in epochs, a float -> keywords for the objective, such as beta for a warm-up of the KL.
         on_step: called as on_step(task, done, total) after each step. A KeyboardInterrupt that it raises ends the
             training between two steps, so no step is lost. Of several processes, all end after their next step.
         on_epoch: called as on_epoch(task, epoch) after each epoch, on rank 0 only.
-        checkpoints: where to keep what it takes to go on from between two steps, and to look for it: a training
-            that was ended goes on bit for bit when model, data and config are the same. One is written every so many
-            seconds, after an interruption by on_step, and at the end.
+        checkpoints: where to write checkpoints and to look for one. The same call with the same model, data and config
+            resumes bit for bit. One is written every `checkpoints.every` seconds, after an interruption by on_step and
+            at the end.
         task: the name of this training, the first argument of the callbacks.
 
+    Returns:
+        The history: one entry per epoch, and why the training stopped.
+
     Raises:
-        ValueError: fewer rows than a batch, data that hold a NaN or an infinity, a model without weights or terms
-            without a gradient, or a state of another training.
+        ValueError: fewer rows than a batch, data with a NaN or an infinity, a model without weights, terms without a
+            gradient, or a checkpoint of another training.
 
     Example:
         >>> import torch, counterflow as cf
@@ -77,105 +77,33 @@ def fit(
     """
     steps_per_epoch = check_rows(train, "the training data", config.batch_size) // config.batch_size
     check_rows(validation, "the validation data", 1)
-    device, group = torch.device(config.device), Workers.current()
-    group.share(config.batch_size, "batch_size")
+    workers = Workers.current()
+    workers.share(config.batch_size, "batch_size")
     fingerprint = "" if checkpoints is None else fingerprint_of((train, validation))
-    training = Trainer(model.to(device), objective, config, steps_per_epoch, fingerprint, group)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16")
-    started = saved = time.perf_counter()
-    with seeded(group.rank_seed(config.seed), cuda=True):
-        if checkpoints is not None:
-            _resume(training, checkpoints, task)
-        before = training.history.seconds
-
-        def keep() -> None:
-            nonlocal saved
-            training.history.seconds = before + time.perf_counter() - started
-            if checkpoints is not None:
-                checkpoints.save(training.state())
-            saved = time.perf_counter()
-
-        due = ended = False  # whether this process wants a state to be kept, and an end
+    model.to(config.device)
+    trainer = Trainer(model, objective, config, steps_per_epoch, workers, task, checkpoints, fingerprint)
+    with seeded(workers.rank_seed(config.seed), cuda=True), closing(trainer):
+        trainer.resume()
         try:
-            while training.goes_on:
-                model.train()
-                begun = time.perf_counter()
-                for batch in training.batches(train):
-                    annealed = {} if anneal is None else anneal(training.progress)
-                    with autocast:
-                        loss = training.loss(moved(batch, device), annealed, (due, ended))
-                    heard = training.step(loss)
-                    ended = _interrupted(on_step, task, training.steps, steps_per_epoch * config.epochs)
-                    due = checkpoints is not None and time.perf_counter() - saved > checkpoints.every
-                    keeps, ends = heard if group.size > 1 else (due, ended)
-                    if keeps or ends:
-                        keep()
-                        due = False
-                    if ends:
-                        raise KeyboardInterrupt
-                seconds = time.perf_counter() - begun
-                reached = _validate(training.evaluated, validate or objective, validation, config, autocast, group)
-                row = training.end_epoch(reached, seconds)
-                if on_epoch is not None and group.rank == 0:
-                    on_epoch(task, row)
-            keep()
+            while trainer.has_epochs_left:
+                for batch in trainer.batches(train):
+                    trainer.step(batch, {} if anneal is None else anneal(trainer.epochs_done))
+                    trainer.notify(on_step)
+                    trainer.checkpoint_if_due()
+                epoch = trainer.end_epoch(trainer.validate(validate or objective, validation))
+                if on_epoch is not None and workers.rank == 0:
+                    on_epoch(task, epoch)
+            trainer.save()
         except KeyboardInterrupt:
-            training.history.stopped = "interrupted"
+            trainer.history.stopped = "interrupted"
         except NotFiniteError:
-            training.history.stopped = "not finite"
-    history = training.history
-    if training.best_weights:
-        model.load_state_dict(training.best_weights)
-    model.eval()
-    history.seconds = before + time.perf_counter() - started
-    if history.stopped == "not finite":
+            trainer.history.stopped = "not finite"
+        trainer.finish()
+    if trainer.history.stopped == "not finite":
         warnings.warn(
             f"training ended: {config.max_skipped} steps in a row had a loss or gradient that is not finite; the "
             "best weights so far are kept. Try a smaller learning_rate, a smaller clip_norm, or data on a scale near 1",
             RuntimeWarning,
             stacklevel=2,
         )
-    return history
-
-
-def _resume(training: Trainer, checkpoints: Checkpoints, task: str) -> None:
-    """From the newest state, if there is one."""
-    state = checkpoints.load()
-    if state is None:
-        return
-    try:
-        training.restore(state)
-    except (KeyError, IndexError, TypeError, RuntimeError) as error:
-        came = f"{type(error).__name__}: {error}"
-        raise ValueError(
-            f"expected a complete checkpoint of this training in {checkpoints.folder}, got {came}"
-        ) from None
-    if checkpoints.on_resume is not None:
-        checkpoints.on_resume(task, state)
-
-
-def _interrupted(on_step: OnStep | None, task: str, done: int, total: int) -> bool:
-    """Whether on_step asked for an end."""
-    try:
-        if on_step is not None:
-            on_step(task, done, total)
-    except KeyboardInterrupt:
-        return True
-    return False
-
-
-@torch.no_grad()
-def _validate(
-    model: nn.Module, objective: Objective, data: Batch | int, config: FitConfig, autocast: Any, group: Workers
-) -> float:
-    """The mean term over all rows, with the same noise at every call; every process takes its share of the batches."""
-    model.eval()
-    device = torch.device(config.device)
-    total, rows = 0.0, 0.0
-    with seeded(group.rank_seed(config.seed), cuda=True):
-        for batch, size in islice(in_order(data, config.batch_size), group.rank, None, group.size):
-            with autocast:
-                terms = objective(model, moved(batch, device))
-            total, rows = total + mean_term(terms).item() * size, rows + size
-    total, rows = group.sum(total, rows)
-    return total / rows
+    return trainer.history
