@@ -213,6 +213,53 @@ def test_pyro_models_may_branch_on_values():
     torch.testing.assert_close(target.unconstrain(values), theta)
 
 
+def test_pyro_models_with_float32_weights_and_data_run_in_float64():
+    import pyro
+    from pyro import distributions as dist
+    from pyro.nn import PyroModule, PyroSample
+
+    class Network(PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.features = torch.nn.Linear(1, 3)
+            self.output = PyroModule[torch.nn.Linear](3, 1)
+            self.output.weight = PyroSample(dist.Normal(0.0, 1.0).expand([1, 3]).to_event(2))
+            self.output.bias = PyroSample(dist.Normal(0.0, 1.0).expand([1]).to_event(1))
+
+        def forward(self, data):
+            mean = self.output(torch.tanh(self.features(data["x"])))[:, 0] + offset
+            with pyro.plate("row", len(mean)):
+                pyro.sample("y", dist.Normal(mean, 1.0), obs=data["y"])
+
+    network, offset = Network(), torch.tensor(0.1)
+    data = {"x": torch.randn(5, 1), "y": torch.randn(5)}
+    target = from_pyro(network, data)
+    theta = torch.randn(4, 4, dtype=torch.float64)
+    features = torch.tanh(torch.nn.functional.linear(data["x"], network.features.weight, network.features.bias))
+    mean = theta[:, :3] @ features.double().T + theta[:, 3:] + offset.double()
+    expected = Normal(mean, 1.0).log_prob(data["y"].double()).sum(1) + Normal(0.0, 1.0).log_prob(theta).sum(1)
+    torch.testing.assert_close(target(theta), expected, rtol=1e-6, atol=1e-6)
+    assert target.constrain(theta)["output.weight"].dtype == torch.float64
+    assert network.features.weight.dtype == data["x"].dtype == torch.float32
+    assert target.predictive(theta, seed=0)["y"].shape == (4, 5)
+
+
+def test_pyro_starts_from_draws_of_the_prior():
+    import pyro
+    from pyro import distributions as dist
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(50.0, 5.0))
+        free = pyro.sample("free", dist.ImproperUniform(dist.constraints.positive, torch.Size(), torch.Size([2])))
+        pyro.sample("y", dist.Uniform(mu - 1, mu + 1).expand([2]).to_event(1), obs=y + 0 * free)
+
+    target = from_pyro(model, torch.tensor([49.5, 50.5]))
+    points = target.initial_points(100, torch.Generator().manual_seed(0))
+    assert points.shape == (100, 3) and (points[0, 0] - 50).abs() < 5 and (points[:, 0].std() - 5).abs() < 1.5
+    assert target(points).isfinite().any()
+    assert torch.equal(points, target.initial_points(100, torch.Generator().manual_seed(0)))
+
+
 def test_pyro_masks_scales_and_parameters_count():
     import pyro
     from pyro import distributions as dist

@@ -9,20 +9,37 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.distributions.transforms import Transform
+from torch.overrides import TorchFunctionMode
 
 from counterflow.checks import require
 from counterflow.posterior.targets.bijections import find_bijection, unconstrained_name
 from counterflow.posterior.targets.layout import Layout
 from counterflow.posterior.targets.memory import bytes_of_evaluation
-from counterflow.posterior.targets.sites import check_full_plate, data_mismatch_error, is_data, plate_dims
-from counterflow.posterior.targets.target import Array, Program, Target, describe_nonfinite, float64_by_default
+from counterflow.posterior.targets.sites import (
+    check_full_plate,
+    check_not_scaled_from_part,
+    check_same_terms,
+    data_mismatch_error,
+    is_data,
+    plate_dims,
+)
+from counterflow.posterior.targets.target import (
+    INITIAL_RADIUS,
+    Array,
+    Program,
+    Target,
+    describe_nonfinite,
+    float64_by_default,
+)
 from counterflow.random import seeded
 
 TensorsByName = Mapping[str, Tensor]
-Chooser = Callable[[str, Transform, Size], Tensor]  # (site, its bijection, shape of its values) -> unconstrained form
+Chooser = Callable[[Mapping[str, Any], Transform], Tensor]  # (site, its bijection) -> unconstrained form of its value
 RowFunction = Callable[[Any], dict[str, Tensor]]  # of theta (D,), or of values by name, one row of each
+
+MEDIAN_DRAWS = 15  # prior draws whose median is the first initial point
 
 
 def from_pyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Target:
@@ -32,8 +49,9 @@ def from_pyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Target
     its support, which may depend on other sites. `constrain` returns the latent and the deterministic sites,
     `predictive` draws the observed ones anew. Parameters (`pyro.param`) stay as they are.
 
-    Tensors among the arguments become float64, and torch's default dtype is float64 while the model runs. A batch is
-    one run under `torch.func.vmap`; a model whose Python code branches on values of its sites runs once for each row.
+    The model runs in float64: tensors of lower precision are converted wherever it uses them, such as the weights of a
+    module, and torch's default dtype is float64 meanwhile. A batch is one run under `torch.func.vmap`; a model whose
+    Python code branches on values of its sites runs once for each row.
 
     Args:
         model: the model, a function of args and kwargs.
@@ -66,7 +84,7 @@ class _PyroProgram(Program):
         self._model = model
         self._args = [_to_float64(value) for value in args]
         self._kwargs = {name: _to_float64(value) for name, value in kwargs.items()}
-        sites, latent = self._run(lambda name, transform, shape: torch.zeros(transform.inverse_shape(shape)))
+        sites, latent = self._run(_at_zero)
         self._layout = Layout({name: tuple(free.shape) for name, free in latent.unconstrained.items()})
         self.coordinates = self._layout.coordinates(
             {name: unconstrained_name(name, transform) for name, transform in latent.transforms.items()}
@@ -74,6 +92,11 @@ class _PyroProgram(Program):
         self.parameters = tuple(self._layout.shapes)
         self.observed = {name: np.asarray(site["value"]) for name, site in sites.items() if is_data(site)}
         self.dims = plate_dims({name: sites[name] for name in (*self.parameters, *self.observed)})
+        again, _ = self._run(_at_zero)
+        check_same_terms(
+            *({name: float(s["log_prob_sum"].detach()) for name, s in run.items()} for run in (sites, again))
+        )
+        check_not_scaled_from_part(sites, self.observed, (model, self._args, self._kwargs))
         self._over_rows = torch.func.vmap if self._runs_under_vmap() else _one_by_one
 
     def log_density(self, theta: Tensor) -> Tensor:
@@ -88,18 +111,28 @@ class _PyroProgram(Program):
     def unconstrain(self, values: TensorsByName) -> Tensor:
         return self._layout.join(self._over_rows(self._unconstrain_row)(values))
 
+    def initial_points(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return n points (n, D): the median of prior draws in unconstrained space, and prior draws."""
+        draws = []
+        with seeded(int(torch.randint(1 << 31, (), generator=generator))), torch.no_grad():
+            for _ in range(n + MEDIAN_DRAWS):
+                _, latent = self._run(_draw_from_prior)
+                draws.append(self._layout.join({name: u[None] for name, u in latent.unconstrained.items()}))
+        finite = torch.nan_to_num(torch.cat(draws), nan=0.0, posinf=0.0, neginf=0.0)
+        return torch.cat([finite[n:].median(0, keepdim=True).values, finite[: n - 1]])[:n]
+
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
         predictive = require("pyro.infer", "pyro", "models of Pyro").Predictive
         values = self.constrain(theta)
         latent = {name: values[name] for name in self.parameters}
         model = _messengers().Unobserved(self.observed)(self._model)
         draw = predictive(model, latent, return_sites=tuple(self.observed))
-        with seeded(seed), float64_by_default():
+        with seeded(seed), float64_by_default(), _InFloat64():
             return {name: value.numpy() for name, value in draw(*self._args, **self._kwargs).items()}
 
     def explain(self, theta: Tensor) -> str:
         sites, _ = self._run_at(theta)
-        return describe_nonfinite({name: float(site["log_prob_sum"]) for name, site in sites.items()})
+        return describe_nonfinite(_terms(sites))
 
     def _log_density_of_row(self, theta: Tensor) -> dict[str, Tensor]:
         sites, latent = self._run_at(theta)
@@ -112,18 +145,18 @@ class _PyroProgram(Program):
         return {name: sites[name]["value"] for name in (*latent.unconstrained, *derived)}
 
     def _unconstrain_row(self, values: TensorsByName) -> dict[str, Tensor]:
-        _, latent = self._run(lambda name, transform, shape: transform.inv(values[name]))
+        _, latent = self._run(lambda site, transform: transform.inv(values[site["name"]]))
         unconstrained: dict[str, Tensor] = latent.unconstrained
         return unconstrained
 
     def _run_at(self, theta: Tensor) -> tuple[dict[str, Any], Any]:
         pieces = self._layout.split(theta)
-        return self._run(lambda name, transform, shape: pieces[name])
+        return self._run(lambda site, transform: pieces[site["name"]])
 
     def _run(self, choose: Chooser) -> tuple[dict[str, Any], Any]:
         """Return the sample sites of one run, with their log densities, and the messenger with the latent ones."""
         # Validation looks at values, which torch.func.vmap does not allow.
-        with self._pyro.validation_enabled(False), float64_by_default():
+        with self._pyro.validation_enabled(False), float64_by_default(), _InFloat64():
             with _messengers().Latent(choose) as latent:
                 trace = self._pyro.poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
             try:
@@ -140,6 +173,22 @@ class _PyroProgram(Program):
         except (RuntimeError, ValueError):
             return False
         return True
+
+
+def _terms(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    return {name: float(site["log_prob_sum"].detach()) for name, site in sites.items()}
+
+
+def _at_zero(site: Mapping[str, Any], transform: Transform) -> Tensor:
+    return torch.zeros(transform.inverse_shape(site["fn"].shape()))
+
+
+def _draw_from_prior(site: Mapping[str, Any], transform: Transform) -> Tensor:
+    """Return a draw of the site's prior in unconstrained space, uniform on (-2, 2) for an improper one."""
+    try:
+        return transform.inv(site["fn"]())
+    except NotImplementedError:
+        return INITIAL_RADIUS * (2 * torch.rand(transform.inverse_shape(site["fn"].shape())) - 1)
 
 
 @cache
@@ -161,10 +210,11 @@ def _messengers() -> Any:
             name = site["name"]
             fn = site["fn"]
             if _is_subsample(site):
-                check_full_plate(name, fn.size, fn.subsample_size)
+                given = site["value"]
+                check_full_plate(name, fn.size, fn.subsample_size if given is None else len(given))
             elif site["value"] is None:
                 transform = find_bijection(name, fn.support)
-                unconstrained = self._choose(name, transform, fn.shape())
+                unconstrained = self._choose(site, transform)
                 site["value"] = transform(unconstrained)
                 self.transforms[name] = transform
                 self.unconstrained[name] = unconstrained
@@ -198,8 +248,24 @@ def _rows_of(batch: TensorsByName) -> Iterator[dict[str, Tensor]]:
     return (dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True))
 
 
+class _InFloat64(TorchFunctionMode):
+    """Convert tensors of lower precision to float64 wherever a function of torch takes them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ == "__get__":  # an attribute, such as requires_grad, is that of the tensor itself
+            return func(*args, **(kwargs or {}))
+        return func(*_to_float64(args), **_to_float64(kwargs or {}))
+
+
 def _to_float64(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    """Return a tensor in float64; look into dicts, tuples and lists as well."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() and value.dtype != torch.float64 else value
+    if type(value) is dict:
+        return {name: _to_float64(inner) for name, inner in value.items()}
+    if type(value) in (tuple, list):
+        return type(value)(_to_float64(inner) for inner in value)
+    return value
 
 
 def _is_subsample(site: Mapping[str, Any]) -> bool:
