@@ -71,8 +71,8 @@ def _lengths(value: Any) -> Iterator[int]:
         for inner in getclosurevars(value).nonlocals.values():
             if not isinstance(inner, FunctionType):
                 yield from _lengths(inner)
-    elif getattr(value, "shape", ()):
-        yield value.shape[0]
+    elif isinstance(shape := getattr(value, "shape", None), tuple) and shape:
+        yield shape[0]
 
 
 def data_mismatch_error(site: str, error: Exception) -> ValueError:
