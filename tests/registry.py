@@ -1,6 +1,7 @@
 """Every transform and flow that obeys the laws: name -> constructor. A new one is one line and inherits them all."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 import pytest
@@ -179,6 +180,17 @@ FLOWS: dict[str, Callable[..., cf.Flow]] = {
         cf.Flow(cf.bases.StandardNormal(D), cf.Compose([cf.IAF(D, 2, **MORE).transform, cf.MAF(D, **MORE).transform]))
     ),
 }
+
+
+@contextmanager
+def case(**labels: object) -> Iterator[None]:
+    """Run one case of a loop as a test of its own: from seed 0, and named in the report of a failure."""
+    torch.manual_seed(0)
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"in the case {labels}")
+        raise
 
 
 def over(names: Iterable[object], argument: str = "name") -> pytest.MarkDecorator:

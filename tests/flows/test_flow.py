@@ -1,11 +1,12 @@
 """What every flow of the registry obeys as a distribution."""
 
 from copy import deepcopy
+from itertools import product
 
 import numpy
 import pytest
 import torch
-from registry import FLOWS, close, inputs, over, stir
+from registry import FLOWS, case, close, inputs, over, stir
 from torch.distributions import Distribution, Normal
 
 import counterflow as cf
@@ -108,30 +109,31 @@ def test_log_prob_and_sampling_reach_every_parameter_and_the_context(name):
 
 
 @over(FLOWS)
-@over([torch.float32, torch.float64], "dtype")
-def test_dtype_and_device_are_kept(name, dtype):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    flow = FLOWS[name]().to(device, dtype)
-    c = inputs(flow, 4, dtype=dtype)[1]
-    q = flow(c if c is None else c.to(device))
-    z, log_q = q.rsample_and_log_prob((5,))
-    results = z, log_q, q.log_prob(z), *q.rsample_and_path_log_prob((5,))
-    assert {(v.dtype, v.device.type) for v in results} == {(dtype, device)}
-    close(q.log_prob(z), log_q, 1e-3 if dtype == torch.float32 else 1e-10)
+def test_dtype_and_device_are_kept(name):
+    for dtype in (torch.float32, torch.float64):
+        with case(dtype=dtype):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            flow = FLOWS[name]().to(device, dtype)
+            c = inputs(flow, 4, dtype=dtype)[1]
+            q = flow(c if c is None else c.to(device))
+            z, log_q = q.rsample_and_log_prob((5,))
+            results = z, log_q, q.log_prob(z), *q.rsample_and_path_log_prob((5,))
+            assert {(v.dtype, v.device.type) for v in results} == {(dtype, device)}
+            close(q.log_prob(z), log_q, 1e-3 if dtype == torch.float32 else 1e-10)
 
 
 @over(FLOWS)
-@over([(), (4,), (2, 3), (0,)], "batch")
-@over([(), (1,), (5, 2), (0,)], "samples")
-def test_shapes(name, batch, samples):
-    flow, c = flow_and_context(name, *batch)
-    q = flow(c)
-    batch = batch if flow.context else ()
-    assert (q.batch_shape, q.event_shape) == (batch, (3,))
-    z, log_q = q.rsample_and_log_prob(samples)
-    assert z.shape == q.sample(samples).shape == samples + batch + (3,)
-    assert log_q.shape == q.log_prob(z).shape == samples + batch
-    assert [v.shape for v in q.rsample_and_path_log_prob(samples)] == [z.shape, log_q.shape]
+def test_shapes(name):
+    for batch, samples in product([(), (4,), (2, 3), (0,)], [(), (1,), (5, 2), (0,)]):
+        with case(batch=batch, samples=samples):
+            flow, c = flow_and_context(name, *batch)
+            q = flow(c)
+            batch = batch if flow.context else ()
+            assert (q.batch_shape, q.event_shape) == (batch, (3,))
+            z, log_q = q.rsample_and_log_prob(samples)
+            assert z.shape == q.sample(samples).shape == samples + batch + (3,)
+            assert log_q.shape == q.log_prob(z).shape == samples + batch
+            assert [v.shape for v in q.rsample_and_path_log_prob(samples)] == [z.shape, log_q.shape]
 
 
 @over(FLOWS)

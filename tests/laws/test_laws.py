@@ -2,9 +2,10 @@
 
 from copy import deepcopy
 from functools import cache
+from itertools import product
 
 import torch
-from registry import TRANSFORMS, close, inputs, over, stir
+from registry import TRANSFORMS, case, close, inputs, over, stir
 
 import counterflow as cf
 
@@ -31,32 +32,35 @@ def spread(t, *batch):
 
 
 @over(TRANSFORMS)
-@over(DIRECTIONS, "first")
-def test_round_trip(name, first):
-    t = TRANSFORMS[name]()
-    there, back = (t, t.inverse) if first == "forward" else (t.inverse, t)
-    x, c = spread(t, 64)
-    y, log_det = there(x, c)
-    again, log_det_back = back(y, c)
-    assert log_det.shape == (64,)
-    close(again, x)
-    close(log_det_back, -log_det)
+def test_round_trip(name):
+    for first in DIRECTIONS:
+        with case(first=first):
+            t = TRANSFORMS[name]()
+            there, back = (t, t.inverse) if first == "forward" else (t.inverse, t)
+            x, c = spread(t, 64)
+            y, log_det = there(x, c)
+            again, log_det_back = back(y, c)
+            assert log_det.shape == (64,)
+            close(again, x)
+            close(log_det_back, -log_det)
 
 
 @over(TRANSFORMS)
-@over(DIRECTIONS, "direction")
-def test_log_det_is_that_of_autograds_jacobian(name, direction):
-    J, log_det = jacobian(name, direction)
-    close(log_det, torch.linalg.slogdet(J).logabsdet)
+def test_log_det_is_that_of_autograds_jacobian(name):
+    for direction in DIRECTIONS:
+        with case(direction=direction):
+            J, log_det = jacobian(name, direction)
+            close(log_det, torch.linalg.slogdet(J).logabsdet)
 
 
 @over(AUTOREGRESSIVE)
-@over(DIRECTIONS, "direction")
-def test_jacobian_is_exactly_zero_where_degrees_forbid(name, direction):
-    d = torch.tensor(TRANSFORMS[name]().degrees)
-    forbidden = (d[:, None] <= d[None, :]) & ~torch.eye(len(d), dtype=torch.bool)
-    J, _ = jacobian(name, direction)
-    assert (J[:, forbidden] == 0.0).all()
+def test_jacobian_is_exactly_zero_where_degrees_forbid(name):
+    for direction in DIRECTIONS:
+        with case(direction=direction):
+            d = torch.tensor(TRANSFORMS[name]().degrees)
+            forbidden = (d[:, None] <= d[None, :]) & ~torch.eye(len(d), dtype=torch.bool)
+            J, _ = jacobian(name, direction)
+            assert (J[:, forbidden] == 0.0).all()
 
 
 @over(AUTOREGRESSIVE)
@@ -90,32 +94,33 @@ def test_config_and_state_dict_rebuild_it(name):
 
 
 @over(TRANSFORMS)
-@over(DIRECTIONS, "direction")
-def test_rows_do_not_see_each_other(name, direction):
-    t = TRANSFORMS[name]()
-    x, c = inputs(t, 5)
-    x.requires_grad_()
-    y, log_det = getattr(t, direction)(x, c)
-    others = torch.arange(5) != 2
-    (slope,) = torch.autograd.grad(y[2].sum() + log_det[2], x)
-    assert (slope[others] == 0).all() and (slope[2] != 0).any()
-    with torch.no_grad():
-        x[others] = torch.nan
-        y_alone, log_det_alone = getattr(t, direction)(x, c)
-    assert torch.equal(y_alone[2], y[2]) and torch.equal(log_det_alone[2], log_det[2])
+def test_rows_do_not_see_each_other(name):
+    for direction in DIRECTIONS:
+        with case(direction=direction):
+            t = TRANSFORMS[name]()
+            x, c = inputs(t, 5)
+            x.requires_grad_()
+            y, log_det = getattr(t, direction)(x, c)
+            others = torch.arange(5) != 2
+            (slope,) = torch.autograd.grad(y[2].sum() + log_det[2], x)
+            assert (slope[others] == 0).all() and (slope[2] != 0).any()
+            with torch.no_grad():
+                x[others] = torch.nan
+                y_alone, log_det_alone = getattr(t, direction)(x, c)
+            assert torch.equal(y_alone[2], y[2]) and torch.equal(log_det_alone[2], log_det[2])
 
 
 @over(TRANSFORMS)
-@over(DIRECTIONS, "direction")
-@over([torch.float32, torch.float64], "dtype")
-def test_dtype_and_device_are_kept(name, direction, dtype):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    t = TRANSFORMS[name]().to(device, dtype)
-    x, c = (v if v is None else v.to(device, dtype) for v in inputs(t, 5))
-    results = [*getattr(t, direction)(x, c), *t.push_score(x, x, c)]
-    assert {(v.dtype, v.device.type) for v in results} == {(dtype, device)}
-    t.float()(*(v if v is None else v.float() for v in (x, c)))  # and back again
-    t.double()(*(v if v is None else v.double() for v in (x, c)))
+def test_dtype_and_device_are_kept(name):
+    for direction, dtype in product(DIRECTIONS, (torch.float32, torch.float64)):
+        with case(direction=direction, dtype=dtype):
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            t = TRANSFORMS[name]().to(device, dtype)
+            x, c = (v if v is None else v.to(device, dtype) for v in inputs(t, 5))
+            results = [*getattr(t, direction)(x, c), *t.push_score(x, x, c)]
+            assert {(v.dtype, v.device.type) for v in results} == {(dtype, device)}
+            t.float()(*(v if v is None else v.float() for v in (x, c)))  # and back again
+            t.double()(*(v if v is None else v.double() for v in (x, c)))
 
 
 def gradients(t, direction):
@@ -126,31 +131,37 @@ def gradients(t, direction):
 
 
 @over([name for name, make in TRANSFORMS.items() if any(True for _ in make().parameters())])
-@over(DIRECTIONS, "direction")
-def test_every_parameter_receives_a_gradient(name, direction):
-    t = TRANSFORMS[name]()
-    for grad in gradients(t, direction):
-        assert torch.isfinite(grad).all()
+def test_every_parameter_receives_a_gradient(name):
+    for direction in DIRECTIONS:
+        with case(direction=direction):
+            t = TRANSFORMS[name]()
+            for grad in gradients(t, direction):
+                assert torch.isfinite(grad).all()
 
 
 @over(ALIVE)
-@over(DIRECTIONS, "direction")
-def test_gradients_are_nonzero_where_the_masks_connect_and_zero_elsewhere(name, direction):
-    t = TRANSFORMS[name]()
-    grads = dict(zip((n for n, _ in t.named_parameters()), gradients(t, direction), strict=True))
-    all_heard = torch.ones(len(t.made.layers[-1].mask), dtype=torch.bool)  # units that some output sees, from the last
-    heard = {len(t.hidden): all_heard}
-    for k in reversed(range(len(t.made.layers))):
-        mask = t.made.layers[k].mask.bool() & heard[k][:, None]
-        heard[k - 1] = torch.stack([mask.any(0), *(heard[later] for later in t.made.links.added_to(k - 1))]).any(0)
-        assert torch.equal(grads.pop(f"made.layers.{k}.bias") != 0, heard[k])
-        assert torch.equal(grads.pop(f"made.layers.{k}.weight") != 0, mask)
-    if t.made.skip_to_output is not None:
-        assert torch.equal(grads.pop("made.skip_to_output.bias") != 0, all_heard)
-        assert torch.equal(grads.pop("made.skip_to_output.weight") != 0, t.made.skip_to_output.mask.bool())
-    for key, grad in grads.items():
-        unit = heard[int(key.split(".")[2])] if "contexts" in key else all_heard  # or the direct context
-        assert torch.equal(grad != 0, unit.view(-1, *[1] * (grad.dim() - 1)).expand_as(grad))
+def test_gradients_are_nonzero_where_the_masks_connect_and_zero_elsewhere(name):
+    for direction in DIRECTIONS:
+        with case(direction=direction):
+            t = TRANSFORMS[name]()
+            grads = dict(zip((n for n, _ in t.named_parameters()), gradients(t, direction), strict=True))
+            all_heard = torch.ones(
+                len(t.made.layers[-1].mask), dtype=torch.bool
+            )  # units that some output sees, from the last
+            heard = {len(t.hidden): all_heard}
+            for k in reversed(range(len(t.made.layers))):
+                mask = t.made.layers[k].mask.bool() & heard[k][:, None]
+                heard[k - 1] = torch.stack(
+                    [mask.any(0), *(heard[later] for later in t.made.links.added_to(k - 1))]
+                ).any(0)
+                assert torch.equal(grads.pop(f"made.layers.{k}.bias") != 0, heard[k])
+                assert torch.equal(grads.pop(f"made.layers.{k}.weight") != 0, mask)
+            if t.made.skip_to_output is not None:
+                assert torch.equal(grads.pop("made.skip_to_output.bias") != 0, all_heard)
+                assert torch.equal(grads.pop("made.skip_to_output.weight") != 0, t.made.skip_to_output.mask.bool())
+            for key, grad in grads.items():
+                unit = heard[int(key.split(".")[2])] if "contexts" in key else all_heard  # or the direct context
+                assert torch.equal(grad != 0, unit.view(-1, *[1] * (grad.dim() - 1)).expand_as(grad))
 
 
 SHAPES = {  # batch shape of x, of c, of y
@@ -167,32 +178,38 @@ SHAPES = {  # batch shape of x, of c, of y
 
 
 @over(TRANSFORMS)
-@over(SHAPES, "shapes")
-def test_batch_shapes(name, shapes):
-    t = TRANSFORMS[name]()
-    of_x, of_c, of_y = SHAPES[shapes]
-    x, c = inputs(t, *of_x)[0], inputs(t, *of_c, seed=2)[1]
-    if not t.context:
-        of_y = of_x
-    rows = x.expand(*of_y, -1).flatten(0, -2) if of_y else x[None]
-    rows_c = None if c is None else c.expand(*of_y, -1).flatten(0, -2) if of_y else c[None]
-    for method in (t.forward, t.inverse, lambda x, c: t.push_score(x, 2 * x, c)):
-        for came, flat in zip(method(x, c), method(rows, rows_c), strict=True):
-            close(came, flat.reshape(of_y + flat.shape[1:]), 1e-12)
+def test_batch_shapes(name):
+    for shapes in SHAPES:
+        with case(shapes=shapes):
+            t = TRANSFORMS[name]()
+            of_x, of_c, of_y = SHAPES[shapes]
+            x, c = inputs(t, *of_x)[0], inputs(t, *of_c, seed=2)[1]
+            if not t.context:
+                of_y = of_x
+            rows = x.expand(*of_y, -1).flatten(0, -2) if of_y else x[None]
+            rows_c = None if c is None else c.expand(*of_y, -1).flatten(0, -2) if of_y else c[None]
+            for method in (t.forward, t.inverse, lambda x, c, t=t: t.push_score(x, 2 * x, c)):
+                for came, flat in zip(method(x, c), method(rows, rows_c), strict=True):
+                    close(came, flat.reshape(of_y + flat.shape[1:]), 1e-12)
 
 
 @over(TRANSFORMS)
-@over(DIRECTIONS, "direction")
-def test_strides_do_not_matter(name, direction):
-    t = TRANSFORMS[name]()
-    x, c = inputs(t, 6)
-    expanded = x[:1].expand(6, -1)
-    for given, same in ((x.T.contiguous().T, x), (x.repeat(1, 2)[:, : t.features], x), (expanded, expanded.clone())):
-        given, same = given.detach().requires_grad_(), same.clone().requires_grad_()
-        results = [(v, *getattr(t, direction)(v, c)) for v in (given, same)]
-        grads = [torch.autograd.grad((y * x).sum() + log_det.sum(), v)[0] for v, y, log_det in results]
-        close(results[0][1], results[1][1], 1e-12)
-        close(*grads, 1e-12)
+def test_strides_do_not_matter(name):
+    for direction in DIRECTIONS:
+        with case(direction=direction):
+            t = TRANSFORMS[name]()
+            x, c = inputs(t, 6)
+            expanded = x[:1].expand(6, -1)
+            for given, same in (
+                (x.T.contiguous().T, x),
+                (x.repeat(1, 2)[:, : t.features], x),
+                (expanded, expanded.clone()),
+            ):
+                given, same = given.detach().requires_grad_(), same.clone().requires_grad_()
+                results = [(v, *getattr(t, direction)(v, c)) for v in (given, same)]
+                grads = [torch.autograd.grad((y * x).sum() + log_det.sum(), v)[0] for v, y, log_det in results]
+                close(results[0][1], results[1][1], 1e-12)
+                close(*grads, 1e-12)
 
 
 @over(TRANSFORMS)
