@@ -7,7 +7,7 @@ import torch
 from registry import over, stir
 
 from counterflow.made.activations import ACTIVATIONS
-from counterflow.made.architecture import hidden_degrees
+from counterflow.made.architecture import Architecture, hidden_degrees
 from counterflow.made.network import MADE
 
 TOPS = [(top, lowest) for top in (0, 1, 2, 6, 63) for lowest in (0, 1) if top >= lowest]
@@ -87,3 +87,46 @@ def test_a_network_goes_to_another_process(activation):
     network = stir(MADE((1, 2), 2, (3,), activation, 0))
     x = torch.randn(4, 2, dtype=torch.float64)
     assert torch.equal(pickle.loads(pickle.dumps(network))(x), network(x))
+
+
+def test_a_residual_network_is_its_formula():
+    made = stir(MADE((1, 2, 3), 2, (6,) * 5, "tanh", 2, Architecture.residual(blocks=2)))
+    x, c = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, 2, dtype=torch.float64)
+    first, *blocks = made.layers[:-1]
+    h = first(x) + made.contexts["0"](c)
+    for k in (0, 2):
+        inner = blocks[k](h.tanh()) + made.contexts[str(k + 1)](c)
+        h = h + blocks[k + 1](inner.tanh())
+    torch.testing.assert_close(made(x, c), made.layers[-1](h).reshape(7, 3, 2))
+
+
+WRONG = {
+    "no blocks": (lambda: Architecture.residual(blocks=0), "expected blocks to be a whole number of at least 1, got 0"),
+    "too few layers": (
+        lambda: MADE((1, 2), 2, (4, 4), "relu", 0, Architecture.residual(blocks=2)),
+        r"expected skips to have an entry for each of the 2 hidden layers, got 5: \(None, None, 0, None, 2\)",
+    ),
+    "layers of two sizes": (
+        lambda: MADE((1, 2, 3), 2, (4, 4, 5), "relu", 0, Architecture(skips=(None, None, 0))),
+        r"expected skips\[2\] to be None or an earlier hidden layer of the same degrees, got 0",
+    ),
+    "linear as flags": (
+        lambda: MADE((1, 2), 2, (4,), "relu", 0, Architecture(linear=(1,))),
+        r"expected linear to hold indices of the 1 hidden layers, got \(1,\)",
+    ),
+    "a context of a layer that does not exist": (
+        lambda: MADE((1, 2), 2, (4,), "relu", 1, Architecture(contexts=(1,))),
+        r"expected contexts to hold indices of the 1 hidden layers .*, got contexts=\(1,\)",
+    ),
+    "degrees out of order": (
+        lambda: MADE((1, 2), 2, (2,), "relu", 1, Architecture(hidden_degrees=[[1, 0]])),
+        r"expected hidden_degrees in ascending order from 0\.\.1",
+    ),
+}
+
+
+@over(WRONG)
+def test_an_architecture_that_does_not_fit_is_refused(name):
+    make, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        make()

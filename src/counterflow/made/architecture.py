@@ -215,9 +215,10 @@ class Architecture:
             ValueError: skips, linear or contexts that do not fit the number of layers, or a skip between layers of
                 different degrees: a sum of units of different degrees would break the order of the features.
         """
+        links = check_links(degrees, self.skips, self.linear, self.skip_to_output, alike="degrees")
         if not set(self.activated_contexts) <= set(self.contexts) <= set(range(len(degrees))):
             raise ValueError(
                 f"expected contexts to hold indices of the {len(degrees)} hidden layers and activated_contexts some of "
                 f"contexts, got contexts={self.contexts} and activated_contexts={self.activated_contexts}"
             )
-        return check_links(degrees, self.skips, self.linear, self.skip_to_output, alike="degrees")
+        return links
