@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import safetensors.torch
 import torch
 from hypothesis import strategies as st
 from PIL import Image
@@ -566,13 +567,11 @@ def other_description(content: bytes, random: Random) -> bytes:
 def other_numbers(content: bytes, random: Random) -> bytes:
     """Another JSON among the tensors of a state."""
     try:
-        tensors = dict(cf.checkpoints.safetensors.torch.load(content))
+        tensors = dict(safetensors.torch.load(content))
         text = other_json(tensors["numbers"].numpy().tobytes(), random)
     except Exception:
         return other_tensors(content, random)
-    return cf.checkpoints.safetensors.torch.save(
-        {**tensors, "numbers": torch.frombuffer(bytearray(text), dtype=torch.uint8)}
-    )
+    return safetensors.torch.save({**tensors, "numbers": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
 
 # -- what is valid -----------------------------------------------------------------------------------

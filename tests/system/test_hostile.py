@@ -75,20 +75,20 @@ def test_what_is_broken_reads_or_is_refused_in_one_line(name: str, tmp_path: Pat
         for path in tmp_path.iterdir():
             path.unlink()
         write(tmp_path, files)
-        begun = time.perf_counter()
+        begun = time.process_time()
         said.add(outcome(READERS[name], tmp_path))
-        assert time.perf_counter() - begun < 5
+        assert time.process_time() - begun < 5
 
     run()
     assert len(said) > 1 and "read" in said  # some get through, some do not
 
 
 def refused(message: str, read, *arguments) -> None:
-    """It says so at once, and takes next to nothing."""
-    begun, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Check that reading raises this ValueError within 5 s of CPU time, and takes less than 256 MB."""
+    begun, before = time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(ValueError, match=message):
         read(*arguments)
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # kB
 
 
@@ -464,7 +464,7 @@ def test_a_state_of_other_numbers_is_passed_over(tmp_path):
     for numbers in (b"[1]", b'{"steps": "x"}', b'{"steps": -1}', b'{"steps": 1e400}', b"[" * 10**5):
         tensors = {"numbers": torch.frombuffer(bytearray(numbers), dtype=torch.uint8)}
         safetensors.torch.save_file(tensors, tmp_path / "999999999999.safetensors")
-        with pytest.warns(RuntimeWarning, match="does not read"):
+        with pytest.warns(RuntimeWarning, match="cannot read"):
             assert Checkpoints(tmp_path).load().steps == 0
 
 
