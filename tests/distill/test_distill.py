@@ -279,7 +279,7 @@ REFUSED = {
         lambda: cf.DistillConfig(forward_kl_weight=-0.1),
         "expected forward_kl_weight to be at least 0, got -0.1",
     ),
-    "rate": (lambda: cf.DistillConfig(learning_rate=0), "expected learning_rate above 0"),
+    "rate": (lambda: cf.DistillConfig(learning_rate=0), "expected learning_rate to be above 0"),
     "compared": (
         lambda: cf.diagnostics.agreement(teacher_of(), teacher_of(), samples=1),
         "samples and tested to be at least 2",

@@ -1,4 +1,4 @@
-"""Objectives of distillation: layer by layer, and the flow as one."""
+"""Objectives of distillation: all layers separately, and the flow as a whole."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from counterflow.transforms.base import Transform
 def layer_objective(
     teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], n: int
 ) -> Callable[[Flow, None], Tensor]:
-    """All layers at once, each fed by the teacher: minus the sum of their losses, (N,), in nats near the end."""
+    """Return the objective of the layer steps: minus the sum of the layers' losses, (N,), each fed by the teacher.
+
+    The sum approaches nats as the student becomes exact.
+    """
 
     def objective(student: Flow, _: None) -> Tensor:
         traces, c = trace_teacher(teacher, parts, draw, n)
@@ -32,7 +35,7 @@ def layer_objective(
 
 
 def _layer_loss(layer: Autoregressive, ours: Transform, trace: Trace, c: Tensor | None) -> Tensor:
-    """How far the teacher's layer takes the student's u' from v: sqrt(1 + 2 e) - 1, e as in `distill`, (N,)."""
+    """Return the loss of one layer, sqrt(1 + 2 e) - 1 with e the term of `distill`, (N,)."""
     v = trace.v
     u, ours_slope = ours.forward_by_feature(v, torch.zeros_like(v), c if ours.context else None)
     w, slope = layer.univariate.forward(u[..., layer.order], known_params(trace))
@@ -41,18 +44,21 @@ def _layer_loss(layer: Autoregressive, ours: Transform, trace: Trace, c: Tensor 
 
 
 def flow_objective(
-    teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], n: int, forward: float
+    teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], n: int, forward_kl_weight: float
 ) -> Callable[[Flow, None], Tensor]:
-    """One term: -KL(student || teacher), with the path gradient, less forward times KL(teacher || student)."""
+    """Return the objective of the flow steps: -KL(student || teacher) - forward_kl_weight KL(teacher || student).
+
+    The first has the path gradient; the result is one number.
+    """
 
     def objective(student: Flow, _: None) -> Tensor:
         c, shape = draw_contexts(draw, n, device_of(teacher))
         z, log_q = student(c).rsample_and_path_log_prob(shape)
         terms = (teacher(c).log_prob(z) - log_q).mean()
-        if forward:
+        if forward_kl_weight:
             traces, c = trace_teacher(teacher, parts, draw, n)
             x = traces[-1].u
-            terms = terms + forward * (student(c).log_prob(x) - teacher(c).log_prob(x)).mean()
+            terms = terms + forward_kl_weight * (student(c).log_prob(x) - teacher(c).log_prob(x)).mean()
         return terms
 
     return objective

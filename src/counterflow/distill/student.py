@@ -21,34 +21,31 @@ from counterflow.univariate.base import Univariate
 from counterflow.univariate.sinh_arcsinh import SinhArcsinh
 from counterflow.univariate.spline import RationalQuadraticSpline
 
-EXTREME = 0.02  # of the teacher's draws are left out of what the student learns from them
-PILOT = 8192  # draws that the student's linear maps are fitted to
-PLAIN = ("features", "context", "univariate", "degrees", "activation")  # what fits to hidden layers of any size
-
-
-# -- the student -------------------------------------------------------------------------------------
+EXTREME = 0.02  # fraction of the teacher's draws, the outermost ones, that the student is not trained on
+PILOT = 8192  # draws of the teacher to which the student's linear maps are fitted
+PLAIN = ("features", "context", "univariate", "degrees", "activation")  # settings that fit hidden layers of any size
 
 
 def solved_layer(part: Transform) -> Autoregressive | None:
-    """The layer that a part solves, if it does."""
+    """Return the autoregressive layer that a part solves, or None."""
     if isinstance(part, Inverse) and isinstance(part.transform, Autoregressive):
         return part.transform
     return None
 
 
 class Trace(NamedTuple):
-    """What one part of the teacher does to N draws."""
+    """Inputs and outputs of one part of the teacher for N draws."""
 
-    v: Tensor  # before it, (N, D)
-    u: Tensor  # after it, (N, D)
-    params: Tensor | None  # of a solved layer, (N, D, P), its features sorted by degree
+    v: Tensor  # input, (N, D)
+    u: Tensor  # output, (N, D)
+    params: Tensor | None  # parameters of a solved layer, (N, D, P), with features sorted by degree
 
 
 @torch.no_grad()
 def trace_teacher(
     teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], n: int
 ) -> tuple[list[Trace], Tensor | None]:
-    """Draws of the teacher through all its parts, and their contexts, without those that lie farthest out."""
+    """Send draws through all parts of the teacher; return the traces and the contexts without the outermost draws."""
     c, shape = draw_contexts(draw, n, device_of(teacher))
     v = teacher(c).base.sample(torch.Size(shape))
     far, traces = v.new_zeros(n), []
@@ -67,7 +64,7 @@ def trace_teacher(
 def mirror(
     teacher: Flow, parts: list[Transform], draw: Callable[[int], Tensor | None], hidden: tuple[int, ...]
 ) -> Flow:
-    """The teacher with each solved layer replaced by a layer that is one pass, and near it."""
+    """Return the teacher with each solved layer replaced by a layer that takes one pass and is close to it."""
     strange = [part for part in parts if solved_layer(part) is None and part.forward_cost != "one pass"]
     if strange:
         raise ValueError(
@@ -83,14 +80,14 @@ def mirror(
 
 
 def _mirrored(layer: Autoregressive, trace: Trace, hidden: tuple[int, ...]) -> Transform:
-    """A layer of one pass from v to u: where its degrees ascend, a linear map and what that leaves over."""
+    """Return a layer that takes one pass from v to u: a linear map if degrees ascend, then an autoregressive layer."""
     config = {**layer.config(), "univariate": _univariate(layer.univariate)}
     if hidden and hidden != layer.hidden:
         config = {k: v for k, v in config.items() if k in PLAIN} | {"hidden": hidden}
     made = Autoregressive(**config).to(trace.v)
     if made.hidden == layer.hidden:
-        # The teacher's parameters are linear in its last hidden units: these know what matters in u, and after the
-        # linear map the student sees nearly u. What leads to the parameters themselves starts anew.
+        # The teacher's parameters are linear in its last hidden units, so these are good features of u, and after the
+        # linear map the student's input is close to u. The layer that computes the parameters starts afresh.
         last = f"layers.{len(layer.hidden)}."
         anew = (last, "skip_to_output", "context_to_output")
         theirs = {k: v for k, v in layer.made.state_dict().items() if not k.startswith(anew)}
@@ -101,12 +98,12 @@ def _mirrored(layer: Autoregressive, trace: Trace, hidden: tuple[int, ...]) -> T
 
 
 def _univariate(univariate: Univariate) -> Univariate:
-    """The map of the student's layers: its own where inverses are like it, else affine, as for a gate."""
+    """Return the map of the student's layers: the teacher's if its inverse is of the same kind, else affine."""
     return univariate if isinstance(univariate, Affine | RationalQuadraticSpline | SinhArcsinh) else Affine()
 
 
 def _linear(layer: Autoregressive, trace: Trace) -> Inverse:
-    """U = mean + L v: L_ii the geometric mean of du_i/dv_i, the rest of row i by least squares on lower degrees."""
+    """Fit u = mean + L v: L_ii is the geometric mean of du_i/dv_i, the rest is least squares on lower degrees."""
     v, u = trace.v.double(), trace.u.double()
     slope = -layer.univariate.forward(trace.u, known_params(trace))[1].double().mean(0)
     ones = torch.cat([v.new_ones(len(v), 1), v], 1)
@@ -128,7 +125,7 @@ def known_params(trace: Trace) -> Tensor:
 
 
 def check_student(student: Flow, teacher: Flow) -> Flow:
-    """A copy of a student that somebody brings along."""
+    """Return a copy of the student that was given, or raise ValueError if it does not fit the teacher."""
     if (student.features, student.context) != (teacher.features, teacher.context):
         raise ValueError(
             f"expected a student with features={teacher.features} and context={teacher.context}, got features="

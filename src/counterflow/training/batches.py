@@ -1,4 +1,4 @@
-"""The rows that a training is given: a tensor, or a tuple of tensors with a row for each."""
+"""Training data: a tensor of rows, or a tuple of tensors with the same number of rows."""
 
 from __future__ import annotations
 
@@ -12,52 +12,56 @@ from torch import Tensor
 
 from counterflow.checks import check_finite, positive
 
-Batch = Any  # a tensor (B, ...), or a tuple of tensors of B rows each; None where the objective draws its own
+Batch = Any  # a tensor (B, ...), or a tuple of tensors with B rows each; None for an objective without data
 
 
-def parts_of(data: Batch) -> tuple[Tensor, ...]:
-    """The tensors of a batch, one or several."""
+def tensors_of(data: Batch) -> tuple[Tensor, ...]:
+    """Return the tensors of a batch as a tuple."""
     return data if isinstance(data, tuple) else (data,)
 
 
-def check_rows(data: Batch | int, what: str, least: int) -> int:
-    """How many rows there are; a step without data counts as a batch of them."""
+def check_rows(data: Batch | int, what: str, min_rows: int) -> int:
+    """Return the number of rows; a step without data counts as min_rows of them.
+
+    Raises:
+        ValueError: fewer than min_rows rows, tensors of different lengths, or values that are not finite.
+    """
     if isinstance(data, int):
-        return positive(data, what) * least
-    sizes = {len(part) for part in parts_of(data)}
+        return positive(data, what) * min_rows
+    sizes = {len(tensor) for tensor in tensors_of(data)}
     if len(sizes) > 1:
         raise ValueError(f"expected as many rows in each part of {what}, got {sorted(sizes)}")
     rows = sizes.pop()
-    if rows < least:
+    if rows < min_rows:
         smaller = f"set batch_size to at most {rows} or " if rows else ""
-        raise ValueError(f"expected at least {least} rows in {what}, got {rows}; {smaller}bring more data")
-    for part in parts_of(data):
-        check_finite(part, what)
+        raise ValueError(f"expected at least {min_rows} rows in {what}, got {rows}; {smaller}bring more data")
+    for tensor in tensors_of(data):
+        check_finite(tensor, what)
     return rows
 
 
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """The batch on a device."""
+    """Return the batch on a device."""
     if batch is None:
         return None
-    there = tuple(part.to(device) for part in parts_of(batch))
+    there = tuple(tensor.to(device) for tensor in tensors_of(batch))
     return there if isinstance(batch, tuple) else there[0]
 
 
 def in_order(data: Batch | int, size: int) -> Iterator[tuple[Batch, int]]:
-    """All rows in batches, the last one shorter, and how many rows each has."""
+    """Yield all rows in batches, the last one shorter, each with its number of rows."""
     if isinstance(data, int):
         yield from repeat((None, 1), data)
         return
-    for parts in zip(*(part.split(size) for part in parts_of(data)), strict=True):
-        yield parts if isinstance(data, tuple) else parts[0], len(parts[0])
+    for tensors in zip(*(tensor.split(size) for tensor in tensors_of(data)), strict=True):
+        yield tensors if isinstance(data, tuple) else tensors[0], len(tensors[0])
 
 
 def fingerprint_of(data: tuple[Batch | int, ...]) -> str:
-    """A number that other data would not have."""
+    """Return a CRC-32 of the values, shapes and dtypes, by which a checkpoint recognizes its data."""
     total = 0
     for batch in data:
-        for part in (batch,) if isinstance(batch, int) else parts_of(batch):
+        for part in (batch,) if isinstance(batch, int) else tensors_of(batch):
             if isinstance(part, int):
                 total = zlib.crc32(str(part).encode(), total)
             else:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from counterflow.random import seeded
-from counterflow.training.batches import Batch, in_order, moved, parts_of
+from counterflow.training.batches import Batch, in_order, moved, tensors_of
 from counterflow.training.checkpoints import Checkpoint, Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Mailbox, Workers
@@ -120,10 +120,10 @@ class Trainer:
         else:
             size = self.config.batch_size
             if self.order is None:
-                self.order = torch.randperm(len(parts_of(data)[0]), generator=self.shuffle)
+                self.order = torch.randperm(len(tensors_of(data)[0]), generator=self.shuffle)
             for k in range(done, self.steps_per_epoch):
                 index = self.order[k * size + self.workers.rank : (k + 1) * size : self.workers.size]
-                picked = tuple(part[index] for part in parts_of(data))
+                picked = tuple(part[index] for part in tensors_of(data))
                 yield picked if isinstance(data, tuple) else picked[0]
         self.epoch_seconds = time.perf_counter() - begun
 

@@ -1,4 +1,4 @@
-"""Likelihoods p(x | z): what a decoder puts out becomes a distribution of data."""
+"""Likelihoods p(x | z): distributions of data given the output of a decoder."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 
 
 class Likelihood(nn.Module, ABC):
-    """p(x | z): turns what the decoder puts out, (..., *data_shape), into a distribution of data of that shape."""
+    """Likelihood p(x | z): turns decoder output (..., *data_shape) into a distribution over data of that shape."""
 
     @abstractmethod
     def forward(self, out: Tensor) -> Distribution:
-        """The distribution of x for decoder output out (..., *data_shape); its event is one datum."""
+        """Return the distribution of x for decoder output out (..., *data_shape); its event is one datum."""
 
     @abstractmethod
     def check(self, x: Tensor) -> None:
-        """Raise ValueError when a value of x lies where the likelihood has no density."""
+        """Raise ValueError if the likelihood has no density at a value of x."""
 
     def adapt(self, x: Tensor) -> None:
-        """Take from training data x (N, *data_shape) what there is to know of their scale: nothing, as a rule."""
+        """Adapt to the scale of training data x (N, *data_shape); does nothing by default."""
 
     def observe(self, x: Tensor) -> Tensor:
-        """What is seen of x at one step: x itself, but for dynamic binarisation."""
+        """Return the data of one training step: x itself, or a random binarization of it."""
         return x
 
     def center(self, x: Tensor) -> Tensor:
-        """x on a scale that suits a network, for the encoder."""
+        """Return x on a scale that suits the encoder."""
         return x
 
 
 class Bernoulli(Likelihood):
     """Independent pixels, log p = x log s(out) + (1 - x) log s(-out), s the sigmoid; x is 0 or 1.
 
-    Intensities between 0 and 1 are binarised anew at every step, x ~ Bernoulli(intensity): dynamic binarisation
+    Intensities between 0 and 1 are binarized again in every step, x ~ Bernoulli(intensity): dynamic binarization
     (Salakhutdinov and Murray 2008, "On the quantitative analysis of deep belief networks").
     """
 
@@ -49,11 +49,11 @@ class Bernoulli(Likelihood):
         self.dims = len(data_shape)
 
     def forward(self, out: Tensor) -> Distribution:
-        """Pixels with probability sigmoid(out)."""
+        """Return pixels with probability sigmoid(out)."""
         return Independent(BernoulliDistribution(logits=out, validate_args=False), self.dims, validate_args=False)
 
     def check(self, x: Tensor) -> None:
-        """0 <= x <= 1."""
+        """Raise ValueError unless 0 <= x <= 1."""
         low, high = _range(x)
         if not 0 <= low <= high <= 1:
             raise ValueError(
@@ -62,12 +62,12 @@ class Bernoulli(Likelihood):
             )
 
     def observe(self, x: Tensor) -> Tensor:
-        """A draw of 0 and 1."""
+        """Draw 0 or 1 for each pixel, with probability x of 1."""
         self.check(x)
         return torch.bernoulli(x)
 
     def center(self, x: Tensor) -> Tensor:
-        """2 x - 1."""
+        """Return 2 x - 1."""
         return 2 * x - 1
 
 
@@ -76,11 +76,11 @@ class Gaussian(Likelihood):
 
         log p = log N(x; mean + std * out, (std * exp(s))^2),    s = bound * tanh(a / bound),    bound = 5
 
-    mean and std are the data's, once `adapt` has seen them (0 and 1 before): the networks work on standardised numbers,
-    and log p is in the data's own units.
+    mean and std are those of the training data after `adapt`, 0 and 1 before. The networks see standardized numbers,
+    and log p is in the units of the data.
     """
 
-    bound = 5.0  # a feature that is constant in the data stops at 0.0067 std, not at an infinite density
+    bound = 5.0  # the scale of a feature that is constant in the data ends at 0.0067 std, not at 0
 
     mean: Tensor
     std: Tensor
@@ -93,26 +93,26 @@ class Gaussian(Likelihood):
         self.register_buffer("std", torch.ones(_by_channel(data_shape)))
 
     def adapt(self, x: Tensor) -> None:
-        """Keep the mean and standard deviation of x, by feature or channel; a constant one keeps 1."""
+        """Store the mean and standard deviation of x by feature or channel; a constant one gets a deviation of 1."""
         flat = x.transpose(0, 1).flatten(1).double()
         mean, std = flat.mean(1), flat.std(1, correction=0)
         self.mean.copy_(mean.reshape(self.mean.shape))
         self.std.copy_(torch.where(std > 0, std, 1.0).reshape(self.std.shape))
 
     def forward(self, out: Tensor) -> Distribution:
-        """Normal(mean + std * out, std * exp(s))."""
+        """Return Normal(mean + std * out, std * exp(s))."""
         return Independent(_ScaledNormal(self, out), self.dims, validate_args=False)
 
     def check(self, x: Tensor) -> None:
-        """Every real number will do."""
+        """Accept every real number."""
 
     def center(self, x: Tensor) -> Tensor:
-        """(x - mean) / std."""
+        """Return (x - mean) / std."""
         return (x - self.mean) / self.std
 
 
 class _ScaledNormal(Normal):
-    """The normals of a `Gaussian`, whose density is taken on the standardised scale: no square leaves the floats."""
+    """Normal distribution whose density is computed on the standardized scale, so that no square overflows."""
 
     def __init__(self, likelihood: Gaussian, out: Tensor) -> None:
         mean, std, bound = likelihood.mean, likelihood.std, likelihood.bound
@@ -147,7 +147,7 @@ class DiscretizedLogistic(Likelihood):
         return Independent(logistic, self.dims, validate_args=False)
 
     def check(self, x: Tensor) -> None:
-        """Whole numbers in 0..levels-1."""
+        """Raise ValueError unless x holds whole numbers in 0..levels-1."""
         low, high = _range(x)
         if low < 0 or high > self.levels - 1 or not torch.equal(x, x.round()):
             raise ValueError(
@@ -156,7 +156,7 @@ class DiscretizedLogistic(Likelihood):
             )
 
     def center(self, x: Tensor) -> Tensor:
-        """To [-1, 1]."""
+        """Map x to [-1, 1]."""
         return x * (2 / (self.levels - 1)) - 1
 
 
@@ -169,11 +169,11 @@ class _DiscretizedLogistic(Distribution):
 
     @property
     def mean(self) -> Tensor:
-        return self.loc.clamp(0, self.levels - 1)  # that of the logistic, cut to the range
+        return self.loc.clamp(0, self.levels - 1)  # the mean of the logistic, clamped to the range
 
     def log_prob(self, value: Tensor) -> Tensor:
         upper, lower = (value + 0.5 - self.loc) / self.scale, (value - 0.5 - self.loc) / self.scale
-        # s(u) - s(l) = s(u) s(-l) (1 - exp(l - u)), where nothing cancels.
+        # s(u) - s(l) = s(u) s(-l) (1 - exp(l - u)), without cancellation.
         first, last = value <= 0, value >= self.levels - 1
         inner = torch.where(first | last, torch.zeros_like(lower), torch.log(-torch.expm1(-1 / self.scale)))
         left = torch.where(last, torch.zeros_like(upper), F.logsigmoid(upper))
@@ -187,7 +187,7 @@ class _DiscretizedLogistic(Distribution):
 
 
 def _range(x: Tensor) -> tuple[float, float]:
-    """The smallest and the largest value; 0 and 0 where there is none."""
+    """Return the smallest and the largest value, 0 and 0 for an empty tensor."""
     low, high = x.aminmax() if x.numel() else (x.new_zeros(()), x.new_zeros(()))
     return low.item(), high.item()
 

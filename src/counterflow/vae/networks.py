@@ -10,18 +10,19 @@ from torch import nn
 
 
 def _gated(linear: nn.Linear | nn.Conv2d | nn.ConvTranspose2d, inputs: float, axis: int = 1) -> list[nn.Module]:
-    """h' = (W h + b) * sigmoid(V h + c), for a linear map that gives both; each unit sees `inputs` numbers.
+    """Return the layers of h' = (W h + b) * sigmoid(V h + c), for a linear map to both that reads `inputs` numbers.
 
-    A variance of 3 / inputs keeps the size of h from layer to layer: the gate takes a factor of 0.34 from the
-    square. With torch's own (1 / 3) / inputs twelve such layers leave nothing, and the posterior collapses.
+    An initial variance of 3 / inputs keeps the scale of h from layer to layer, since the gate multiplies the mean
+    square by 0.34. With torch's default, (1 / 3) / inputs, twelve such layers shrink h to nothing, and the posterior
+    collapses.
     """
     nn.init.normal_(linear.weight, std=math.sqrt(3 / inputs))
-    nn.init.zeros_(linear.bias)  # type: ignore[arg-type]  # none of ours is without
+    nn.init.zeros_(linear.bias)  # type: ignore[arg-type]  # the layers here have a bias
     return [linear, nn.GLU(axis)]
 
 
 def mlp(inputs: int, hidden: Sequence[int]) -> nn.Sequential:
-    """Gated layers from inputs to hidden[-1]."""
+    """Return gated layers from inputs to hidden[-1]."""
     sizes = [inputs, *hidden]
     return nn.Sequential(*(layer for i, o in pairwise(sizes) for layer in _gated(nn.Linear(i, 2 * o), i)))
 
@@ -58,6 +59,6 @@ def conv_decoder(latent: int, data_shape: Sequence[int], channels: int) -> nn.Se
 
 
 def _halvings(data_shape: Sequence[int]) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
-    """The image's size, halved once and halved twice, rounded up."""
+    """Return the image size, half of it and a quarter of it, rounded up."""
     _, h, w = data_shape
     return (h, w), (-(-h // 2), -(-w // 2)), (-(-h // 4), -(-w // 4))

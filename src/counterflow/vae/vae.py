@@ -74,8 +74,21 @@ class VAE(nn.Module):
         activation: str = "elu",
     ) -> None:
         super().__init__()
-        # The arguments, since no other name is bound yet.
-        self._config = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
+        self._config: dict[str, Any] = {
+            "data_shape": data_shape,
+            "latent": latent,
+            "posterior": posterior,
+            "likelihood": likelihood,
+            "levels": levels,
+            "network": network,
+            "hidden": hidden,
+            "channels": channels,
+            "context": context,
+            "posterior_layers": posterior_layers,
+            "posterior_hidden": posterior_hidden,
+            "univariate": univariate,
+            "activation": activation,
+        }
         self.data_shape = tuple(positive(size, "data_shape") for size in data_shape)
         if len(self.data_shape) not in (1, 3):
             raise ValueError(f"expected data_shape as (features,) or (channels, height, width), got {self.data_shape}")
@@ -143,23 +156,23 @@ class VAE(nn.Module):
         self.likelihood.check(x)
 
     def encode(self, x: Tensor) -> FlowDistribution:
-        """The posterior q(z|x) for x (B, *data_shape): a distribution of batch shape (B,)."""
+        """Return the posterior q(z|x) for x (B, *data_shape): a distribution of batch shape (B,)."""
         self.check(x)
         return self.posterior(self.encoder(self.likelihood.center(x)).to(x.dtype))
 
     def decode(self, z: Tensor) -> Distribution:
-        """The likelihood p(x|z) for z (..., latent): a distribution of batch shape (...) over data."""
+        """Return the likelihood p(x|z) for z (..., latent): a distribution of batch shape (...) over data."""
         batch = z.shape[:-1]
         out = self.decoder(z.reshape(math.prod(batch), self.latent)).to(z.dtype)  # lower under autocast
         return self.likelihood(out.reshape(*batch, *self.data_shape))
 
     def prior(self) -> Distribution:
-        """N(0, I) over the latent features, each an element of the batch shape (latent,)."""
+        """Return the prior N(0, I) over the latent features, each an element of the batch shape (latent,)."""
         zero = next(self.parameters()).new_zeros(self.latent)
         return Normal(zero, torch.ones_like(zero), validate_args=False)
 
     def draw(self, x: Tensor, samples: int = 1, density: DensityMode = "joint") -> Draws:
-        """S draws of z for each x (B, *data_shape), with the three log densities of the ELBO.
+        """Draw S samples of z for each x (B, *data_shape), with the three log densities of the ELBO.
 
         density says how log q is given: "joint" (S, B); "by_feature" (S, B, D), with the prior's alike, for free
         bits; "path" (S, B), with the gradient of the path derivative alone; "score" (S, B), with the gradient for q's
@@ -174,15 +187,15 @@ class VAE(nn.Module):
 
     @torch.no_grad()
     def sample(self, n: int, mean: bool = False) -> Tensor:
-        """n data (n, *data_shape) from the model: z from the prior, x from p(x|z), or its mean."""
+        """Draw n data (n, *data_shape): z from the prior, then x from p(x|z), or its mean."""
         p = self.decode(self.prior().sample((n,)))
         return p.mean if mean else p.sample()
 
     @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """The mean of p(x'|z) with one z ~ q(z|x) for each x."""
+        """Return the mean of p(x'|z) with one z ~ q(z|x) for each x."""
         return self.decode(self.encode(x).sample()).mean
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments."""
+        """Return the constructor's arguments."""
         return self._config
