@@ -1,7 +1,7 @@
-"""Files that nobody wrote in good faith: for every reader some that are valid, and what breaks them.
+"""Hostile files: for every reader some valid files, and mutations that break them.
 
 `READERS` maps a name to the files and the way to read them; `examples(name)` is a strategy of folders with broken ones.
-A mutation knows the format where that takes it past the first check: checksums are right, headers are rewritten whole.
+Some mutations know the format, to get past the first check: checksums are right, and headers have the right length.
 """
 
 from __future__ import annotations
@@ -46,23 +46,23 @@ from counterflow.training.checkpoints import Checkpoint, Checkpoints
 
 Files = Mapping[str, bytes]
 Mutation = Callable[[bytes, Random], bytes]
-LARGE = 20_000  # bytes of what may be a bomb, and is not opened to change what is in it
-LONGEST = 4000  # characters of a message that is still one
+LARGE = 20_000  # bytes; a larger file may be a bomb, so its content is not unpacked to change it
+LONGEST = 4000  # characters of an acceptable message
 
 
 @dataclass(frozen=True)
 class Reader:
-    """One way to read files."""
+    """Reader of files, with files to test it."""
 
-    valid: Callable[[], Sequence[Files]]  # folders that read
+    valid: Callable[[], Sequence[Files]]  # folders that the reader accepts
     read: Callable[[Path], Any]
-    broken: Sequence[str] = ()  # the files that are changed, all where none is named
+    broken: Sequence[str] = ()  # names of the files to change; all if empty
     knowing: Sequence[Mutation] = ()  # mutations that know the format
-    sound: Sequence[Files] = ()  # whole files that are refused, to be broken as well
+    sound: Sequence[Files] = ()  # well-formed files that the reader refuses, to be broken as well
 
 
 class Unclear(AssertionError):
-    """A reader that answered in another way than it promises."""
+    """Error of a reader that neither reads a file nor refuses it clearly."""
 
 
 def write(folder: Path, files: Files) -> None:
@@ -71,9 +71,9 @@ def write(folder: Path, files: Files) -> None:
 
 
 def outcome(reader: Reader, folder: Path) -> str:
-    """What came of reading: "read", or the message of a refusal, without the names in it.
+    """Return "read", or the message of a refusal without the path in it.
 
-    Raises what is neither: an exception of another class, no clear message, or memory that ran out on the way to one.
+    Raises everything else: an exception of another class, an unclear message, or memory that ran out before one.
     """
     before = sorted(path.name for path in folder.iterdir())
     try:
@@ -101,13 +101,13 @@ def _causes(error: BaseException | None) -> list[BaseException]:
 
 
 def examples(name: str) -> st.SearchStrategy[Files]:
-    """Folders of broken files, each from a seed of its own."""
-    READERS[name].valid()  # made here, for what is trained draws numbers, which a strategy must not
+    """Return a strategy of folders of broken files, one for each seed."""
+    READERS[name].valid()  # trained here: training draws random numbers, which a strategy must not
     return st.integers(0, 2**64 - 1).map(partial(_broken, READERS[name]))
 
 
 def batches(name: str, size: int) -> st.SearchStrategy[Iterator[Files]]:
-    """The same, so many from each seed: Hypothesis takes longer for an example than most readers for a file."""
+    """Return a strategy of `size` folders for each seed: Hypothesis takes longer per example than most readers."""
     return st.integers(0, 2**64 - 1).map(lambda seed: (_broken(READERS[name], seed * size + k) for k in range(size)))
 
 
@@ -122,8 +122,6 @@ def _broken(reader: Reader, seed: int) -> Files:
         files[name] = random.choice(mutations)(files[name], random)
     return files
 
-
-# -- bytes -------------------------------------------------------------------------------------------
 
 EDGES = (
     0,
@@ -147,7 +145,7 @@ EDGES = (
 
 
 def _place(content: bytes, random: Random) -> int:
-    """Where to change it: anywhere, or near one of the ends, where headers are."""
+    """Return a position anywhere, or near one of the ends, where headers are."""
     size = len(content)
     near = min(size, 64)
     return random.choice((random.randrange(size + 1), random.randrange(near + 1), size - random.randrange(near + 1)))
@@ -193,11 +191,8 @@ GENERIC: tuple[Mutation, ...] = (truncate, extend, flip, flip, overwrite, overwr
 
 
 def number(random: Random) -> int:
-    """A size that somebody might lie about."""
+    """Return a size that a file might falsely declare."""
     return random.choice((*EDGES, 10**12, -1, random.randrange(20), random.randrange(1 << 20)))
-
-
-# -- IDX ---------------------------------------------------------------------------------------------
 
 
 def idx(images: np.ndarray) -> bytes:
@@ -210,7 +205,7 @@ def other_sizes(content: bytes, random: Random) -> bytes:
 
 
 def zipped_again(mutation: Mutation, content: bytes, random: Random) -> bytes:
-    """A change of what is in a gzip, whose checksum is right."""
+    """Change the content of a gzip, with the right checksum."""
     if len(content) > LARGE:
         return content
     try:
@@ -222,19 +217,17 @@ def zipped_again(mutation: Mutation, content: bytes, random: Random) -> bytes:
 
 @cache
 def zeros(mebibytes: int) -> bytes:
-    """A gzip of so many, a thousandth of their size."""
+    """Return a gzip of zeros, a thousandth of their size."""
     return gzip.compress(bytes(mebibytes << 20), 6, mtime=0)
 
 
 def gzip_bomb(content: bytes, random: Random) -> bytes:
-    """Members of a gzip stand one after the other; the first one is the header alone."""
+    """Return a gzip of two members: a header that fits the second, and gigabytes of zeros."""
     if random.random() < 0.99:  # they take a second to unpack
         return zipped_again(other_sizes, content, random)
     shape = random.choice(((1 << 20, 28, 28), (1, 1 << 15, 1 << 16), (300, 1 << 10, 1 << 10)))
     return gzip.compress(struct.pack(">4I", 0x803, *shape)) + zeros(64) * random.choice((1, 8))
 
-
-# -- NumPy -------------------------------------------------------------------------------------------
 
 DTYPES = (
     "<f8",
@@ -267,7 +260,7 @@ def shape(random: Random) -> tuple[int, ...]:
 
 
 def other_header(content: bytes, random: Random) -> bytes:
-    """An .npy that says something else of its numbers."""
+    """Change the header of an .npy."""
     try:
         said = np.lib.format.read_array_header_1_0(io.BytesIO(content[8:]))
     except Exception:
@@ -304,7 +297,7 @@ MEMBERS = ("a.npy", "../../x.npy", "/etc/x.npy", "a\0.npy", "a" * 300 + ".npy", 
 
 
 def other_member(content: bytes, random: Random) -> bytes:
-    """An .npz whose checksums are right, and whose array is not."""
+    """Return an .npz with right checksums and a broken array."""
     if len(content) > LARGE:
         return content
     try:
@@ -320,7 +313,7 @@ def other_member(content: bytes, random: Random) -> bytes:
 
 
 def lying_directory(content: bytes, random: Random) -> bytes:
-    """A field of the central directory, or of a local header, at an edge."""
+    """Set a field of the central directory, or of a local header, to an extreme value."""
     places = [k for mark in (b"PK\x01\x02", b"PK\x03\x04", b"PK\x05\x06") if (k := content.find(mark)) >= 0]
     if not places:
         return content
@@ -329,7 +322,7 @@ def lying_directory(content: bytes, random: Random) -> bytes:
 
 
 def zip_bomb(content: bytes, random: Random) -> bytes:
-    """Zeros behind a header that is right."""
+    """Return an .npz of zeros with a valid header."""
     if random.random() < 0.995:
         return other_member(content, random)
     rows, width = random.choice(((1 << 20, 8), (2, 1 << 22)))
@@ -340,9 +333,6 @@ def zip_bomb(content: bytes, random: Random) -> bytes:
 def _array_of_zeros(rows: int, width: int, fortran: bool) -> bytes:
     array = np.zeros((rows, width), order="F" if fortran else "C")
     return npz(**{"a.npy": npy(array)})
-
-
-# -- pictures ----------------------------------------------------------------------------------------
 
 
 def picture(pixels: np.ndarray, kind: str = "PNG", mode: str | None = None) -> bytes:
@@ -360,7 +350,7 @@ ZEROS = zlib.compress(bytes(1 << 21))
 
 
 def other_chunk(content: bytes, random: Random) -> bytes:
-    """A PNG whose checksums are right, with another header, palette or data."""
+    """Change the header, palette or data of a PNG, with right checksums."""
     if content[:4] != b"\x89PNG":
         return random.choice(GENERIC)(content, random)
     parts, place = [], 8
@@ -389,8 +379,6 @@ def other_chunk(content: bytes, random: Random) -> bytes:
     parts.insert(k, (kind, body)) if random.random() < 0.2 else parts.__setitem__(k, (kind, body))
     return content[:8] + b"".join(chunk(*part) for part in parts)
 
-
-# -- tables ------------------------------------------------------------------------------------------
 
 TEXTS = (
     ",",
@@ -421,7 +409,7 @@ def other_text(content: bytes, random: Random) -> bytes:
 
 
 def wide_line(content: bytes, random: Random) -> bytes:
-    """Thousands of columns, or lines without end."""
+    """Return thousands of columns, or very long lines."""
     if random.random() < 0.98:
         return other_text(content, random)
     return random.choice(
@@ -436,7 +424,7 @@ def parquet(table: pa.Table, **more: Any) -> bytes:
 
 
 def other_footer(content: bytes, random: Random) -> bytes:
-    """A change within the footer, whose length is then right; numbers in it are varints."""
+    """Change the footer and correct its length; its numbers are varints."""
     if len(content) < 12:
         return content
     size = int.from_bytes(content[-8:-4], "little")
@@ -459,13 +447,11 @@ def other_footer(content: bytes, random: Random) -> bytes:
 
 
 def other_page(content: bytes, random: Random) -> bytes:
-    """A change in the header of the first page, or in the levels that follow it."""
+    """Change the header of the first page, or the levels that follow it."""
     place = 4 + random.randrange(40)
     varint = random.choice((b"\x00", b"\x7f", b"\xfe\xff\xff\xff\x0f", b"\xfe\xff\xff\x07", b"\x80\x80\x04"))
     return content[:place] + varint + content[place + len(varint) :]
 
-
-# -- JSON --------------------------------------------------------------------------------------------
 
 STRANGE: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, math.nan, math.inf, -math.inf),
@@ -479,7 +465,7 @@ STRANGE: tuple[Any, ...] = (
 
 
 def _nodes(value: Any, into: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
-    """(container, key) of everything within."""
+    """List (container, key) of everything in a JSON value."""
     for key in list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ():
         into.append((value, key))
         _nodes(value[key], into)
@@ -487,7 +473,7 @@ def _nodes(value: Any, into: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
 
 
 def twist(value: Any, random: Random) -> Any:
-    """Another JSON value, much like this one."""
+    """Return a JSON value with one change."""
     value = copy.deepcopy(value)
     nodes = _nodes(value, [])
     if not nodes or random.random() < 0.02:
@@ -527,11 +513,8 @@ def other_json(content: bytes, random: Random) -> bytes:
     return json.dumps(twist(value, random)).encode()
 
 
-# -- safetensors -------------------------------------------------------------------------------------
-
-
 def parts_of(content: bytes) -> tuple[dict[str, Any], bytes]:
-    """The header of a safetensors file and what follows it."""
+    """Split a safetensors file into its header and the rest."""
     size = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + size]), content[8 + size :]
 
@@ -542,7 +525,7 @@ def joined(header: Any, rest: bytes) -> bytes:
 
 
 def other_tensors(content: bytes, random: Random) -> bytes:
-    """Other names, shapes, dtypes and offsets of the tensors."""
+    """Change names, shapes, dtypes or offsets of the tensors."""
     try:
         header, rest = parts_of(content)
     except (ValueError, RecursionError):
@@ -553,7 +536,7 @@ def other_tensors(content: bytes, random: Random) -> bytes:
 
 
 def other_description(content: bytes, random: Random) -> bytes:
-    """Another description of the module, which is JSON within the JSON."""
+    """Change the description of the module, which is JSON within the JSON."""
     try:
         header, rest = parts_of(content)
         described = json.loads(header["__metadata__"]["counterflow"])
@@ -565,7 +548,7 @@ def other_description(content: bytes, random: Random) -> bytes:
 
 
 def other_numbers(content: bytes, random: Random) -> bytes:
-    """Another JSON among the tensors of a state."""
+    """Change the JSON among the tensors of a checkpoint."""
     try:
         tensors = dict(safetensors.torch.load(content))
         text = other_json(tensors["numbers"].numpy().tobytes(), random)
@@ -573,8 +556,6 @@ def other_numbers(content: bytes, random: Random) -> bytes:
         return other_tensors(content, random)
     return safetensors.torch.save({**tensors, "numbers": torch.frombuffer(bytearray(text), dtype=torch.uint8)})
 
-
-# -- what is valid -----------------------------------------------------------------------------------
 
 RNG = np.random.default_rng(0)
 ROWS = RNG.normal(size=(7, 3))
@@ -675,15 +656,12 @@ DATA = ({"y": [1.0, 2.5], "n": 3, "m": [[1, 2], [3, 4]], "names": ["a", "b"]}, {
 
 
 def _under(name: str, contents: Sequence[bytes]) -> Callable[[], list[Files]]:
-    """Folders with one file."""
+    """Return a function that lists folders of one file."""
     return lambda: [{name: content} for content in contents]
 
 
 def _json(values: Sequence[Any]) -> list[bytes]:
     return [json.dumps(value).encode() for value in values]
-
-
-# -- how they are read -------------------------------------------------------------------------------
 
 
 def _load(name: str) -> Callable[[Path], Any]:

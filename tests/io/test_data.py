@@ -1,4 +1,4 @@
-"""Every format that load reads, every way in which it says no, and what split promises."""
+"""Every format that load reads, every error, and the properties of split."""
 
 import datetime
 import gzip

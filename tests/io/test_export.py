@@ -1,4 +1,4 @@
-"""Export: the same numbers out of Python, and no more in the file than they take."""
+"""Export: the file gives the same numbers as the module, and holds each weight once."""
 
 import json
 import re
@@ -246,9 +246,6 @@ def test_without_onnx(package, tmp_path, monkeypatch):
     with pytest.raises(ImportError, match=rf"expected {package} for ONNX files, .* 'counterflow\[export\]'"):
         cf.export(cf.IAF(2, layers=1, hidden=(4,)), tmp_path / "flow.onnx")
     assert not list(tmp_path.iterdir())
-
-
-# -- the command -------------------------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Save and load: the same numbers come back, and a file that is not right is refused in words. Never pickle."""
+"""Save and load: the same numbers come back, and an invalid file is a clear error. Never pickle."""
 
 import json
 import pickle
@@ -112,11 +112,8 @@ def test_what_is_trained_after_loading_is_the_loaded_weights(tmp_path):
     assert all(p.grad is not None for p in flow.parameters())
 
 
-# -- writing -----------------------------------------------------------------------------------------
-
-
 class Mine(cf.Permute):
-    """What `load` could not know."""
+    """Class that `load` does not know."""
 
 
 STRANGE = {
@@ -134,7 +131,7 @@ def test_an_unknown_class_is_refused_and_leaves_no_file(make, message, tmp_path)
 
 
 def fails(error):
-    """A function that raises."""
+    """Return a function that raises an error."""
 
     def failing(*args, **more):
         raise error
@@ -169,9 +166,6 @@ def test_others_may_read_what_they_may_read_elsewhere(tmp_path):
     assert path.stat().st_mode == plain.stat().st_mode
 
 
-# -- reading -----------------------------------------------------------------------------------------
-
-
 @pytest.fixture
 def saved(tmp_path):
     path = tmp_path / "flow.safetensors"
@@ -180,7 +174,7 @@ def saved(tmp_path):
 
 
 def change(path, header=lambda header: header, tensors=lambda tensors: tensors):
-    """Write the file anew, with another header or other tensors."""
+    """Rewrite the file with another header or other tensors."""
     with safe_open(path, "pt") as file:
         known = file.metadata()
     loaded = tensors(safetensors.torch.load_file(path))

@@ -1,4 +1,4 @@
-"""Tables in batches: what is read is what the file holds, and a file is written whole or not at all."""
+"""Tables in batches: the rows read are those of the file, and a file is written completely or not at all."""
 
 import datetime
 
@@ -62,7 +62,7 @@ def test_batches_hold_the_rows_in_order(name, size, tmp_path):
 
 @over([1, 700, 10**6], "text_bytes")
 def test_texts_in_parquet_are_read_in_pieces_that_fit(text_bytes, tmp_path, monkeypatch):
-    """The same batches, however few rows are read at a time; with missing texts, categories and lists."""
+    """The number of rows read at a time does not change the batches; with missing texts, categories and lists."""
     monkeypatch.setattr("counterflow.io.data.parquet.TEXT_BYTES", text_bytes)
     words = RNG.choice(["here", "there", "everywhere"], 101)
     table = pd.DataFrame({"x": X[:, 0], "word": words, "kind": pd.Categorical(words), "list": [[1.5], []] * 50 + [[]]})

@@ -1,4 +1,4 @@
-"""Hostile files: a reader reads them or says in one line why not, and takes no more than they account for."""
+"""Hostile files: a reader reads them or refuses them in one line, with memory in proportion to the file."""
 
 import gzip
 import inspect
@@ -92,11 +92,8 @@ def refused(message: str, read, *arguments) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 256 << 10  # kB
 
 
-# -- bombs -------------------------------------------------------------------------------------------
-
-
 def bomb_of(shape: tuple[int, ...], *, fortran: bool = False) -> bytes:
-    """An .npz that says it has so many numbers, and so many bytes; they are not there."""
+    """Return an .npz that declares an array of this shape and 4 GB, but holds no numbers."""
     header = {"descr": "<f8", "fortran_order": fortran, "shape": shape}
     text = repr(header).encode()
     packed = bytearray(npz(**{"a.npy": b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text}))
@@ -191,7 +188,7 @@ def test_a_parquet_page_that_says_it_has_2_gigabytes_is_refused(tmp_path):
 
 
 def repeated(name: str, path: Path) -> None:
-    """Two texts of 10 kB in 2,000 rows; the file holds them once or twice."""
+    """Write a Parquet file with two texts of 10 kB in 2,000 rows, which the file holds once or twice."""
     which = pa.array(np.arange(2_000, dtype=np.int32) % 2)
     texts = [letter * 10_000 for letter in "xy"]
     words = pa.DictionaryArray.from_arrays(which, pa.array(texts))
@@ -237,7 +234,7 @@ def test_a_text_in_parquet_that_is_not_utf_8_is_refused(tmp_path):
 
 
 def test_numbers_that_a_file_repeats_are_refused(tmp_path):
-    """40 million zeros in some kilobytes: in batches they are read, as a whole they are not."""
+    """40 million zeros in a few kilobytes are read in batches, but not at once."""
     zeros_of = pa.chunked_array([np.zeros(1_000_000)] * 40)
     pyarrow.parquet.write_table(pa.table({"a": zeros_of}), tmp_path / "a.parquet")
     (tmp_path / "a.npz").write_bytes(npz(zipfile.ZIP_DEFLATED, **{"a.npy": npy(np.zeros((40_000_000, 1)))}))
@@ -282,11 +279,8 @@ def test_pickles_in_arrays_are_not_loaded(tmp_path):
     assert not canary.exists()
 
 
-# -- checkpoints -------------------------------------------------------------------------------------
-
-
 class Canary:
-    """What leaves a file behind when it is unpickled."""
+    """Object that creates a file when it is unpickled."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -385,7 +379,7 @@ def test_a_header_takes_no_more_than_the_file_holds(value, saved):
 
 
 def test_every_size_of_a_constructor_is_counted():
-    """Indices and values are bounded by the lists that hold them, or by the constructor itself."""
+    """Other integers are indices and values, bounded by the lists that hold them or by the constructor."""
     known = {
         "moved",
         "degrees",
@@ -411,9 +405,6 @@ def test_a_message_is_short_where_a_file_is_not(saved):
     with pytest.raises(ValueError, match=r"expected .* got: ") as caught:
         cf.load(saved)
     assert len(str(caught.value)) < 2000
-
-
-# -- run folders -------------------------------------------------------------------------------------
 
 
 WRONG = {

@@ -1,4 +1,4 @@
-"""score and sample in a folder of parts: shared by processes, completed after a kill, the same numbers throughout."""
+"""score and sample to a folder of parts: shared by processes, completed after a kill, always the same numbers."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def expected(folder):
 
 
 def check(out, expected):
-    """What the folder holds, as others read it, and what its summary says."""
+    """Check the rows of the folder, as other libraries read them, and its summary."""
     scored = pd.read_parquet(out)
     np.testing.assert_array_equal(scored[["a", "b", "c"]], TABLE)
     np.testing.assert_allclose(scored.log_density, expected, rtol=1e-9)
@@ -72,26 +72,52 @@ def check(out, expected):
 
 
 def under_way(out):
-    """Number -> process of the parts that are being written."""
+    """Return number -> process id of the parts that are being written."""
     return {int(p.name[6:11]): int(p.name.split(".")[-2]) for p in out.glob(".part-*.part")}
-
-
-def odd_one(out):
-    """The process of a rank 1 that has more to do, once a part is finished."""
-    return finished(out) and next((pid for number, pid in under_way(out).items() if number in (1, 3)), None)
 
 
 def finished(out):
     return {p.name: (p.stat().st_mtime_ns, p.stat().st_ino) for p in out.glob("part-*")}
 
 
-def started(folder, *command):
-    arguments = {"cwd": folder, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([*map(str, command)], **arguments)
+HOLD = """
+import os, sys, time
+from contextlib import contextmanager
+from pathlib import Path
+from counterflow.cli import main
+from counterflow.commands import sharded_output
+
+atomic_write = sharded_output.atomic_write
+
+@contextmanager
+def held(path):
+    with atomic_write(path) as temporary:
+        temporary.touch()
+        while path.stem in ("part-00002", "part-00003") and not Path(os.environ["GATE"]).exists():
+            time.sleep(0.01)
+        yield temporary
+
+sharded_output.atomic_write = held
+sys.exit(main())
+"""
+
+
+def score_until_held(folder, tmp_path, *options):
+    """Start two processes that score `table` and wait in their second part until the file `gate` exists.
+
+    Returns torchrun's process, and the ids of both when they wait. Nothing depends on how fast they are.
+    """
+    (tmp_path / "hold.py").write_text(HOLD)
+    environment = {**ENVIRONMENT, "GATE": str(tmp_path / "gate")}
+    command = [*TORCHRUN, *options, tmp_path / "hold.py", "score", "run", "table", "--out", tmp_path / "out"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*map(str, command)], cwd=folder, env=environment, **pipes)
+    until(lambda: under_way(tmp_path / "out").keys() == {2, 3} and len(finished(tmp_path / "out")) == 2, process)
+    return process, under_way(tmp_path / "out")
 
 
 def until(condition, process):
-    """What the condition comes to as soon as it holds."""
+    """Wait until a condition holds, and return its value."""
     deadline = time.monotonic() + 240
     while not (found := condition()):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
@@ -99,28 +125,19 @@ def until(condition, process):
     return found
 
 
-# -- several processes, and their end ----------------------------------------------------------------
-
-
 @pytest.mark.slow
 def test_two_processes_share_the_parts_and_one_is_killed(folder, expected, tmp_path):
-    out, wrote = tmp_path / "out", {}
-
-    def one_of_two():
-        wrote.update(under_way(out))
-        return len(set(wrote.values())) == 2 and odd_one(out)
-
-    process = started(
-        folder, *TORCHRUN, "--max-restarts", 3, "-m", "counterflow", "score", "run", "table", "--out", out
-    )
+    out = tmp_path / "out"
+    process, at_work = score_until_held(folder, tmp_path, "--max-restarts", "3")
     try:
-        os.kill(until(one_of_two, process), signal.SIGKILL)
         before = finished(out)
+        os.kill(at_work[3], signal.SIGKILL)
+        (tmp_path / "gate").touch()
         told, errors = process.communicate(timeout=240)
     finally:
         process.kill()
     assert process.returncode == 0, errors
-    assert len({pid for number, pid in wrote.items() if number % 2}) == 1, "the odd ones are of one process"
+    assert at_work[2] != at_work[3] and len(before) == 2
     assert before.items() <= finished(out).items()
     check(out, expected)
     error = expected.std() / (len(expected) - 1) ** 0.5
@@ -131,14 +148,15 @@ def test_two_processes_share_the_parts_and_one_is_killed(folder, expected, tmp_p
 @pytest.mark.slow
 def test_the_other_process_ends_where_torchrun_is_killed_and_one_completes_the_parts(folder, expected, tmp_path):
     out = tmp_path / "out"
-    process = started(folder, *TORCHRUN, "-m", "counterflow", "score", "run", "table", "--out", out)
-    for pid in (until(lambda: odd_one(out), process), process.pid):
+    process, at_work = score_until_held(folder, tmp_path)
+    os.kill(at_work[3], signal.SIGSTOP)  # so that it does nothing while torchrun is killed
+    for pid in (process.pid, at_work[3]):
         os.kill(pid, signal.SIGKILL)
-    _, errors = process.communicate(timeout=240)  # both pipes end with the other process, which nobody has killed
+    _, errors = process.communicate(timeout=240)  # both pipes end with the other process, which was not killed
     assert errors.endswith("torchrun was killed: ending this process as well\ninterrupted\n")
     assert not (out / "_summary.json").exists() and len(list(out.glob(".part-*"))) <= 1, "the killed one's"
     before = finished(out)
-    assert 1 <= len(before) < len(SIZES)
+    assert len(before) == 2
     ran = real(folder, "score", "run", "table", "--out", out)
     assert ran.returncode == 0 and before.items() <= finished(out).items(), ran.stderr
     check(out, expected)
@@ -167,7 +185,7 @@ def test_what_goes_wrong_in_another_process_is_told(folder, tmp_path):
 
 
 def ended_at(monkeypatch, count):
-    """SIGTERM reaches this process at the batch of this number."""
+    """Send SIGTERM to this process at the batch of this number."""
     score, seen = cf.FlowDensity.score_checked, []
 
     def scored(*arguments):
@@ -195,9 +213,6 @@ def test_sigterm_leaves_no_file(folder, here, tmp_path, monkeypatch):
     ended_at(monkeypatch, 3)
     assert here("score", folder / "run", folder / "few.csv", "--out", "new/out.csv")[0] == 143
     assert not list(tmp_path.iterdir())
-
-
-# -- one process -------------------------------------------------------------------------------------
 
 
 def read(out, suffix):
@@ -237,7 +252,7 @@ def test_parts_of_every_format(table, folder, expected, here, tmp_path, monkeypa
 
 
 def test_a_folder_of_parquet_files_is_one_table(folder, expected, here, tmp_path):
-    """Also for a single file, and for fitting."""
+    """It is scored to a single file, and fitted."""
     for k in range(4):
         FEW.iloc[25 * k : 25 * k + 25].to_parquet(tmp_path / f"{k}.parquet")
     (tmp_path / "_old").mkdir()
@@ -303,8 +318,6 @@ def test_parts_of_a_vae(vae, here, tmp_path, monkeypatch):
     np.testing.assert_array_equal(read(tmp_path / "scores", ".csv"), scores)
     np.testing.assert_array_equal(read(tmp_path / "drawn", ".npy"), drawn)
 
-
-# -- what is refused ---------------------------------------------------------------------------------
 
 WISH = "expected --out to be a new folder, or one that this command started, got"
 REFUSED = {
