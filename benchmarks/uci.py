@@ -120,7 +120,7 @@ def ours(split: uci_tables.Split, seed: int) -> Found:
     density = cf.FlowDensity(random_state=seed).fit(split.train)
     more = {
         "parameters": sum(p.numel() for p in density.flow_.parameters()),
-        "epochs": [len(record.epochs) for record in density.records_],
+        "epochs": [len(history.epochs) for history in density.histories_],
         "holds rows": density.holds_rows_,
     }
     return Found(density.score_samples(split.test), time.process_time() - begun, more)

@@ -14,6 +14,8 @@ from PIL import Image
 from pyarrow import parquet
 
 import counterflow as cf
+from counterflow.density.fitting import DensityTrainer
+from counterflow.density.model import TableDensity
 
 RNG = np.random.default_rng(0)
 TINY = shlex.split("--layers 1 --hidden 8 --epochs 2")
@@ -334,25 +336,57 @@ def test_ctrl_c_while_scoring_leaves_no_file(runs, here, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cf.FlowDensity, "score_checked", interrupt)
+    monkeypatch.setattr(TableDensity, "score", interrupt)
     code, _, err = here("score", runs[0] / "plain", runs[0] / "numbers.csv", "--out", "new/a.csv")
     assert code == 130 and "interrupted" in err and not list(tmp_path.iterdir())
 
 
 def test_ctrl_c_keeps_the_best_weights(here, tmp_path, monkeypatch):
-    fit = cf.FlowDensity.fit
+    fit = DensityTrainer.fit
 
-    def interrupted(self, *arguments, on_epoch, **more):
+    def interrupted(self, on_epoch, *arguments):
         def stop(task, epoch):
             on_epoch(task, epoch)
             raise KeyboardInterrupt
 
-        return fit(self, *arguments, on_epoch=stop, **more)
+        return fit(self, stop, *arguments)
 
-    monkeypatch.setattr(cf.FlowDensity, "fit", interrupted)
+    monkeypatch.setattr(DensityTrainer, "fit", interrupted)
     write(NUMBERS, tmp_path / "numbers.csv")
     code, out, err = here("density", "numbers.csv", *TINY, "--out", "run")
     assert code == 130 and "interrupted; these are the best weights so far" in err and "flow" in out
+    assert files(tmp_path / "run") == FILES
+
+
+def test_a_rare_category_is_in_the_training_part(here, tmp_path):
+    """A category of one row would be in the test part of seed 0, where the density could not be evaluated."""
+    test = np.random.default_rng(0).permutation(N)[:24]
+    rare = TABLE.assign(colour=np.where(np.arange(N) == test[5], "pink", TABLE.colour))
+    write(rare, tmp_path / "rare.csv")
+    code, _, err = here("density", "rare.csv", "--context", "colour", "--drop", "id", *TINY, "--out", "run")
+    assert code == 0 and "97 rows to train and validate, 23 to test" in err
+    assert "pink" in (tmp_path / "run" / "density.json").read_text()
+
+
+def test_a_context_of_names_is_refused_before_training(here, tmp_path):
+    write(TABLE, tmp_path / "table.csv")
+    code, _, err = here("density", "table.csv", "--context", "id", "--drop", "colour", *TINY, "--out", "run")
+    assert code == 2 and "expected rows to test whose categories are in training rows as well, got none" in err
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_error_after_training_does_not_lose_the_training(here, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise ValueError("expected a finite mean, got nan")
+
+    monkeypatch.setattr("counterflow.commands.density_run.mixture_log_density", fails)
+    write(NUMBERS, tmp_path / "numbers.csv")
+    code, _, err = here("density", "numbers.csv", *TINY, "--out", "run")
+    assert code == 2 and "expected a finite mean" in err
+    assert np.isfinite(cf.FlowDensity.load(tmp_path / "run").score_samples(NUMBERS)).all()
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert here("density", "--resume", "run")[0] == 0
     assert files(tmp_path / "run") == FILES
 
 

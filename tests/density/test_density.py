@@ -16,7 +16,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import counterflow as cf
-from counterflow.density.config import DESCRIPTION, MODEL
+from counterflow.density.config import DESCRIPTION, MODEL, DensityConfig
 
 RNG = np.random.default_rng(0)
 TINY = {"layers": 1, "hidden": (8,), "epochs": 2, "random_state": 0}
@@ -31,7 +31,7 @@ def test_the_checks_of_scikit_learn(estimator, check):
 
 def test_the_defaults_are_written_once():
     settings = cf.FlowDensity().get_params()
-    default = cf.density.DensityConfig()
+    default = DensityConfig()
     assert {name: settings[name] for name in vars(default)} == vars(default)
 
 
@@ -125,7 +125,7 @@ def test_outside_of_the_support_is_minus_infinity(mixed):
 
 def test_noise_is_normal_where_the_density_is_right(mixed):
     table, _, density = mixed
-    eps = density.noise(table, random_state=0)
+    eps = density.density_.to_noise(table.to_numpy(), seed=0)
     assert eps.shape == table.shape and np.abs(eps.mean(0)).max() < 0.2 and np.abs(eps.std(0) - 1).max() < 0.2
 
 
@@ -262,7 +262,7 @@ REFUSED = {
     "fraction": (ROWS, {"validation_fraction": 1.0}, r"expected validation_fraction in \(0, 1\), got 1.0"),
     "cell_points": (ROWS, {"cell_points": 0}, "expected cell_points to be at least 1, got 0"),
     "device": (ROWS, {"device": "toaster"}, "expected device to be an available torch device"),
-    "flow": (ROWS, {"flow": "nfs"}, "expected flow as one of nsf, maf, coupling, iaf, or a recipe, got 'nfs'"),
+    "flow": (ROWS, {"flow": "nfs"}, "expected flow to be one of nsf, maf, coupling, iaf, or a recipe, got 'nfs'"),
     "epochs": (ROWS, {"epochs": 0}, "expected epochs to be at least 1, got 0"),
     "hidden": (ROWS, {"hidden": (0,)}, r"expected hidden\[0\] to be a whole number"),
     "hidden sizes": (ROWS, {"hidden": 8}, "expected the sizes of the hidden layers, such as .* got hidden=8"),
@@ -276,13 +276,13 @@ def test_what_is_refused(x, settings, message):
     with pytest.raises(ValueError, match=message):
         cf.FlowDensity(**{**TINY, **settings}).fit(x)
     with pytest.raises(ValueError, match=message):
-        cf.FlowDensity(**{**TINY, **settings}).rehearse(x)
+        cf.FlowDensity(**{**TINY, **settings})._trainer(x)
 
 
 def test_samples_that_cannot_be_drawn():
     density = cf.FlowDensity(**TINY).fit(ROWS)
     for n in (0, -1, 2.5, True):
-        with pytest.raises(ValueError, match="expected n as a whole number of at least 1"):
+        with pytest.raises(ValueError, match="expected n to be a whole number of at least 1"):
             density.sample(n)
     with pytest.raises(ValueError, match="expected no context, as in fit, got one"):
         density.score_samples(ROWS, context=ROWS)
@@ -301,14 +301,14 @@ def test_wide_and_short_tables():
 
 def test_members_are_averaged_and_one_is_a_flow():
     density = cf.FlowDensity(**TINY).fit(ROWS)
-    assert len(density.flow_.flows) == 3 and len(density.records_) == density.trainings == 4
+    assert len(density.flow_.flows) == 3 and len(density.histories_) == 4
     x = torch.from_numpy(ROWS[:5])
     with torch.no_grad():
         each = torch.stack([flow().log_prob(x) for flow in density.flow_.flows])
     np.testing.assert_allclose(density.score_samples(ROWS[:5]), torch.logsumexp(each, 0).numpy() - math.log(3))
     assert each.std(0).min() > 0
     assert isinstance(cf.FlowDensity(**TINY, members=1).fit(ROWS).flow_, cf.Flow)
-    with pytest.raises(ValueError, match="expected members as a whole number of at least 1, got 0"):
+    with pytest.raises(ValueError, match="expected members to be a whole number of at least 1, got 0"):
         cf.FlowDensity(**TINY, members=0).fit(ROWS)
 
 
@@ -328,5 +328,5 @@ def test_the_noise_of_a_mixture_with_kernels_is_normal():
     twice = RNG.normal(size=(300, 2)).repeat(2, 0) + 1e-3 * RNG.normal(size=(600, 2))
     density = cf.FlowDensity(**SMALL | {"members": 2}).fit(twice)
     assert density.holds_rows_
-    eps = density.noise(density.sample(4000, random_state=1), random_state=2)
+    eps = density.density_.to_noise(density.sample(4000, random_state=1), seed=2)
     assert np.abs(eps.mean(0)).max() < 0.06 and np.abs(eps.std(0) - 1).max() < 0.06

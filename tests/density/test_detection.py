@@ -7,7 +7,7 @@ import pytest
 import torch
 from registry import close, over
 
-from counterflow.density.context import Context
+from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import detect
 from counterflow.density.validation import check_columns
 from counterflow.transforms import GridColumn, LinearColumn, TableTransform
@@ -130,12 +130,12 @@ TABLE = {"colour": np.array(["red", "blue", "red", "grey"], dtype=object), "age"
 
 
 def test_context_is_encoded_by_name():
-    context = Context.of(TABLE)
+    context = ContextEncoder.from_table(TABLE)
     c = context.encode({name: TABLE[name] for name in ("age", "colour")})
     assert context.size == 4 and context.names == ["colour", "age"]
     assert c[:, :3].tolist() == [[0, 0, 1], [1, 0, 0], [0, 0, 1], [0, 1, 0]]
     assert math.isclose(c[:, 3].mean(), 0, abs_tol=1e-12) and math.isclose(c[:, 3].std(), 1)
-    assert np.array_equal(Context.read(context.columns).encode(TABLE), c)
+    assert np.array_equal(ContextEncoder.from_json(context.columns).encode(TABLE), c)
 
 
 UNFIT = {
@@ -151,12 +151,12 @@ UNFIT = {
 def test_context_that_does_not_fit(table, message):
     arrays = {name: np.array(v, dtype=object if name == "colour" else None) for name, v in table.items()}
     with pytest.raises(ValueError, match=message):
-        Context.of(TABLE).encode(arrays, first=7)
+        ContextEncoder.from_table(TABLE).encode(arrays, first=7)
 
 
 def test_context_that_does_not_vary():
     for table in ({"a": np.ones(3)}, {"a": np.array(["x", "x"])}):
-        with pytest.raises(ValueError, match="column 'a', which is constant"):
-            Context.of(table)
+        with pytest.raises(ValueError, match="context columns that vary, got the constant column 'a'; drop it"):
+            ContextEncoder.from_table(table)
     with pytest.raises(ValueError, match="at least one column as context"):
-        Context.of({})
+        ContextEncoder.from_table({})

@@ -113,7 +113,7 @@ def test_tables_of_extreme_numbers(name):
     x = TABLES[name]
     density = cf.FlowDensity(**TINY).fit(x)
     assert np.isfinite(density.score_samples(x)).all() and np.isfinite(density.sample(50, random_state=0)).all()
-    assert all(epoch.skipped == 0 for record in density.records_ for epoch in record.epochs)
+    assert all(epoch.skipped == 0 for history in density.histories_ for epoch in history.epochs)
     far = np.array([*MODERATE, *LARGEST, 1e150, -1e300, 1.7e308])
     scores = density.score_samples(np.stack(np.meshgrid(far, far), -1).reshape(-1, 2))
     assert not np.isnan(scores).any() and (scores < math.inf).all()

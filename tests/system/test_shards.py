@@ -19,6 +19,7 @@ from registry import over
 
 import counterflow as cf
 from counterflow.commands.sharded_output import seed_of_part
+from counterflow.density.model import TableDensity
 from counterflow.training.distributed import Workers
 
 RNG = np.random.default_rng(0)
@@ -186,7 +187,7 @@ def test_what_goes_wrong_in_another_process_is_told(folder, tmp_path):
 
 def ended_at(monkeypatch, count):
     """Send SIGTERM to this process at the batch of this number."""
-    score, seen = cf.FlowDensity.score_checked, []
+    score, seen = TableDensity.score, []
 
     def scored(*arguments):
         seen.append(1)
@@ -194,7 +195,7 @@ def ended_at(monkeypatch, count):
             signal.raise_signal(signal.SIGTERM)
         return score(*arguments)
 
-    monkeypatch.setattr(cf.FlowDensity, "score_checked", scored)
+    monkeypatch.setattr(TableDensity, "score", scored)
 
 
 def test_sigterm_keeps_the_finished_parts(folder, here, tmp_path, monkeypatch):

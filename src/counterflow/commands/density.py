@@ -42,7 +42,7 @@ class Density:
     seed: int = 0
     """seed of the split, initial weights, batches and noise"""
     folder: Annotated[RunFolder, FLAT] = RunFolder()
-    fit: Annotated[DensityConfig, FLAT] = DensityConfig()  # noqa: RUF009  # frozen
+    fit: Annotated[DensityConfig, FLAT] = DensityConfig()  # frozen
 
     def run(self) -> int:
         """Fit, test and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""

@@ -22,8 +22,8 @@ from counterflow.commands.sharded_output import (
     shard_folder,
 )
 from counterflow.density.config import DESCRIPTION, MODEL
-from counterflow.density.context import Context
-from counterflow.density.estimator import FlowDensity
+from counterflow.density.context import ContextEncoder
+from counterflow.density.model import TableDensity
 from counterflow.io.data.cells import numbers, to_texts
 from counterflow.io.data.source import TablePart, TableSource, located_batches
 from counterflow.io.data.tables import open_table
@@ -82,7 +82,7 @@ def _reporter(status: Any, action: str) -> Report:
 
 
 def _score(
-    density: FlowDensity,
+    density: TableDensity,
     names: Sequence[str],
     context_names: Sequence[str],
     pieces: Iterable[TablePart],
@@ -95,7 +95,9 @@ def _score(
         written = None
         for path, first, batch in _read_ahead(located_batches(pieces, BATCH)):
             x = numbers(batch, names, path, first)
-            scores = density.score_checked(x, _context(density.context_, context_names, batch, path, first))
+            context = density.context
+            encoded = None if context is None else _encode(context, context_names, batch, path, first)
+            scores = density.score(x, encoded)
             if written is not None:
                 written.result()  # one batch is written while the next one is scored
             columns = [*batch.columns, pyarrow.array(scores)]
@@ -132,8 +134,8 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
     """
     shards = shard_folder(out)
     density, folder = _load(run, device)
-    if (context is None) != (density.context_ is None):
-        wanted = "no --context" if density.context_ is None else f"--context FILE with {density.context_.names}"
+    if (context is None) != (density.context is None):
+        wanted = "no --context" if density.context is None else f"--context FILE with {density.context.names}"
         raise ValueError(f"expected {wanted}, as this run was trained, got {context or 'none'}")
     source = None if context is None else open_table(context)
     batches = _batches_to_draw(density, source, n)
@@ -173,11 +175,11 @@ def _rows_to_draw(source: TableSource | None, n: int, path: Path) -> int | None:
     return None
 
 
-def _sample(density: FlowDensity, batches: Iterable[Any], write: Callable[[Any], None], report: Report) -> int:
+def _sample(density: TableDensity, batches: Iterable[Any], write: Callable[[Any], None], report: Report) -> int:
     """Draw batch by batch; return the number of rows."""
     drawn = 0
     for size, context, carried in batches:
-        rows = density.draw(size, context)
+        rows = density.sample(size, context)
         write(pyarrow.record_batch({**carried, **_by_name(density, rows)}))
         drawn += size
         report(f"{drawn:,} rows")
@@ -194,25 +196,25 @@ def _read_ahead(batches: Iterator[Any]) -> Iterator[Any]:
 
 
 def _batches_to_draw(
-    density: FlowDensity, source: TableSource | None, n: int
+    density: TableDensity, source: TableSource | None, n: int
 ) -> Callable[[Iterable[Any]], Iterator[Any]]:
-    """Return a function that turns pieces of work into batches (rows, context, context columns to copy).
+    """Return a function that turns pieces of work into batches (rows, encoded context, context columns to copy).
 
     A piece is a number of rows or, with a context, a part of its table, for each row of which n rows are drawn.
     """
-    context = density.context_
+    context = density.context
     if source is None or context is None:
         return lambda pieces: ((size, None, {}) for piece in pieces for size in portions(piece, BATCH))
     names = _match(context.names, source)
 
     def batches(pieces: Iterable[TablePart]) -> Iterator[Any]:
         for path, first, batch in located_batches(pieces, max(1, BATCH // n)):
-            table = _context(context, names, batch, path, first) or {}
+            encoded = _encode(context, names, batch, path, first)
             times = pyarrow.array(np.repeat(np.arange(batch.num_rows), n))
             carried = {
                 trained: batch.column(name).take(times) for trained, name in zip(context.names, names, strict=True)
             }
-            yield n * batch.num_rows, {name: np.repeat(values, n) for name, values in table.items()}, carried
+            yield n * batch.num_rows, np.repeat(encoded, n, 0), carried
 
     return batches
 
@@ -221,22 +223,20 @@ def _files(folder: Path) -> list[Path]:
     return [folder / MODEL, folder / DESCRIPTION]
 
 
-def _load(run: Path, device: str) -> tuple[FlowDensity, Path]:
+def _load(run: Path, device: str) -> tuple[TableDensity, Path]:
     folder = run if run.is_dir() else run.parent
-    return FlowDensity.load(folder, device), folder
+    return TableDensity.load(folder, device), folder
 
 
-def _by_name(density: FlowDensity, x: Array) -> dict[str, Array]:
-    names = density.get_feature_names_out()
-    return {name: np.ascontiguousarray(column) for name, column in zip(names, x.T, strict=True)}
+def _by_name(density: TableDensity, x: Array) -> dict[str, Array]:
+    return {name: np.ascontiguousarray(column) for name, column in zip(density.names, x.T, strict=True)}
 
 
-def _column_names(density: FlowDensity, source: TableSource) -> tuple[list[str], list[str]]:
+def _column_names(density: TableDensity, source: TableSource) -> tuple[list[str], list[str]]:
     """Return the names, in the file, of the trained columns and of those to condition on."""
-    trained = density.get_feature_names_out().tolist()
-    context = [] if density.context_ is None else density.context_.names
-    names = _match([*trained, *context], source)
-    return names[: len(trained)], names[len(trained) :]
+    context = [] if density.context is None else density.context.names
+    names = _match([*density.names, *context], source)
+    return names[: len(density.names)], names[len(density.names) :]
 
 
 def _match(wanted: Sequence[str], source: TableSource) -> list[str]:
@@ -253,15 +253,10 @@ def _match(wanted: Sequence[str], source: TableSource) -> list[str]:
     return list(wanted)
 
 
-def _context(
-    context: Context | None, names: Sequence[str], batch: Any, path: Path, first: int
-) -> dict[str, Array] | None:
-    """Return the columns to condition on, by their trained names; errors name the rows of the file."""
-    if context is None:
-        return None
+def _encode(context: ContextEncoder, names: Sequence[str], batch: Any, path: Path, first: int) -> Array:
+    """Encode the columns to condition on, (N, C); errors name the rows of the file."""
     table = {
         trained: numbers(batch, [name], path, first)[:, 0] if categories is None else to_texts(batch.column(name))
         for (trained, categories, _, _), name in zip(context.columns, names, strict=True)
     }
-    context.encode(table, first)  # its errors name the rows of the file
-    return table
+    return context.encode(table, first)

@@ -16,11 +16,14 @@ from counterflow.commands.density import BUNDLED, Density
 from counterflow.commands.gaussian_mixture import mixture_log_density
 from counterflow.commands.run_folder import check_new, checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
-from counterflow.density.estimator import FlowDensity
+from counterflow.density.context import ContextEncoder
+from counterflow.density.fitting import DensityTrainer
+from counterflow.density.model import TableDensity
+from counterflow.density.split import split_rows
 from counterflow.io.data.tables import open_table, read_table
 from counterflow.io.json import write_json
 from counterflow.training.distributed import Workers
-from counterflow.training.history import Epoch
+from counterflow.training.history import Epoch, History
 
 Array = np.ndarray[Any, Any]
 MIN_ROWS = 10  # some are needed for training, some for validation and some for the test
@@ -28,20 +31,16 @@ MIN_ROWS = 10  # some are needed for training, some for validation and some for 
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows of a table: an Arrow table of float64, and the columns to condition on, by name."""
+    """Rows of a table, and the columns to condition on, by name."""
 
-    x: Any
+    x: Array  # (N, D) float64
+    names: list[str]
     context: dict[str, Array] | None
-
-    @property
-    def array(self) -> Array:
-        """Return the table as an array (N, D)."""
-        return np.stack([column.to_numpy() for column in self.x.columns], 1)
 
     def take(self, rows: Array) -> Rows:
         """Return the rows of these numbers."""
-        context = {name: values[rows] for name, values in (self.context or {}).items()}
-        return Rows(self.x.take(rows), context or None)
+        context = self.context and {name: values[rows] for name, values in self.context.items()}
+        return Rows(self.x[rows], self.names, context)
 
 
 def run(command: Density) -> int:
@@ -53,26 +52,25 @@ def run(command: Density) -> int:
         check_new(options.folder.out)
     with console.err.status("reading the table"):
         table = _read(options)
-    order = np.random.default_rng(options.seed).permutation(table.x.num_rows)
-    held_out = max(1, round(options.test * len(order)))
-    test, train = table.take(order[:held_out]), table.take(order[held_out:])
-    density = FlowDensity(**dataclasses.asdict(options.fit), random_state=options.seed)
-    density.rehearse(train.x, train.context)  # errors should come before there is a run folder
+    if table.context is not None:  # errors should come before there is a run folder
+        ContextEncoder.from_table(table.context)
+    train, test = map(table.take, split_rows(len(table.x), options.test, options.seed, table.context))
+    trainer = DensityTrainer(train.x, train.names, train.context, config=options.fit, seed=options.seed)
     with running(options, resumed, "density") as (folder, stop):
         given = f", given {', '.join(table.context)}" if table.context else ""
         console.note(
-            f"{options.data}: {table.x.num_columns} columns{given}; {train.x.num_rows} rows to train and validate, "
-            f"{held_out} to test; run folder {folder}"
+            f"{options.data}: {len(table.names)} columns{given}; {len(train.x)} rows to train and validate, "
+            f"{len(test.x)} to test; run folder {folder}"
         )
-        _fit(options, density, train, folder, stop)
+        density = _fit(options, trainer, folder, stop)
         if Workers.current().rank:  # rank 0 tests and plots
             return 0
-        density.save(folder)
+        density.save(folder)  # now: an error in the test must not lose the training
         with console.err.status("testing, beside Gaussian mixtures"):
-            summary = _summary(options, density, train, test)
-        density_plots.plot_run(folder / "plots", density, test, options.seed)
+            summary = _summary(options, density, trainer.histories, train, test)
+        density_plots.plot_run(folder / "plots", density, trainer, test, options.seed)
         write_json(folder / "summary.json", summary)  # last, as it marks the run as complete
-        interrupted = density.records_[-1].stopped == "interrupted"
+        interrupted = trainer.histories[-1].stopped == "interrupted"
         if not interrupted:
             mark_done(folder)
         _print(summary, folder, interrupted)
@@ -80,86 +78,84 @@ def run(command: Density) -> int:
 
 
 def _read(options: Density) -> Rows:
-    """Read the columns, by the names of the table, and those to condition on."""
-    import pyarrow
-
+    """Read the columns, and those to condition on."""
     if options.data == BUNDLED:
         from sklearn.datasets import load_breast_cancer
 
         bundled = load_breast_cancer()
         columns = dict(zip(bundled.feature_names.tolist(), bundled.data.T, strict=True))
-        _check_names(options, list(columns))
+        names = _column_names(options, list(columns))
         context = {name: columns[name] for name in options.context}
-        left_out = (*options.context, *options.drop)
-        x = pyarrow.table({name: values for name, values in columns.items() if name not in left_out})
+        x = np.stack([columns[name] for name in names], 1)
     else:
         source = open_table(Path(options.data), options.key)
-        _check_names(options, source.names)
-        wanted = [name for name in source.names if name not in (*options.context, *options.drop)]
-        x, context = read_table(source, wanted, options.context)
-    if x.num_rows < MIN_ROWS:
-        raise ValueError(f"expected at least {MIN_ROWS} rows in {options.data}, got {x.num_rows}; provide more data")
-    return Rows(x, context)
+        names = _column_names(options, source.names)
+        table, context = read_table(source, names, options.context)
+        x = np.stack([column.to_numpy() for column in table.columns], 1)
+    if len(x) < MIN_ROWS:
+        raise ValueError(f"expected at least {MIN_ROWS} rows in {options.data}, got {len(x)}; provide more data")
+    return Rows(x, names, context or None)
 
 
-def _check_names(options: Density, names: Sequence[str]) -> None:
+def _column_names(options: Density, names: Sequence[str]) -> list[str]:
+    """Return the names of the columns that are neither dropped nor conditioned on."""
     unknown = [name for name in (*options.context, *options.drop) if name not in names]
     if unknown:
         raise ValueError(f"expected names of columns ({', '.join(names)}), got {', '.join(unknown)}")
-    if not {*names} - {*options.context, *options.drop}:
+    kept = [name for name in names if name not in (*options.context, *options.drop)]
+    if not kept:
         raise ValueError("expected at least one column besides --context and --drop, got none; remove one of them")
+    return kept
 
 
-def _fit(options: Density, density: FlowDensity, train: Rows, folder: Path, stop: Stop) -> None:
+def _fit(options: Density, trainer: DensityTrainer, folder: Path, stop: Stop) -> TableDensity:
     with console.progress("rows", "log density") as bar, metrics(folder) as write:
         epochs = options.fit.epochs
-        line = bar.add_task("member 1", total=density.trainings * epochs, epoch="1", elbo="...", rate="...")
-        tasks: list[str] = []  # so far
+        line = bar.add_task("member 1", total=len(trainer.tasks) * epochs, epoch="1", elbo="...", rate="...")
 
         def on_epoch(task: str, epoch: Epoch) -> None:
             write({"task": task, **dataclasses.asdict(epoch)})
-            if task not in tasks:
-                tasks.append(task)
             bar.update(
                 line,
                 description=task,
-                completed=tasks.index(task) * epochs + epoch.epoch,
+                completed=trainer.tasks.index(task) * epochs + epoch.epoch,
                 epoch=f"{epoch.epoch}/{epochs}",
                 elbo=f"{epoch.validation:.2f}",
                 rate=f"{epoch.rows_per_second:,.0f}",
             )
 
-        density.fit(
-            train.x,
-            context=train.context,
+        density = trainer.fit(
             on_epoch=on_epoch,
             on_step=stop.after_step(lambda *_: None),
             checkpoints=checkpoints(folder, options.folder, write),
         )
-    if density.records_[0].best is None:
-        if density.records_[0].stopped == "interrupted":
+    first = trainer.histories[0]
+    if first.best is None:
+        if first.stopped == "interrupted":
             raise KeyboardInterrupt
         raise ValueError("expected at least one complete epoch of training, got none: no weights are kept")
+    return density
 
 
-def _summary(options: Density, density: FlowDensity, train: Rows, test: Rows) -> dict[str, Any]:
-    scores = density.score_samples(test.x, test.context)
+def _summary(
+    options: Density, density: TableDensity, histories: Sequence[History], train: Rows, test: Rows
+) -> dict[str, Any]:
+    scores = density.score(test.x, density.encode(test.context))
     summary: dict[str, Any] = {
         "data": options.data,
-        "columns": {column.name: column.map for column in density.columns_.columns},
+        "columns": {column.name: column.map for column in density.columns.columns},
         "context": list(test.context or {}),
-        "rows": {"train and validation": train.x.num_rows, "test": test.x.num_rows},
+        "rows": {"train and validation": len(train.x), "test": len(test.x)},
         **_mean_and_error(scores, "test_log_density"),
-        "parameters": sum(p.numel() for p in density.flow_.parameters()),
-        "seconds": round(sum(history.seconds for history in density.records_), 2),
-        "epochs": [len(history.epochs) for history in density.records_],
-        "stopped": density.records_[-1].stopped,
-        "holds_rows": density.holds_rows_,
+        "parameters": sum(p.numel() for p in density.flow.parameters()),
+        "seconds": round(sum(history.seconds for history in histories), 2),
+        "epochs": [len(history.epochs) for history in histories],
+        "stopped": histories[-1].stopped,
+        "holds_rows": density.holds_rows,
     }
     if not test.context:
-        others, components = mixture_log_density(
-            density.columns_, train.array, test.array, options.fit.cell_points, options.seed
-        )
+        cell_points = options.fit.cell_points
+        others, components = mixture_log_density(density.columns, train.x, test.x, cell_points, options.seed)
         summary["gaussian_mixture"] = {"components": components, **_mean_and_error(others, "test_log_density")}
         summary["difference"] = _mean_and_error(scores - others, "log_density")
     return summary

@@ -1,1 +1,1 @@
-"""Densities of tables: detection of column types, the model, the scikit-learn estimator."""
+"""Densities of tables: detection of column kinds, the density model, its fit and the scikit-learn estimator."""

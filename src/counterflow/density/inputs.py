@@ -1,4 +1,4 @@
-"""Tables as people have them: data frames, arrays and dictionaries."""
+"""Conversion of data frames, arrays and dictionaries to columns by name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from counterflow.io.data.cells import is_numeric
 Array = np.ndarray[Any, Any]
 
 
-def check_text(X: Any) -> None:
-    """Raise ValueError for the columns of a data frame that hold no numbers, by name."""
+def check_no_text(X: Any) -> None:
+    """Raise ValueError if columns of a data frame do not hold numbers, naming them."""
     if not (hasattr(X, "dtypes") and hasattr(X, "columns") and hasattr(X, "iloc")):
         return
     text = [
@@ -27,8 +27,14 @@ def check_text(X: Any) -> None:
         )
 
 
-def named_columns(context: Any, rows: int | None) -> dict[str, Array]:
-    """Columns (N,) by name, of a data frame, a series or an array."""
+def columns_by_name(context: Any, rows: int | None) -> dict[str, Array]:
+    """Return the columns (N,) of a data frame, a series, a dictionary or an array (N,) or (N, C) by name.
+
+    Columns of an array are called c0, c1, ...
+
+    Raises:
+        ValueError: an array of another shape, or a number of rows other than `rows`, if given.
+    """
     if hasattr(context, "iloc") and hasattr(context, "columns"):
         table = {str(name): context[name].to_numpy() for name in context.columns}
     elif hasattr(context, "iloc"):

@@ -1,0 +1,301 @@
+"""TableDensity: a fitted density of the rows of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from counterflow.density.config import DESCRIPTION, MODEL
+from counterflow.density.context import ContextEncoder
+from counterflow.density.inputs import columns_by_name
+from counterflow.flows.bases import KernelMixture
+from counterflow.flows.flow import Flow
+from counterflow.flows.mixture import FlowMixture
+from counterflow.io.json import MAX_QUOTED, from_json, read_json, write_json
+from counterflow.io.serialization import load, save
+from counterflow.random import seeded
+from counterflow.transforms.compose import Inverse
+from counterflow.transforms.constant import Permute
+from counterflow.transforms.table.table import TableTransform
+
+Array = np.ndarray[Any, Any]
+
+FORMAT = 2  # version of density.json
+CHUNK = 1 << 16  # numbers scored in one step: the tensors that a spline keeps for them take tens of megabytes
+
+
+class TableDensity:
+    """Density of the rows of a table: the maps of its columns, the encoder of its context, and a flow.
+
+        x --columns--> z --quantile splines, whitening, layers of the flow--> eps ~ N(0, I)
+        log q_m(x) = log N(eps; 0, I) + sum of the log_dets,    q(x) = (1/M) sum_m q_m(x)
+
+    Each of the M members of the flow is Flow(base, Inverse(to_noise)), whose to_noise begins with the columns. Rows x
+    are (N, D) float64 arrays in the units of the table; densities are per unit of the columns.
+
+    Numbers that fill a cell, such as whole numbers, have the density
+
+        log p(x) = log (1/S) sum_s q(start + width u_s) + sum of log width over the columns whose mass is counted,
+
+    with S points u_s of a Sobol sequence in [0, 1]^K over the K columns with cells, scrambled by the seed and equal for
+    all rows. As each point is uniform, the mean of log p over seeds is a lower bound of the log of the mass, or of the
+    mean density, that q gives to the cell. Rows outside of the support have log density -inf.
+
+    Args:
+        flow: the density q of continuous rows, a `Flow` or `FlowMixture` in float64.
+        names: the names of the D columns; None for x0, x1, ...
+        context: the encoder of the columns that the density is conditioned on; None without context.
+        seed: seed of the points in cells.
+        cell_points: S.
+        device: where rows are scored and drawn.
+        settings: the settings of the fit, which are saved with the density.
+
+    Attributes:
+        columns: the `TableTransform` of the flow.
+        named: True if names were given.
+
+    Raises:
+        ValueError: names or a context that do not fit the flow, or a flow that does not begin with columns.
+    """
+
+    def __init__(
+        self,
+        flow: Flow | FlowMixture,
+        names: Sequence[str] | None = None,
+        context: ContextEncoder | None = None,
+        *,
+        seed: int = 0,
+        cell_points: int = 16,
+        device: str = "cpu",
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.named = names is not None
+        names = [f"x{i}" for i in range(flow.features)] if names is None else list(names)
+        size = 0 if context is None else context.size
+        if (len(names), size) != (flow.features, flow.context):
+            raise ValueError(
+                f"expected {flow.features} names and a context of size {flow.context}, as the flow has, got "
+                f"{len(names)} names and a context of size {size}"
+            )
+        self.flow = flow
+        self.columns = _columns_of(self.members[0])
+        self.names = names
+        self.context = context
+        self.seed = seed
+        self.cell_points = cell_points
+        self.device = device
+        self.settings = dict(settings or {})
+
+    @property
+    def members(self) -> list[Flow]:
+        """Flows whose densities are averaged."""
+        return list(self.flow.flows) if isinstance(self.flow, FlowMixture) else [self.flow]  # type: ignore[arg-type]
+
+    @property
+    def holds_rows(self) -> bool:
+        """True if the model holds training rows, as kernels."""
+        return any(isinstance(member.base, KernelMixture) for member in self.members)
+
+    @property
+    def noise_names(self) -> list[str]:
+        """Names of the columns that the components of the noise come from: the layers of a flow permute them."""
+        order = torch.arange(len(self.names))
+        for transform in Inverse(self.members[0].transform).flattened():  # the members permute alike
+            if isinstance(transform, Permute):
+                order = order[transform.order]
+        return [self.names[i] for i in order.tolist()]
+
+    def encode(self, context: Any, rows: int | None = None, first: int | None = None) -> Array | None:
+        """Encode the columns to condition on as (N, C) float64; None for a density without context.
+
+        Args:
+            context: a data frame, a series, columns by name, or an array.
+            rows: the expected number of rows; None for any.
+            first: the number of the first row, if these rows are one batch of a longer table; for errors.
+
+        Raises:
+            ValueError: a context that is missing or not expected, or one that does not fit that of training.
+        """
+        if (context is None) != (self.context is None):
+            wanted = "no context" if self.context is None else f"a context of the columns {self.context.names}"
+            raise ValueError(f"expected {wanted}, as in fit, got {'none' if context is None else 'one'}")
+        if self.context is None:
+            return None
+        return self.context.encode(columns_by_name(context, rows), first)
+
+    @torch.no_grad()
+    def score(self, x: Array, c: Array | None = None) -> Array:
+        """Return the log density of each row, (N,), in nats.
+
+        Args:
+            x: rows (N, D), float64, finite; this is not checked.
+            c: the encoded context (N, C), from `encode`; None without context.
+        """
+        rows, given = _tensor(x), self._context_tensor(c)
+        points = self._cell_points()
+        step = max(1, CHUNK // (rows.shape[1] * (1 if points is None else len(points))))
+        flow = self.flow.to(self.device)
+        scores = []
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step].to(self.device)
+            c_part = None if given is None else given[first : first + step]
+            scores.append(self._log_density(part, c_part, points).double().cpu())
+        flow.cpu()
+        return torch.cat(scores).numpy()
+
+    def _log_density(self, x: Tensor, c: Tensor | None, points: Tensor | None) -> Tensor:
+        """Return log p of rows x (B, D), averaged over points (S, D) of their cells, if any have cells."""
+        if points is None:
+            log_p = self.flow(c).log_prob(x)
+        else:
+            start, width = self.columns.cells(x)
+            log_q = self.flow(c).log_prob(start + width * points[:, None])
+            log_p = torch.logsumexp(log_q, 0) - math.log(len(points)) + self.columns.log_mass(width)
+        # The log density is NaN only for numbers far beyond all data, whose images overflow.
+        return torch.where(self.columns.inside(x) & ~log_p.isnan(), log_p, -math.inf)
+
+    def _cell_points(self) -> Tensor | None:
+        """Return S points (S, D) in [0, 1]^D, zero for columns without cells, or None if no column has cells."""
+        quantized = self.columns.quantized
+        if not quantized:
+            return None
+        sobol = torch.quasirandom.SobolEngine(len(quantized), scramble=True, seed=self.seed)
+        points = torch.zeros(self.cell_points, len(self.names), dtype=torch.float64)
+        points[:, quantized] = sobol.draw(self.cell_points, dtype=torch.float64)
+        return points.to(self.device)
+
+    @torch.no_grad()
+    def sample(self, n: int, c: Array | None = None, seed: int | None = None) -> Array:
+        """Draw n rows (n, D), rounded to the numbers that the columns record.
+
+        Args:
+            n: the number of rows.
+            c: the encoded context of one row, (1, C), or of each row, (n, C); None without context.
+            seed: seed of the draw; None to draw from torch's global generator.
+
+        Raises:
+            ValueError: n is not a whole number of at least 1, or c has another number of rows.
+        """
+        if isinstance(n, bool) or not isinstance(n, int | np.integer) or n < 1:
+            raise ValueError(f"expected n to be a whole number of at least 1, got {n!r}")
+        if c is not None and len(c) not in (1, n):
+            raise ValueError(f"expected a context of one row or of n={n} rows, got {len(c)}")
+        if seed is not None:
+            with seeded(seed, cuda=self.device.startswith("cuda")):
+                return self.sample(n, c)
+        given = self._context_tensor(c)
+        step = max(1, CHUNK // len(self.names))
+        flow = self.flow.to(self.device)
+        drawn = []
+        for first in range(0, n, step):
+            rows = min(step, n - first)
+            c_part = None if given is None else given.expand(n, -1)[first : first + rows]
+            x = flow(c_part).sample((rows,) if c_part is None else ())
+            drawn.append(self.columns.snap(x).double().cpu())
+        flow.cpu()
+        return torch.cat(drawn).numpy()
+
+    @torch.no_grad()
+    def to_noise(self, x: Array, c: Array | None = None, seed: int = 0) -> Array:
+        """Map rows to the noise eps (N, D) from which the flow would draw them; recorded numbers are dequantized.
+
+        If the density is right, eps ~ N(0, I), and Phi(eps) is uniform in each component, see `noise_names`. For a
+        mixture, one member is drawn for each row, with probability proportional to its density of the row.
+
+        Args:
+            x: rows (N, D), float64, finite; this is not checked.
+            c: the encoded context (N, C); None without context.
+            seed: seed of the noise within cells and of the choice of members.
+        """
+        rows, given = _tensor(x), self._context_tensor(c)
+        rng = np.random.default_rng(seed)
+        step = max(1, CHUNK // rows.shape[1])
+        flow = self.flow.to(self.device)
+        noise = []
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step].to(self.device)
+            c_part = None if given is None else given[first : first + step]
+            start, width = self.columns.cells(part)
+            point = start + width * torch.from_numpy(rng.random(part.shape)).to(part)
+            log_q = torch.stack([member(c_part).log_prob(point) for member in self.members])
+            u = torch.from_numpy(rng.random(len(part))).to(log_q)
+            picked = (log_q.softmax(0).cumsum(0) < u).sum(0).clamp_max(len(log_q) - 1)
+            with seeded(int(rng.integers(2**31 - 1)), cuda=self.device.startswith("cuda")):
+                each = torch.stack([_normal_noise(member, point, c_part) for member in self.members])
+            noise.append(each[picked, torch.arange(len(part), device=each.device)].double().cpu())
+        flow.cpu()
+        return torch.cat(noise).numpy()
+
+    def _context_tensor(self, c: Array | None) -> Tensor | None:
+        """Return the encoded context on the device."""
+        return None if c is None else torch.from_numpy(c).to(self.device)
+
+    def save(self, folder: str | Path) -> None:
+        """Write model.safetensors, which `cf.load` reads as a flow or a mixture, and density.json. Never pickle."""
+        description = {
+            "format": FORMAT,
+            "names": self.names if self.named else None,
+            "context": None if self.context is None else self.context.columns,
+            "seed": self.seed,
+            "cell_points": self.cell_points,
+            "settings": self.settings,
+        }
+        save(self.flow, Path(folder) / MODEL)
+        write_json(Path(folder) / DESCRIPTION, description)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "cpu") -> TableDensity:
+        """Read a density that `save` wrote. Its scores are the same, bit for bit.
+
+        Raises:
+            FileNotFoundError: one of the two files does not exist.
+            ValueError: the files do not hold a density.
+        """
+        path = Path(folder) / DESCRIPTION
+        if not path.is_file():
+            raise FileNotFoundError(f"expected {path}, which FlowDensity.save writes, got no such file")
+        flow = load(Path(folder) / MODEL)
+        description = read_json(path, "the description that FlowDensity.save writes")
+        try:
+            context = description["context"]
+            return cls(
+                flow,
+                from_json(description["names"], tuple[str, ...] | None, "names"),
+                None if context is None else ContextEncoder.from_json(context),
+                seed=from_json(description["seed"], int, "seed"),
+                cell_points=from_json(description["cell_points"], int, "cell_points"),
+                device=device,
+                settings=from_json(description["settings"], dict[str, Any], "settings"),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
+            raise not_a_density(folder, error) from None
+
+
+def not_a_density(folder: str | Path, error: Exception) -> ValueError:
+    """Return the error for a folder whose files do not hold a density."""
+    return ValueError(f"expected {folder} to hold a FlowDensity as save writes it, got: {error!r:.{MAX_QUOTED}}")
+
+
+def _columns_of(member: Flow) -> TableTransform:
+    """Return the columns, the first transform from the rows to the noise."""
+    first = Inverse(member.transform).flattened()[0]
+    if not isinstance(first, TableTransform):
+        raise ValueError(f"expected a flow from noise to rows that ends with columns, got {type(first).__name__}")
+    return first
+
+
+def _normal_noise(member: Flow, x: Tensor, c: Tensor | None) -> Tensor:
+    """Return the noise (B, D) that a member maps to rows x, N(0, I) also for a base with kernels."""
+    eps = member.transform.inverse(x, c if member.transform.context else None)[0]
+    return member.base.standardized(eps) if isinstance(member.base, KernelMixture) else eps
+
+
+def _tensor(x: Array) -> Tensor:
+    """Return x as a tensor. Arrays that torch cannot share, such as read-only ones, are copied."""
+    return torch.from_numpy(np.require(x, requirements=["C", "W"]))
