@@ -129,6 +129,56 @@ def test_pymc_correlations_have_their_deterministic_companions():
     assert target.predictive(theta, seed=0)["y"].shape == (5, 11, 3)
 
 
+def partial_pymc(kind):
+    import pymc as pm
+
+    x = np.linspace(0.0, 1.0, 1000)
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 0, 10)
+        if kind == "minibatch":
+            pm.Normal("y", mu, 1, observed=pm.Minibatch(x, batch_size=50), total_size=1000)
+        elif kind == "predictors":
+            predictor, y = pm.Minibatch(x, x, batch_size=50)
+            pm.Normal("y", mu * predictor, 1, observed=y, total_size=1000)
+        elif kind == "total size":
+            pm.Normal("y", mu, 1, observed=x[:50], total_size=1000)
+        else:
+            pm.Potential("y", -mu * pm.Normal.dist(0, 1))
+    return from_pymc(model)
+
+
+@pytest.mark.parametrize("kind", ["minibatch", "predictors", "total size", "noise"])
+def test_pymc_refuses_parts_of_the_data(kind):
+    message = r"expected the log density of all data, got that of a part or of random data for y \(pm\.Minibatch"
+    with pytest.raises(ValueError, match=message):
+        partial_pymc(kind)
+
+
+def test_pymc_takes_a_total_size_that_is_the_size():
+    import pymc as pm
+
+    with pm.Model() as model:
+        pm.Normal("y", pm.Normal("mu", 0, 10), 1, observed=np.zeros(3), total_size=3)
+    mu = torch.tensor([[2.0]])
+    expected = Normal(0.0, 10.0).log_prob(mu).sum() + 3 * Normal(0.0, 1.0).log_prob(mu).sum()
+    torch.testing.assert_close(from_pymc(model)(mu)[0], expected.double(), rtol=1e-6, atol=1e-6)
+
+
+def test_pymc_starts_from_initial_values_and_draws_of_the_prior():
+    import pymc as pm
+
+    with pm.Model() as model:
+        mu = pm.Normal("mu", 50, 5)
+        pm.HalfNormal("sd", 1, initval=3.0)
+        pm.Uniform("y", mu - 1, mu + 1, observed=[49.5, 50.5])
+    target = from_pymc(model)
+    points = target.initial_points(100, torch.Generator().manual_seed(0))
+    assert points.shape == (100, 2) and points[0, 0] == 50
+    torch.testing.assert_close(points[:, 1], torch.full((100,), math.log(3.0), dtype=torch.float64))
+    assert (points[1:, 0].std() - 5).abs() < 1.5 and target(points)[0].isfinite()
+    assert torch.equal(points, target.initial_points(100, torch.Generator().manual_seed(0)))
+
+
 def discrete_pymc():
     import pymc as pm
 

@@ -49,7 +49,8 @@ def from_pymc(model: Model | None = None) -> Target:
     Raises:
         ImportError: PyMC is not installed.
         TypeError: not a PyMC model.
-        ValueError: a model with discrete variables, without free ones, or without a gradient.
+        ValueError: a model with discrete variables, without free ones, without a gradient, or of a part of its data
+            (`pm.Minibatch`, `total_size`).
 
     Example:
         >>> import pymc as pm
@@ -77,7 +78,36 @@ def _checked(model: Model | None) -> Model:
             "with pymc_extras.marginalize, as a flow has no place for it"
         )
     check_has_free_variables(model.free_RVs)
+    partial = _terms_of_partial_data(model)
+    if partial:
+        raise ValueError(
+            f"expected the log density of all data, got that of a part or of random data for {', '.join(partial)} "
+            "(pm.Minibatch, total_size, or random numbers in the model); observe the full data without them"
+        )
     return model
+
+
+def _terms_of_partial_data(model: Model) -> list[str]:
+    """Return the names of variables and potentials whose log densities are drawn at random or scaled up."""
+    from pymc.data import MinibatchOp
+    from pymc.variational.minibatch_rv import MinibatchRandomVariable
+    from pytensor.graph.traversal import ancestors
+    from pytensor.tensor.random.op import RandomVariable
+
+    random = (MinibatchOp, RandomVariable)
+    terms = [*model.basic_RVs, *model.potentials]
+    found = [
+        term.name
+        for term, log_density in zip(terms, model.logp(sum=False), strict=True)
+        if any(v.owner is not None and isinstance(v.owner.op, random) for v in ancestors([log_density]))
+    ]
+    for rv in model.basic_RVs:
+        if rv.name not in found and rv.owner is not None and isinstance(rv.owner.op, MinibatchRandomVariable):
+            totals = [getattr(total, "data", None) for total in rv.owner.inputs[1:]]
+            shape = model.rvs_to_values[rv].shape.eval()
+            if any(total is not None and total != rows for total, rows in zip(totals, shape, strict=True)):
+                found.append(rv.name)
+    return found
 
 
 class _PymcProgram(Program):
@@ -105,6 +135,25 @@ class _PymcProgram(Program):
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         pieces = self._unconstrain(*(values[name].cpu().numpy() for name in self.parameters))
         return self._layout.join({name: torch.tensor(p) for name, p in zip(self.parameters, pieces, strict=True)})
+
+    def initial_points(self, n: int, generator: torch.Generator) -> Tensor:
+        """Return n points (n, D): the model's initial point, and draws of the prior, under the variables' initvals."""
+        from pymc.initial_point import make_initial_point_fn
+
+        seeds = torch.randint(1 << 31, (n,), generator=generator).tolist()
+        default = make_initial_point_fn(model=self._model)
+        points = [default(seed) for seed in seeds[:1]]
+        try:
+            prior = make_initial_point_fn(model=self._model, default_strategy="prior")
+            points += [prior(seed) for seed in seeds[1:]]
+        except NotImplementedError:  # a flat prior cannot be drawn from
+            points += [default(seed) for seed in seeds[1:]]
+        names = {rv.name: self._model.rvs_to_values[rv].name for rv in self._model.free_RVs}
+        values = {
+            name: torch.tensor(np.array([point[value] for point in points], dtype=np.float64))
+            for name, value in names.items()
+        }
+        return self._layout.join(values)
 
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
         from pymc.pytensorf import compile as compile_pymc
