@@ -1,4 +1,4 @@
-"""What the converters share: networks as other libraries have them, and our layers made of them."""
+"""Shared parts of the converters: descriptions of other libraries' networks, and the layers built from them."""
 
 from __future__ import annotations
 
@@ -72,12 +72,12 @@ def at(place: str, layer: Any) -> Iterator[None]:
 
 
 def of_library(thing: Any, library: str, *names: str) -> bool:
-    """Whether it is of one of these classes of the library itself: somebody's class may have the same name."""
+    """Return True if thing is of one of these classes of the library, and not of another class of that name."""
     return type(thing).__name__ in names and type(thing).__module__.partition(".")[0] == library
 
 
 def not_converted(layer: Any, known: Sequence[str]) -> TypeError:
-    """What to raise for a class that no converter knows."""
+    """Return the error for a class that cannot be converted."""
     return TypeError(
         f"expected one of {', '.join(sorted(known))}, got {type(layer).__name__}, whose map has no counterpart here; "
         "train the flow with one of these layers instead, or keep it in its own library"
@@ -120,7 +120,7 @@ class Layer:
 
 
 def linear_layer(module: Any, **more: Any) -> Layer:
-    """Of an nn.Linear or any other module with a weight, a bias and maybe a mask."""
+    """Describe an nn.Linear, or another module with a weight, a bias and optionally a mask."""
     weight = module.weight.detach()
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
     mask = getattr(module, "mask", None)
@@ -306,7 +306,7 @@ def composed(layers: Sequence[Transform]) -> Transform:
 
 
 def normal_base(mean: Tensor, std: Tensor, features: int) -> list[Transform]:
-    """What leads from standard normal noise to this normal: nothing where it is standard already."""
+    """Return the transforms from standard normal noise to this normal distribution; none if it is standard."""
     if (mean == 0).all() and (std == 1).all():
         return []
     return [Inverse(Standardize(*(v.detach().expand(features).clone() for v in (mean, std))))]

@@ -51,7 +51,7 @@ def transform(t: Any, D: int, place: str) -> Transform:
 
 
 def base(distribution: Any) -> tuple[list[Transform], int]:
-    """What leads from standard normal noise to the base distribution, and D."""
+    """Return the transforms from standard normal noise to the base distribution, and D."""
     D = math.prod(getattr(distribution, "_shape", ()))
     if type(distribution) is distributions.StandardNormal:
         return [], D

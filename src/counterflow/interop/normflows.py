@@ -34,7 +34,7 @@ def flow(foreign: Any) -> Flow:
 
 
 def base(q0: Any) -> tuple[list[Transform], int]:
-    """What leads from standard normal noise to the base distribution, and D."""
+    """Return the transforms from standard normal noise to the base distribution, and D."""
     D = int(getattr(q0, "d", 0))
     if type(q0) is distributions.DiagGaussian:
         std = q0.log_scale.exp() * (1.0 if q0.temperature is None else q0.temperature)

@@ -25,7 +25,10 @@ def residual_net(net: Any) -> tuple[list[Layer], Layer, str]:
 
 
 def made(net: Any, first: Context, in_blocks: Context) -> tuple[list[Layer], Layer, str]:
-    """The same of a masked network, and how the context enters the first layer and the residual blocks."""
+    """Return hidden layers, last layer and activation of a masked network.
+
+    first and in_blocks say how the context enters the first layer and the residual blocks.
+    """
     library = type(net).__module__.partition(".")[0]
     blocks = ("MaskedResidualBlock", "MaskedFeedforwardBlock")
     if library not in ("nflows", "normflows") or not all(of_library(b, library, *blocks) for b in net.blocks):

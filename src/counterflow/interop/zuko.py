@@ -128,7 +128,10 @@ def _autoregressive(t: Any, D: int) -> Transform:
 
 
 def _degrees(t: Any, layers: list[Layer], D: int) -> list[int]:
-    """By the order of the features or, given an adjacency, one more than the highest among those a feature sees."""
+    """Return the degrees of the features, from their order or from the adjacency matrix.
+
+    With an adjacency matrix, the degree is one more than the highest degree among the features that it depends on.
+    """
     if t.order is not None:
         return (torch.unique(t.order, return_inverse=True)[1] + 1).tolist()
     reached = [layer.mask.cpu().double() for layer in layers]  # type: ignore[union-attr]  # all are masked
