@@ -306,7 +306,7 @@ def test_a_run_of_the_command(tmp_path, monkeypatch, capsys):
     teacher = teacher_of()
     (tmp_path / "run").mkdir()
     cf.save(teacher, tmp_path / "run" / "model.safetensors")
-    short = ["--train.layer-steps", "100", "--train.flow-steps", "50", "--samples", "500", "--out", "student"]
+    short = ["--layer-steps", "100", "--flow-steps", "50", "--samples", "500", "--out", "student"]
     code, out, err = command(tmp_path, monkeypatch, capsys, "distill", "run", *short)
     assert code == 0, err
     assert "KL(student || teacher)" in out

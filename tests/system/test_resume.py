@@ -3,42 +3,52 @@
 import json
 import signal
 import subprocess
-import time
+import sys
 
 import numpy as np
 import pytest
 from command_line import COMMAND, ENVIRONMENT, files
 
 SMALL = ["--epochs", "4", "--latent", "2", "--hidden", "16", "--iaf-layers", "1", "--iaf-hidden", "8"]
-STEPS = ["--train.layer-steps", "80", "--train.flow-steps", "80"]
+STEPS = ["--layer-steps", "80", "--flow-steps", "80"]
 FLOW = ["--layers", "1", "--hidden", "8", "--members", "2"]
 # the command, and the training of it during which it is ended
 RUNS = {
     "vae": (["vae", *SMALL, "--test-samples", "3"], "iaf"),
     "density": (["density", "table.npy", *FLOW, "--epochs", "15"], "member-1-without-correlations"),
     "posterior": (["posterior", "--steps", "60", "--stages", "2", "--verdict-samples", "1000"], "stage-2"),
-    "distill": (
-        ["distill", "teacher", *STEPS, "--samples", "100"],
-        "flow",
-    ),
+    "distill": (["distill", "teacher", *STEPS, "--samples", "100"], "flow"),
 }
 CASES = [("vae", s) for s in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)]
 CASES += [("density", signal.SIGTERM), *((name, signal.SIGKILL) for name in ("density", "posterior", "distill"))]
 
 
-def counterflow(folder, *arguments, ended_by=None, when=None):
-    """The command's exit code and stderr; the signal is sent as soon as `when()` holds."""
-    command = [*COMMAND, *map(str, arguments)]
-    process = subprocess.Popen(
-        command, env=ENVIRONMENT, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    while ended_by is not None and process.poll() is None:
-        if when():
-            process.send_signal(ended_by)
-            break
-        time.sleep(0.01)
-    _, errors = process.communicate(timeout=300)
-    return process.returncode, errors
+# Runs the command and sends itself a signal right after the 20th checkpoint of one training, whatever the machine does.
+LAUNCHER = """
+import os, sys
+from counterflow.cli import main
+from counterflow.training.checkpoints import Checkpoints
+
+training, number, save, saved = sys.argv[1], int(sys.argv[2]), Checkpoints.save, []
+
+def save_and_end(self, checkpoint):
+    save(self, checkpoint)
+    if self.folder.name == training:
+        saved.append(checkpoint.steps)
+        if len(saved) == 20:
+            os.kill(os.getpid(), number)
+
+Checkpoints.save = save_and_end
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def counterflow(folder, *arguments, ended_by=None, training=None):
+    """Run the command and return its exit code and stderr; the signal comes in the middle of the training."""
+    command = COMMAND if ended_by is None else [sys.executable, "-c", LAUNCHER, training, str(int(ended_by))]
+    words = [*command, *map(str, arguments)]
+    done = subprocess.run(words, env=ENVIRONMENT, cwd=folder, capture_output=True, text=True, timeout=300)
+    return done.returncode, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +80,12 @@ def timeless(value):
 def test_a_run_that_was_ended_goes_on_bit_by_bit(name, ended_by, folder, here, monkeypatch):
     monkeypatch.chdir(folder)
     (words, training), run = RUNS[name], f"{name}-{ended_by.name}"
-    words = [*words, "--save-every", "0.05"]
+    words = [*words, "--save-every", "0"]
     if not (folder / name).exists():
         code, errors = counterflow(folder, *words, "--out", name)
         assert code == 0, errors
 
-    def under_way():
-        return len(list((folder / run / "checkpoints" / training).glob("*.safetensors"))) == 2
-
-    code, errors = counterflow(folder, *words, "--out", run, ended_by=ended_by, when=under_way)
+    code, errors = counterflow(folder, *words, "--out", run, ended_by=ended_by, training=training)
     assert code == {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}[ended_by], errors
     if ended_by != signal.SIGKILL:
         assert f"continue with --resume {run}" in " ".join(errors.split()), errors

@@ -51,7 +51,7 @@ def test_every_command_that_trains_runs_in_two_processes(tmp_path):
     assert found.k_hat < 0.7 and len(found.draws.theta) == 10_000 and told.count("stage 1: 100 steps") == 1
     halves = found.draws.theta.chunk(2)  # of both processes
     assert not (halves[0] == halves[1]).any()
-    distill = ["distill", "two", "--train.layer-steps", "100", "--train.flow-steps", "50", "--samples", "500"]
+    distill = ["distill", "two", "--layer-steps", "100", "--flow-steps", "50", "--samples", "500"]
     ended(torchrun(tmp_path, *distill, "--out", "student"))
     assert json.loads((tmp_path / "student" / "summary.json").read_text())["reverse"] < 0.1
     for run in ("one", "two", "posterior", "student"):
