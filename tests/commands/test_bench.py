@@ -53,9 +53,6 @@ def contestant(name):
     return found
 
 
-# -- like with like ----------------------------------------------------------------------------------
-
-
 def flow_of(name, layers):
     flow = contestant(name).build(D, H, layers)
     with torch.no_grad():
@@ -150,9 +147,6 @@ def test_the_layer_on_jax(name):
     assert parallel.compile > 0 and parallel.peak >= 4 * size.B * size.D
 
 
-# -- what is said was measured -----------------------------------------------------------------------
-
-
 @linux
 def test_peak_memory_is_what_a_call_takes_at_most():
     def twice():  # 32 MiB, freed, then 48 MiB of which a third is the result
@@ -209,8 +203,6 @@ def test_who_is_over_the_budget_gets_one_call_and_no_larger_size():
     assert all(m.seconds > 0 and m.size == (2, 4, 64) for m in first)
     assert all(re.fullmatch(r"not run: \d\.\d s at D = 2", m.failure) and m.seconds is None for m in second)
 
-
-# -- ratios and tables -------------------------------------------------------------------------------
 
 SIZE, WIDE = Size(64, 512, 256), Size(784, 1024, 100)
 TIMES = {
@@ -305,8 +297,6 @@ def test_the_growth_leaves_out_what_was_not_run():
         "2.00",
     ]
 
-
-# -- the command -------------------------------------------------------------------------------------
 
 SOURCE = str(Path(cf.__file__).parents[1])
 TINY = shlex.split("bench --sizes 3/8/5 64/64/2 --growth 2 4 --repeats 1 --budget 0.5 --threads 1 --no-first-calls")

@@ -4,12 +4,13 @@ import json
 import math
 import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pytest
-from command_line import everything, files, real
+from command_line import NUMBERS, ONE_FLOW, SUFFIXES, TABLE, N, everything, files, read_table, real, write_table
 from PIL import Image
 from pyarrow import parquet
 
@@ -17,71 +18,15 @@ import counterflow as cf
 from counterflow.density.fitting import DensityTrainer
 from counterflow.density.model import TableDensity
 
-RNG = np.random.default_rng(0)
-TINY = shlex.split("--layers 1 --hidden 8 --epochs 2")
 FILES = {
     *("config.json", "density.json", "metrics.jsonl", "model.safetensors", "summary.json"),
     *("plots/calibration.png", "plots/learning_curve.png", "plots/pairs.png", "plots/scores.png"),
 }
-N = 120
-COLOUR = RNG.choice(["red", "light, blue"], N)
-TABLE = pd.DataFrame(
-    {
-        "id": [f"r{k}" for k in range(N)],
-        "x": RNG.normal(size=N) + 3 * (COLOUR == "red"),
-        "colour": COLOUR,
-        "count": RNG.poisson(20, N),
-        "income": RNG.lognormal(10, 1, N),
-    }
-)
-NUMBERS = TABLE[["x", "count", "income"]]
-SUFFIXES = ("csv", "parquet", "npy", "npz")
+RNG = np.random.default_rng(0)
 
 
-def write(table, path):
-    match path.suffix:
-        case ".csv":
-            table.to_csv(path, index=False)
-        case ".parquet":
-            table.to_parquet(path)
-        case ".npy":
-            np.save(path, table.to_numpy(float))
-        case ".npz":
-            np.savez_compressed(path, rows=table.to_numpy(float), more=np.ones((2, 2)))
-
-
-def read(path, names=()):
-    match path.suffix:
-        case ".csv":
-            return pd.read_csv(path)
-        case ".parquet":
-            return pd.read_parquet(path)
-        case ".npy":
-            return pd.DataFrame(np.load(path), columns=names)
-    with np.load(path) as arrays:
-        return pd.DataFrame(arrays["rows"], columns=names)
-
-
-# -- from a table to a run, to scores and samples ----------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A folder with tables, the run `plain` of numbers and the run `given` with a context, both made by processes."""
-    folder = tmp_path_factory.mktemp("density")
-    write(TABLE, folder / "table.csv")
-    write(TABLE, folder / "table.parquet")
-    for suffix in SUFFIXES:
-        write(NUMBERS, folder / f"numbers.{suffix}")
-    ran = real(folder, "density", "table.csv", "--drop", "id", "colour", *TINY, "--out", "plain")
-    assert ran.returncode == 0, ran.stderr
-    arguments = ["--context", "colour", "--drop", "id", *TINY, "--out", "given"]
-    assert real(folder, "density", "table.parquet", *arguments).returncode == 0
-    return folder, ran
-
-
-def test_a_run_leaves_its_folder(runs):
-    folder, ran = runs
+def test_a_run_leaves_its_folder(density_runs):
+    folder, ran = density_runs
     assert files(folder / "plain") == FILES
     assert "Traceback" not in ran.stderr and "warn" not in ran.stderr.lower()
     assert "3 columns; 96 rows to train and validate, 24 to test" in ran.stderr
@@ -91,14 +36,15 @@ def test_a_run_leaves_its_folder(runs):
         with Image.open(path) as picture:
             assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 1
     config = json.loads((folder / "plain" / "config.json").read_text())
-    assert (config["command"], config["data"], config["fit"]["hidden"]) == ("density", "table.csv", [8])
+    assert (config["command"], Path(config["data"]).name) == ("density", "table.csv")
+    assert config["fit"]["hidden"] == [8]
     metrics = [json.loads(line) for line in (folder / "plain" / "metrics.jsonl").read_text().splitlines()]
     tasks = ["member 1", "member 1 without correlations", "member 2", "member 3"]
     assert [(m["task"], m["epoch"]) for m in metrics] == [(task, epoch) for task in tasks for epoch in (1, 2)]
 
 
-def test_the_summary_is_that_of_the_test_rows(runs):
-    folder, _ = runs
+def test_the_summary_is_that_of_the_test_rows(density_runs):
+    folder, _ = density_runs
     summary = json.loads((folder / "plain" / "summary.json").read_text())
     test = np.random.default_rng(0).permutation(N)[:24]
     scores = cf.FlowDensity.load(folder / "plain").score_samples(NUMBERS.iloc[test])
@@ -121,13 +67,13 @@ def test_the_bundled_table_beats_a_gaussian_mixture(here, tmp_path):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_score_adds_a_column(suffix, runs, here, tmp_path):
-    folder, _ = runs
-    out = f"new/scores.{'npy' if suffix == 'npz' else suffix}"
-    key = ["--key", "rows"] if suffix == "npz" else []
-    code, told, err = here("score", folder / "plain", folder / f"numbers.{suffix}", *key, "--out", out)
+def test_score_adds_a_column(suffix, density_runs, tables, here, tmp_path):
+    folder, _ = density_runs
+    out = f"new/scores{'.npy' if suffix == '.npz' else suffix}"
+    key = ["--key", "rows"] if suffix == ".npz" else []
+    code, told, err = here("score", folder / "plain", tables / f"numbers{suffix}", *key, "--out", out)
     assert (code, err) == (0, "") and out in told and "120 rows: mean log density" in told
-    scored = read(tmp_path / out, [*NUMBERS, "log_density"])
+    scored = read_table(tmp_path / out, [*NUMBERS, "log_density"])
     expected = cf.FlowDensity.load(folder / "plain").score_samples(NUMBERS)
     np.testing.assert_allclose(scored.pop("log_density"), expected, rtol=1e-9)
     np.testing.assert_allclose(scored.to_numpy(float), NUMBERS.to_numpy(float), rtol=1e-15)
@@ -135,73 +81,69 @@ def test_score_adds_a_column(suffix, runs, here, tmp_path):
     assert files(tmp_path) == {out}
 
 
-@pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_score_matches_columns_by_name_and_carries_others(suffix, runs, here, tmp_path):
-    folder, _ = runs
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_score_matches_columns_by_name_and_carries_others(suffix, density_runs, here, tmp_path):
+    folder, _ = density_runs
     shuffled = TABLE[["income", "colour", "id", "count", "x"]]
-    write(shuffled, tmp_path / f"in.{suffix}")
-    assert here("score", folder / "given", f"in.{suffix}", "--out", f"out.{suffix}")[0] == 0
-    scored = read(tmp_path / f"out.{suffix}")
+    write_table(shuffled, tmp_path / f"in{suffix}")
+    assert here("score", folder / "given", f"in{suffix}", "--out", f"out{suffix}")[0] == 0
+    scored = read_table(tmp_path / f"out{suffix}")
     assert list(scored) == [*shuffled, "log_density"]
     assert scored[["id", "colour"]].equals(shuffled[["id", "colour"]])
     expected = cf.FlowDensity.load(folder / "given").score_samples(NUMBERS, TABLE[["colour"]])
     np.testing.assert_allclose(scored.log_density, expected, rtol=1e-9)
 
 
-def test_score_streams_in_batches(runs, here, tmp_path, monkeypatch):
+def test_score_streams_in_batches(density_runs, here, tmp_path, monkeypatch):
     """Many batches, of many row groups, score as one does, in the order of the file."""
-    folder, _ = runs
+    folder, _ = density_runs
     big = pd.concat([NUMBERS] * 9, ignore_index=True)
     parquet.write_table(pa.Table.from_pandas(big), tmp_path / "big.parquet", row_group_size=100)
-    write(big, tmp_path / "big.csv")
+    write_table(big, tmp_path / "big.csv")
     expected = np.tile(cf.FlowDensity.load(folder / "plain").score_samples(NUMBERS), 9)
     monkeypatch.setattr("counterflow.commands.density_output.BATCH", 64)
     monkeypatch.setattr("counterflow.io.data.csv.BLOCK", 4096)
-    for suffix in ("csv", "parquet"):
-        assert here("score", folder / "plain", f"big.{suffix}", "--out", f"out.{suffix}")[0] == 0
-        np.testing.assert_allclose(read(tmp_path / f"out.{suffix}").log_density, expected, rtol=1e-9)
+    for suffix in (".csv", ".parquet"):
+        assert here("score", folder / "plain", f"big{suffix}", "--out", f"out{suffix}")[0] == 0
+        np.testing.assert_allclose(read_table(tmp_path / f"out{suffix}").log_density, expected, rtol=1e-9)
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_sample_draws_a_table(suffix, runs, here, tmp_path):
-    folder, _ = runs
+def test_sample_draws_a_table(suffix, density_runs, here, tmp_path):
+    folder, _ = density_runs
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        code, told, err = here("sample", folder / "plain", "-n", 50, "--seed", seed, "--out", f"{name}.{suffix}")
+        code, told, err = here("sample", folder / "plain", "-n", 50, "--seed", seed, "--out", f"{name}{suffix}")
         assert (code, err) == (0, "") and "50 rows" in told
-    a, b, c = (read(tmp_path / f"{name}.{suffix}", list(NUMBERS)) for name in "abc")
+    a, b, c = (read_table(tmp_path / f"{name}{suffix}", list(NUMBERS)) for name in "abc")
     assert list(a) == list(NUMBERS) and len(a) == 50 and a.equals(b) and not a.equals(c)
     assert (a["count"] == a["count"].round()).all() and (a.income > 0).all()
 
 
-def test_sample_given_a_context(runs, here, tmp_path):
-    folder, _ = runs
-    write(TABLE[["id", "colour"]].head(5), tmp_path / "given.csv")
-    for suffix in ("csv", "parquet"):
-        arguments = ["-n", 3, "--context", "given.csv", "--out", f"out.{suffix}"]
+def test_sample_given_a_context(density_runs, here, tmp_path):
+    folder, _ = density_runs
+    write_table(TABLE[["id", "colour"]].head(5), tmp_path / "given.csv")
+    for suffix in (".csv", ".parquet"):
+        arguments = ["-n", 3, "--context", "given.csv", "--out", f"out{suffix}"]
         assert here("sample", folder / "given", *arguments)[0] == 0
-        drawn = read(tmp_path / f"out.{suffix}")
+        drawn = read_table(tmp_path / f"out{suffix}")
         assert list(drawn) == ["colour", *NUMBERS] and drawn.colour.tolist() == np.repeat(TABLE.colour[:5], 3).tolist()
     assert here("sample", folder / "given", "--context", "given.csv", "--out", "one.csv")[0] == 0
-    assert len(read(tmp_path / "one.csv")) == 5
+    assert len(read_table(tmp_path / "one.csv")) == 5
 
 
-def test_without_out_the_results_join_the_run(here, tmp_path):
-    write(NUMBERS, tmp_path / "numbers.csv")
-    assert here("density", "numbers.csv", *TINY, "--out", "run")[0] == 0
-    assert here("score", "run/model.safetensors", "numbers.csv")[0] == 0
+def test_without_out_the_results_join_the_run(density_runs, copy_of, tables, here):
+    run = copy_of(density_runs[0] / "plain")
+    assert here("score", "run/model.safetensors", tables / "numbers.csv")[0] == 0
     assert here("sample", "run")[0] == 0
-    assert files(tmp_path / "run") == FILES | {"scores.csv", "samples.csv"}
-    assert len(read(tmp_path / "run" / "samples.csv")) == 64
-
-
-# -- shapes ------------------------------------------------------------------------------------------
+    assert files(run) == FILES | {"scores.csv", "samples.csv"}
+    assert len(read_table(run / "samples.csv")) == 64
 
 
 def test_one_column_and_no_names(here, tmp_path):
     np.savetxt("rows.csv", NUMBERS[["x"]])
-    assert here("density", "rows.csv", *TINY, "--out", "run")[0] == 0
+    assert here("density", "rows.csv", *ONE_FLOW, "--out", "run")[0] == 0
     assert here("score", "run", "rows.csv", "--out", "out.csv")[0] == 0
-    assert list(read(tmp_path / "out.csv")) == ["f0", "log_density"]
+    assert list(read_table(tmp_path / "out.csv")) == ["f0", "log_density"]
     assert (tmp_path / "run" / "plots" / "pairs.png").is_file()
 
 
@@ -213,43 +155,46 @@ def test_a_thousand_columns(here, tmp_path):
     assert np.load("out.npy").shape == (40, 1001)
 
 
-# -- bad input ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def material(runs, tmp_path):
-    """All that the table below speaks of, in tmp_path."""
-    for run in ("plain", "given"):
-        (tmp_path / run).symlink_to(runs[0] / run)
-    for name in ("table.csv", "numbers.csv", "numbers.parquet", "numbers.npy", "numbers.npz"):
-        (tmp_path / name).symlink_to(runs[0] / name)
+@pytest.fixture(scope="session")
+def bad_tables(tables, tmp_path_factory):
+    """A folder with broken tables and run folders."""
+    folder = tmp_path_factory.mktemp("bad")
     for name in ("empty.csv", "empty.parquet", "empty.npy", "empty.npz", "old.csv"):
-        (tmp_path / name).touch()
-    (tmp_path / "header.csv").write_text("x,count,income\n")
-    (tmp_path / "ragged.csv").write_text("x,count,income\n1,2,3\n4,5\n6,7,8\n")
-    (tmp_path / "twice.csv").write_text("x,count,income,x\n1,2,3,4\n")
-    (tmp_path / "other.csv").write_text("x,count,salary\n1,2,3\n")
-    (tmp_path / "scored.csv").write_text("x,count,income,log_density\n1,2,3,4\n")
-    (tmp_path / "pink.csv").write_text("x,count,income,colour\n1,2,3,red\n1,2,3,pink\n")
+        (folder / name).touch()
+    (folder / "header.csv").write_text("x,count,income\n")
+    (folder / "ragged.csv").write_text("x,count,income\n1,2,3\n4,5\n6,7,8\n")
+    (folder / "twice.csv").write_text("x,count,income,x\n1,2,3,4\n")
+    (folder / "other.csv").write_text("x,count,salary\n1,2,3\n")
+    (folder / "scored.csv").write_text("x,count,income,log_density\n1,2,3,4\n")
+    (folder / "pink.csv").write_text("x,count,income,colour\n1,2,3,red\n1,2,3,pink\n")
     rows = "".join(f"{k},{k * k % 7},{k + 0.5}\n" for k in range(20_000))  # the bad cell is in a later batch
     for name, cell in (("text", "high"), ("gap", ""), ("inf", "inf"), ("nan", "nan")):
-        (tmp_path / f"{name}.csv").write_text(f"x,count,income\n{rows}1,{cell},3\n")
-    parquet.write_table(pa.table({"x": [1.0, 2], "count": ["5", "many"], "income": [1, 2]}), tmp_path / "text.parquet")
-    parquet.write_table(pa.table({"x": [1.0, None], "count": [5, 6], "income": [1, 2]}), tmp_path / "gap.parquet")
-    good = (tmp_path / "numbers.parquet").read_bytes()
-    (tmp_path / "footer.parquet").write_bytes(good[:-60] + bytes(52) + good[-8:])
-    (tmp_path / "cut.parquet").write_bytes(good[: len(good) // 2])
-    (tmp_path / "one.csv").write_text("x,count,income\n1,2,3\n")
+        (folder / f"{name}.csv").write_text(f"x,count,income\n{rows}1,{cell},3\n")
+    parquet.write_table(pa.table({"x": [1.0, 2], "count": ["5", "many"], "income": [1, 2]}), folder / "text.parquet")
+    parquet.write_table(pa.table({"x": [1.0, None], "count": [5, 6], "income": [1, 2]}), folder / "gap.parquet")
+    good = (tables / "numbers.parquet").read_bytes()
+    (folder / "footer.parquet").write_bytes(good[:-60] + bytes(52) + good[-8:])
+    (folder / "cut.parquet").write_bytes(good[: len(good) // 2])
+    (folder / "one.csv").write_text("x,count,income\n1,2,3\n")
     same = NUMBERS.assign(copy=2 * NUMBERS.x, still=1)
-    write(same, tmp_path / "same.csv")
-    np.save(tmp_path / "cube.npy", np.ones((3, 4, 5)))
+    write_table(same, folder / "same.csv")
+    np.save(folder / "cube.npy", np.ones((3, 4, 5)))
     for name, config in (
         ("posterior", '{"command": "posterior"}'),
         ("broken", "{"),
         ("bare", '{"command": "density"}'),
     ):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(config)
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(config)
+    return folder
+
+
+@pytest.fixture
+def material(density_runs, tables, bad_tables, tmp_path):
+    """All that BAD names, as links in tmp_path."""
+    runs = [density_runs[0] / run for run in ("plain", "given")]
+    for path in [*runs, *tables.iterdir(), *bad_tables.iterdir()]:
+        (tmp_path / path.name).symlink_to(path)
     return tmp_path
 
 
@@ -318,7 +263,7 @@ BAD = {
 def test_bad_input_ends_in_one_line(line, message, material, here):
     before = everything(material)
     command, *rest = shlex.split(line)
-    code, out, err = here(command, *rest, *(TINY if command == "density" and "--epochs" not in rest else []))
+    code, out, err = here(command, *rest, *(ONE_FLOW if command == "density" and "--epochs" not in rest else []))
     assert (code, out) == (2, "")
     assert err.count("\n") == 1 and err.startswith("counterflow: ")
     assert re.search(message, err), err
@@ -332,12 +277,12 @@ def test_bad_input_of_a_real_process(material):
     assert everything(material) == before
 
 
-def test_ctrl_c_while_scoring_leaves_no_file(runs, here, tmp_path, monkeypatch):
+def test_ctrl_c_while_scoring_leaves_no_file(density_runs, tables, here, tmp_path, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(TableDensity, "score", interrupt)
-    code, _, err = here("score", runs[0] / "plain", runs[0] / "numbers.csv", "--out", "new/a.csv")
+    code, _, err = here("score", density_runs[0] / "plain", tables / "numbers.csv", "--out", "new/a.csv")
     assert code == 130 and "interrupted" in err and not list(tmp_path.iterdir())
 
 
@@ -352,8 +297,8 @@ def test_ctrl_c_keeps_the_best_weights(here, tmp_path, monkeypatch):
         return fit(self, stop, *arguments)
 
     monkeypatch.setattr(DensityTrainer, "fit", interrupted)
-    write(NUMBERS, tmp_path / "numbers.csv")
-    code, out, err = here("density", "numbers.csv", *TINY, "--out", "run")
+    write_table(NUMBERS, tmp_path / "numbers.csv")
+    code, out, err = here("density", "numbers.csv", *ONE_FLOW, "--out", "run")
     assert code == 130 and "interrupted; these are the best weights so far" in err and "flow" in out
     assert files(tmp_path / "run") == FILES
 
@@ -362,15 +307,15 @@ def test_a_rare_category_is_in_the_training_part(here, tmp_path):
     """A category of one row would be in the test part of seed 0, where the density could not be evaluated."""
     test = np.random.default_rng(0).permutation(N)[:24]
     rare = TABLE.assign(colour=np.where(np.arange(N) == test[5], "pink", TABLE.colour))
-    write(rare, tmp_path / "rare.csv")
-    code, _, err = here("density", "rare.csv", "--context", "colour", "--drop", "id", *TINY, "--out", "run")
+    write_table(rare, tmp_path / "rare.csv")
+    code, _, err = here("density", "rare.csv", "--context", "colour", "--drop", "id", *ONE_FLOW, "--out", "run")
     assert code == 0 and "97 rows to train and validate, 23 to test" in err
     assert "pink" in (tmp_path / "run" / "density.json").read_text()
 
 
 def test_a_context_of_names_is_refused_before_training(here, tmp_path):
-    write(TABLE, tmp_path / "table.csv")
-    code, _, err = here("density", "table.csv", "--context", "id", "--drop", "colour", *TINY, "--out", "run")
+    write_table(TABLE, tmp_path / "table.csv")
+    code, _, err = here("density", "table.csv", "--context", "id", "--drop", "colour", *ONE_FLOW, "--out", "run")
     assert code == 2 and "expected rows to test whose categories are in training rows as well, got none" in err
     assert not (tmp_path / "run").exists()
 
@@ -380,19 +325,11 @@ def test_an_error_after_training_does_not_lose_the_training(here, tmp_path, monk
         raise ValueError("expected a finite mean, got nan")
 
     monkeypatch.setattr("counterflow.commands.density_run.mixture_log_density", fails)
-    write(NUMBERS, tmp_path / "numbers.csv")
-    code, _, err = here("density", "numbers.csv", *TINY, "--out", "run")
+    write_table(NUMBERS, tmp_path / "numbers.csv")
+    code, _, err = here("density", "numbers.csv", *ONE_FLOW, "--out", "run")
     assert code == 2 and "expected a finite mean" in err
     assert np.isfinite(cf.FlowDensity.load(tmp_path / "run").score_samples(NUMBERS)).all()
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert here("density", "--resume", "run")[0] == 0
     assert files(tmp_path / "run") == FILES
-
-
-def test_help(here):
-    for command in ("density", "score", "sample"):
-        code, out, err = here(command, "--help")
-        assert (code, err) == (0, "")
-        words = {"density": "DATA --context --drop --key --test --out --epochs --hidden --flow", "score": "RUN DATA"}
-        assert [word for word in words.get(command, "--context").split() if word not in out] == []

@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from command_line import COMMAND, ENVIRONMENT, files
+from command_line import files
 from PIL import Image
 from pyarrow import parquet
 
@@ -20,11 +19,9 @@ import counterflow as cf
 from counterflow import plots
 from counterflow.cli import main
 from counterflow.commands.model_file import load_target, split_name
-from counterflow.commands.model_tool import Tool
 from counterflow.commands.posterior_plots import discrepancy, expected_discrepancy
 
 QUICK = shlex.split("--stages 1 --steps 30 --layers 1 --samples 32 --verdict-samples 1000 --starts 2")
-POSTERIOR = [*COMMAND, "posterior"]
 FILES = {
     *("config.json", "metrics.jsonl", "summary.json", "posterior.nc", "draws.parquet"),
     *("model.safetensors", "draws.safetensors", "posterior.json"),
@@ -194,72 +191,59 @@ def rows(run):
     return {row["variable"]: row for row in summary(run)["table"]}
 
 
-# -- the default, from the command line to what ArviZ reads ------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def schools(tmp_path_factory):
-    """The process that fitted the bundled model, and its run folder."""
-    folder = tmp_path_factory.mktemp("schools")
-    command = [*POSTERIOR, "--steps", "100", "--verdict-samples", "4000", "-n", "500", "--out", "run"]
-    return subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True), folder / "run"
-
-
-def test_without_arguments_it_fits_the_eight_schools(schools):
-    ran, run = schools
+def test_without_arguments_it_fits_the_eight_schools(posterior_run):
+    run, ran = posterior_run
     assert ran.returncode == 0, ran.stderr
     assert "Traceback" not in ran.stderr and "eight-schools: 10 dimensions (mu, tau, z)" in ran.stderr
     assert "stage 1: 100 steps" in ran.stderr and "k-hat" in ran.stderr and "ELBO" in ran.stderr
-    assert "theta[7]" in ran.stdout and summary(run)["verdict"] in ran.stdout and "run/plots" in ran.stdout
+    assert "theta[7]" in ran.stdout and summary(run)["verdict"] in ran.stdout and "schools/plots" in ran.stdout
     assert files(run) == FILES
 
 
-def test_the_summary_of_a_run(schools):
-    found = summary(schools[1])
+def test_the_summary_of_a_run(posterior_run):
+    found = summary(posterior_run[0])
     assert found.keys() >= KEYS and found["model"] == "eight-schools" and found["stopped"] == "finished"
     assert found["trusted"] and found["k_hat"] < 0.7 and found["ess"] > 2_000 and found["samples"] == 4_000
     # mean 4.4 and sd 3.3 of mu, mean 3.6 and sd 3.2 of tau by posteriordb's reference draws
-    table = rows(schools[1])
+    table = rows(posterior_run[0])
     assert table["mu"]["mean"] == pytest.approx(4.4, abs=0.4) and table["mu"]["sd"] == pytest.approx(3.3, abs=0.4)
     assert table["tau"]["mean"] == pytest.approx(3.6, abs=0.4) and table["tau"]["5%"] < 1 < table["tau"]["95%"]
     assert len(table) == 18 and all(row["ess"] > 500 for row in table.values())
 
 
-def test_the_draws_of_a_run(schools):
+def test_the_draws_of_a_run(posterior_run):
     import arviz
 
-    data = arviz.from_netcdf(schools[1] / "posterior.nc")
-    table = parquet.read_table(schools[1] / "draws.parquet")
+    data = arviz.from_netcdf(posterior_run[0] / "posterior.nc")
+    table = parquet.read_table(posterior_run[0] / "draws.parquet")
     assert data["posterior"]["theta"].shape == (1, 500, 8) and list(data["posterior"]["school"].values) == [*"ABCDEFGH"]
-    assert table.num_rows == 500 and table.column_names == list(rows(schools[1]))
+    assert table.num_rows == 500 and table.column_names == list(rows(posterior_run[0]))
     assert np.array_equal(table["theta[3]"].to_numpy(), data["posterior"]["theta"].values[0, :, 3])
     theta = table["mu"].to_numpy() + table["tau"].to_numpy() * table["z[3]"].to_numpy()
     assert theta == pytest.approx(table["theta[3]"].to_numpy())
 
 
-def test_a_run_is_loaded_again(schools):
-    posterior = cf.Posterior.load(schools[1])
-    found = summary(schools[1])
+def test_a_run_is_loaded_again(posterior_run):
+    posterior = cf.Posterior.load(posterior_run[0])
+    found = summary(posterior_run[0])
     assert (posterior.k_hat, posterior.ess) == pytest.approx((found["k_hat"], found["ess"]))
     assert posterior.sample(7)["theta"].shape == (7, 8)
-    assert cf.load(schools[1] / "model.safetensors").features == 10
+    assert cf.load(posterior_run[0] / "model.safetensors").features == 10
 
 
-def test_the_configuration_and_the_metrics_of_a_run(schools):
-    config = json.loads((schools[1] / "config.json").read_text())
+def test_the_configuration_and_the_metrics_of_a_run(posterior_run):
+    config = json.loads((posterior_run[0] / "config.json").read_text())
     assert (config["command"], config["model"], config["fit"]["steps"]) == ("posterior", "eight-schools", 100)
-    stages = [json.loads(line) for line in (schools[1] / "metrics.jsonl").read_text().splitlines()]
-    assert [stage["stage"] for stage in stages] == list(range(1, summary(schools[1])["stages"] + 1))
+    stages = [json.loads(line) for line in (posterior_run[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [stage["stage"] for stage in stages] == list(range(1, summary(posterior_run[0])["stages"] + 1))
     assert len(stages[0]["elbos"]) == 10 and all(map(math.isfinite, stages[0]["elbos"]))
 
 
-def test_the_pictures_of_a_run(schools):
-    for path in (schools[1] / "plots").iterdir():
+def test_the_pictures_of_a_run(posterior_run):
+    for path in (posterior_run[0] / "plots").iterdir():
         with Image.open(path) as picture:
             assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 1
 
-
-# -- models of every kind ----------------------------------------------------------------------------
 
 KINDS = {
     "torch": ("mine.py:banana", "theta[0] theta[1]"),
@@ -344,9 +328,6 @@ def test_the_tool_is_told_by_what_a_function_calls(package, code, here, tmp_path
     assert [find_tool(function) for function in (module.inner, module.outer, module.local)] == [package] * 3
 
 
-# -- what the verdict leads to -----------------------------------------------------------------------
-
-
 def test_a_bad_verdict_is_told_on_stderr_and_the_exit_code_is_0(here, tmp_path):
     code, out, err = here("mine.py:modes", *QUICK, "--out", "run")
     verdict = summary(tmp_path / "run")["verdict"]
@@ -418,9 +399,6 @@ def test_pictures_of_the_unusual(draw, tmp_path):
         assert min(picture.size) > 100 and np.asarray(picture.convert("L")).std() > 1
 
 
-# -- how a run ends early ----------------------------------------------------------------------------
-
-
 def test_ctrl_c_in_a_stage_keeps_it(here, tmp_path):
     (tmp_path / "pressed.py").write_text(
         "steps = 0\ndef model(theta):\n    global steps\n    steps += len(theta) == 37\n"
@@ -448,8 +426,6 @@ def test_an_error_in_the_middle_leaves_nothing(here, tmp_path):
     assert re.search(r"expected mine.py to run, got RuntimeError: too far.* \(line \d+ of mine.py: raise Run", err), err
     assert everything(tmp_path) == before and not (tmp_path / "run").exists()
 
-
-# -- bad input ---------------------------------------------------------------------------------------
 
 BAD = {
     "missing file": ("nowhere.py:model", "expected a file with a model, got nowhere.py, which does not exist"),
@@ -532,14 +508,6 @@ def test_a_tool_that_is_missing_is_named(here, tmp_path, monkeypatch):
 def test_names_of_files_and_models():
     here = str(Path(__file__))
     assert split_name(f"{here}:model") == (Path(here), "model") and split_name(here) == (Path(here), "")
-
-
-def test_help(here):
-    code, out, err = here("--help")
-    words = "MODEL --data --tool --dim -n --out --stages --seconds --steps --seed runs the exit code is 0"
-    assert (code, err) == (0, "") and [word for word in words.split() if word not in out] == []
-    assert set(Tool.__args__) <= set(re.findall(r"\w+", out))
-    assert torch.get_default_dtype() == torch.float32
 
 
 def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):

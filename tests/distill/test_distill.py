@@ -306,7 +306,7 @@ def test_a_run_of_the_command(tmp_path, monkeypatch, capsys):
     teacher = teacher_of()
     (tmp_path / "run").mkdir()
     cf.save(teacher, tmp_path / "run" / "model.safetensors")
-    short = ["--layer-steps", "100", "--flow-steps", "50", "--samples", "500", "--out", "student"]
+    short = ["--layer-steps", "100", "--flow-steps", "50", "--comparison-samples", "500", "--out", "student"]
     code, out, err = command(tmp_path, monkeypatch, capsys, "distill", "run", *short)
     assert code == 0, err
     assert "KL(student || teacher)" in out
@@ -336,7 +336,7 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys):
         (["nothing"], "expected a run folder of counterflow, got nothing, which does not exist"),
         (["vae.safetensors"], "expected a flow in vae.safetensors, got a VAE"),
         (["context.safetensors"], "without a context, got one with context=2; in Python: cf.distill(flow, contexts)"),
-        (["flow.safetensors", "--samples", "1"], "expected samples to be at least 2, got 1"),
+        (["flow.safetensors", "--comparison-samples", "1"], "expected --comparison-samples to be at least 2, got 1"),
         (["flow.safetensors", "--out", "."], "which exists; give another --out"),
     ):
         code, out, err = command(tmp_path, monkeypatch, capsys, "distill", *arguments)

@@ -280,7 +280,7 @@ def test_the_command_says_where_numbers_differ(here, monkeypatch):
     monkeypatch.setattr("counterflow.io.export.largest_difference", lambda *_: 1e-3)
     code, _, err = here("run", "flow.pt2")
     assert code == 1
-    assert "expected at most 1e-05; the file is kept, but is not the model" in err
+    assert "expected a difference of at most 1e-05; the file is kept, but differs from the model" in err
 
 
 def test_float64_that_onnx_runtime_lacks(here, tmp_path):

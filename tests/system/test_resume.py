@@ -120,8 +120,8 @@ def test_what_cannot_be_resumed(here, tmp_path):
             (),
             "expected a run of counterflow density, got run, a run of counterflow posterior",
         ),
-        ('{"command": "density"}', ("--layers", "7"), "got --layers as well"),
-        ('{"command": "density"}', ("other.csv", "--no-kernels"), "got DATA, --kernels as well"),
+        ('{"command": "density"}', ("--layers", "7"), "got --layers"),
+        ('{"command": "density"}', ("other.csv", "--no-kernels"), "got DATA, --no-kernels"),
     ]:
         (run / "config.json").write_text(config)
         code, _, errors = here("density", "--resume", "run", *words)

@@ -22,7 +22,7 @@ class Distill:
     keeps the best weights so far.
     """
 
-    run_folder: Annotated[Path | None, tyro.conf.Positional, optional("RUN")] = None
+    run_folder: Annotated[Path | None, tyro.conf.Positional, optional("[RUN]")] = None
     """run folder of the teacher, or its .safetensors file; a flow without a context"""
     comparison_samples: int = 10_000
     """draws of teacher and student for the comparison at the end"""

@@ -1,0 +1,170 @@
+"""The command line itself: help, typing mistakes, missing packages, errors of the system, closed pipes."""
+
+import errno
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+from command_line import COMMAND, ENVIRONMENT, everything, real
+from registry import over
+
+import counterflow as cf
+from counterflow.cli import CLASSES, COMMANDS, help_text
+from counterflow.commands.requirements import PACKAGES, require_packages
+
+WORDS = {
+    "vae": "--data --key --levels --posterior gaussian,iaf --likelihood --latent --network --free-bits --test-samples "
+    "--out --resume --epochs --batch-size --learning-rate --optimizer --ema --patience --seed --device --precision",
+    "posterior": "[MODEL] --data --tool {torch,pymc,pyro,numpyro} --dim -n --out --stages --seconds --steps --seed the "
+    "exit code is 0",
+    "density": "[DATA] --context COLUMN --drop --key --test --out --epochs --hidden --flow --no-kernels",
+    "distill": "[RUN] --comparison-samples --layer-steps --flow-steps --samples --forward-kl-weight --out",
+    "sample": "RUN -n --context --seed --out --mean --device",
+    "score": "RUN DATA --key --levels --samples --seed --out --device",
+    "export": "RUN FILE --direction {sample,log_prob,decode,encode} --batch --double --seed",
+    "bench": "--sizes D/H/B --growth --peers --threads --repeats --budget --cap --memory --quick --out",
+}
+
+
+def test_the_help_has_one_line_for_each_command(here):
+    code, out, err = here("--help")
+    assert (code, err) == (0, "") and here("-h") == (0, out, "")
+    assert len(out.splitlines()) <= 24 and all(len(line) <= 100 for line in out.splitlines())
+    for group, commands in COMMANDS.items():
+        assert f"\n{group}:\n" in out
+        for name, line in commands.items():
+            assert f"\n  {name:<10} {line}\n" in out
+    assert [name for commands in COMMANDS.values() for name in commands] == list(CLASSES)
+
+
+@over(CLASSES, "name")
+def test_the_line_of_a_command_begins_its_own_help(name, here):
+    (line,) = (commands[name] for commands in COMMANDS.values() if name in commands)
+    module, _, options = CLASSES[name].partition(":")
+    assert getattr(import_module(module), options).__doc__.splitlines()[0] == line
+    code, out, err = here(name, "--help")
+    text = " ".join(re.sub("[│╭╮╰╯─]", " ", out).split())
+    assert (code, err) == (0, "") and out.startswith(f"usage: counterflow {name} ")
+    assert [word for word in [line, *WORDS[name].split()] if word not in text] == []
+    assert "None" not in out
+
+
+@over(["", *CLASSES], "name")
+def test_printing_help_does_not_import_torch(name):
+    code = f"import sys; from counterflow.cli import main; main([{name!r}, '--help'] if {name!r} else ['--help'])"
+    check = "print(*{'torch', 'numpy', 'rich', 'numba'} & set(sys.modules))"
+    code = f"import atexit, sys; atexit.register(lambda: {check}); {code}"
+    ran = subprocess.run([sys.executable, "-c", code], env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert ran.stdout.startswith("usage: counterflow") and ran.stdout.splitlines()[-1] == ""
+
+
+def test_the_version(here):
+    assert here("--version") == (0, f"counterflow {cf.__version__}\n", "")
+
+
+UNREADABLE = {
+    "likelihood": ("vae --likelihood poisson", "--likelihood"),
+    "posterior": ("vae --posterior maf", "--posterior"),
+    "number": ("vae --epochs many", "--epochs"),
+    "flag": ("vae --colour red", "--colour"),
+    "misspelt flag": ("vae --latnt 3", "--latent"),
+    "command": ("train", "expected a command (vae, posterior, density, distill, sample, score, export, bench), got tr"),
+    "misspelt command": ("postrior", "did you mean posterior?"),
+    "nothing": ("", "usage: counterflow COMMAND [OPTIONS]"),
+    "no run": ("sample", "RUN"),
+    "no data": ("score run", "DATA"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), UNREADABLE.values(), ids=UNREADABLE)
+def test_arguments_that_do_not_read(line, message, here, tmp_path):
+    code, out, err = here(*line.split())
+    assert (code, out) == (2, "") and message in err and "Traceback" not in err
+    assert not everything(tmp_path)
+
+
+def test_suggestions_come_from_the_same_command(here):
+    _, _, err = here("score", "run", "data", "--sampels", "3")
+    assert "--samples" in err and "posterior" not in err and "vae" not in err.replace("VAE", "")
+
+
+@over(["tyro", "rich"], "package")
+def test_the_help_works_without_the_packages_of_the_command_line(package, here, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    assert here("--help") == (0, help_text() + "\n", "")
+    code, out, err = here("sample", "run")
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"counterflow: expected {package} for .*; pip install 'counterflow\[cli\]'\n", err), err
+
+
+def test_all_missing_packages_are_named_at_once(here, tmp_path, monkeypatch):
+    for package in ("pyarrow", "matplotlib"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert here("density", "--help")[0] == 0
+    code, out, err = here("density", "table.csv")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search("expected pyarrow for tables.*; expected matplotlib for plots", err)
+    assert err.endswith("; pip install 'counterflow[data,plots]'\n") and not everything(tmp_path)
+
+
+def test_every_package_has_its_extra(monkeypatch):
+    for package, (extra, _) in PACKAGES.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(ImportError, match=rf"^expected \S+ for .*pip install 'counterflow\[{extra}\]'$"):
+            require_packages(package)
+
+
+ERRORS = {
+    "no permission": (errno.EACCES, "run", "expected access to run, got: permission denied"),
+    "no such file": (errno.ENOENT, "run", "expected access to run, got: no such file or directory"),
+    "no file": (errno.EIO, None, "expected access to a file, got: input/output error"),
+    "full": (errno.ENOSPC, "run", "expected free space on the disk to write run, got none; free some"),
+    "quota": (errno.EDQUOT, None, "expected free space on the disk to write, got none; free some"),
+}
+
+
+@pytest.mark.parametrize(("number", "path", "message"), ERRORS.values(), ids=ERRORS)
+def test_errors_of_the_system_are_put_in_words(number, path, message, here, monkeypatch):
+    def fail(run):
+        raise OSError(number, os.strerror(number), path)
+
+    monkeypatch.setattr("counterflow.commands.trained.kind_of_run", fail)
+    assert here("sample", "run") == (2, "", f"counterflow: {message}\n")
+
+
+@over(["--help", "vae --help", "--version"], "line")
+def test_a_reader_that_closes_the_pipe_gets_no_error(line):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [*COMMAND, *line.split()]
+    ran = subprocess.run(command, env=ENVIRONMENT, stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (ran.returncode, ran.stderr) == (141, "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
+@over([{}, {"NO_COLOR": "1"}], "variables")
+def test_no_color(variables):
+    import pty
+
+    outer, inner = pty.openpty()
+    environment = {**ENVIRONMENT, "TERM": "xterm-256color", **variables}
+    with subprocess.Popen([*COMMAND, "sample", "--help"], env=environment, stdout=inner) as process:
+        os.close(inner)
+        text = b""
+        try:
+            while part := os.read(outer, 65536):
+                text += part
+        except OSError:  # Linux reports the end of a terminal as an error
+            pass
+    os.close(outer)
+    assert process.returncode == 0 and b"--context" in text
+    assert (b"\x1b[" in text) == (not variables)
+
+
+def test_module_and_script_are_the_same_command(tmp_path):
+    ran = subprocess.run([sys.executable, "-m", "counterflow", "--help"], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (0, real(tmp_path, "--help").stdout)
