@@ -1,4 +1,4 @@
-"""Where a fit starts: points with a finite density, and local Gaussians around the modes that are found from them."""
+"""Starting points of a fit: points with a finite density, and local Gaussians around the modes found from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same autoregressive layer in every library, built as a user of that library would build it.
+"""One autoregressive layer in every library, built as a user of that library would build it.
 
 A layer is affine autoregressive: two hidden layers of H relu units compute a shift and a scale for every feature, with
 D H + H + H^2 + H + 2 D H + 2 D parameters. Each library bounds the scale in its own way; the docstring of a builder
