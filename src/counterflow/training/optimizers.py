@@ -1,6 +1,6 @@
 """Adam, AdamW and Adamax on a few long vectors.
 
-The numbers are those of torch.optim. That one spends ten times as long on a step of a small model, and imports
+The results are those of torch.optim, which takes longer for a step of a model with many small tensors and imports
 torch's compiler, which takes seconds.
 """
 
