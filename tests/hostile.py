@@ -634,7 +634,7 @@ def _posteriors() -> list[Files]:
     theta = torch.randn(30, 2, generator=torch.Generator().manual_seed(0)).double()
     draws = WeightedDraws(theta, theta[:, 0], theta[:, 1], torch.full((30,), -math.log(30)))
     stage = Stage("path", 2, 8, 5, 0, "finished", 0.5, (1.0, math.nan), 0.3, 15.0, 30, -1.0, True)
-    fitted = FlowFit(cf.IAF(2, **SMALL).double(), draws, Verdict(30, 0.3, 15.0, -1.0, 0.1, -0.9, (3.0, 4.0)), (stage,))
+    fitted = FlowFit(cf.IAF(2, **SMALL).double(), draws, Verdict(30, 0.3, 15.0, -1.0, 0.1, -0.9), (stage,))
     values = {"mu": theta[:, 0].contiguous(), "z": theta[:, :, None].contiguous()}
     return [_saved(Posterior(None, PosteriorConfig(hidden=(4,)), fitted, values, 1.5).save)]
 

@@ -48,6 +48,21 @@ def test_one_dimension_that_is_skewed():
     assert row.mean == pytest.approx(0.92278, abs=0.06) and row.sd == pytest.approx(0.62842, rel=0.1)
 
 
+def test_a_parameter_with_a_heavy_tail_is_flagged():
+    """log x ~ N(0, 2), which is easy to fit, but few draws decide the standard deviation of x."""
+
+    def model(x, y):
+        return normal(x.log(), 0.0, 2.0) - x.log() + normal(y)
+
+    target = from_torch(model, shapes={"x": (), "y": ()}, constraints={"x": constraints.positive})
+    posterior = cf.fit_posterior(target, replace(QUICK, verdict_samples=5_000))
+    assert posterior.verdict.usable_weights and posterior.k_hat < 0.7
+    assert posterior.verdict.unreliable == ("x",) and not posterior.trusted
+    assert posterior.sentence.startswith("The standard deviation of x cannot be trusted: a few draws in a heavy tail")
+    assert posterior.summary().rows["x"].k_hat > 0.7 > posterior.summary().rows["y"].k_hat
+    assert "resampled by importance weights" in repr(posterior)
+
+
 @pytest.mark.slow
 def test_centered_eight_schools():
     posterior = cf.fit_posterior(schools, dim=10)
@@ -108,6 +123,9 @@ def test_the_summary_has_a_row_for_each_element(named):
     summary = named.summary()
     assert list(summary.rows) == ["mu", "tau", "effects[0]", "effects[1]", "effects[2]"]
     assert all(row.low < row.mean < row.high and row.sd > 0 and row.ess > 100 for row in summary.rows.values())
+    for row in summary.rows.values():
+        assert row.mcse_mean == pytest.approx(row.sd / row.ess**0.5)
+        assert 0 < row.mcse_sd < 0.1 * row.sd and row.k_hat < 0.7
     assert str(summary) == str(named.summary()) and summary.verdict == named.sentence
     assert [line.split()[0] for line in str(summary).splitlines()[1:6]] == list(summary.rows)
 

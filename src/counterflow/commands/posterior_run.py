@@ -161,6 +161,7 @@ def _summary(fitted: posterior.Posterior, model: str) -> dict[str, Any]:
         "elbo_error": fitted.verdict.elbo_error,
         "iw_elbo": fitted.verdict.iw_elbo,
         "missed": fitted.missed,
+        "unreliable": fitted.verdict.unreliable,
         "seconds": round(fitted.seconds, 2),
         "stages": len(fitted.stages),
         "stopped": fitted.stages[-1].stopped,
@@ -177,7 +178,8 @@ def _print(fitted: posterior.Posterior, folder: Path, interrupted: bool) -> None
     if fitted.trusted or not (console.out.is_terminal and console.err.is_terminal):
         console.say(fitted.sentence)
     if not fitted.trusted:
-        console.note(f"counterflow: {fitted.sentence} The draws are those of the approximation, not corrected.")
+        note = "" if fitted.verdict.usable_weights else " The draws are those of the approximation, not corrected."
+        console.note(f"counterflow: {fitted.sentence}{note}")
     if interrupted:
         console.note(f"interrupted; this is the best stage so far; continue with --resume {folder}")
     console.say(f"run folder: {folder}  (plots in {folder / 'plots'})")
@@ -185,12 +187,13 @@ def _print(fitted: posterior.Posterior, folder: Path, interrupted: bool) -> None
 
 def _table(summary: posterior.Summary) -> Table:
     table = Table()
-    for name in ("variable", "mean", "sd", "5%", "95%", "ESS"):
+    for name in ("variable", "mean", "MCSE", "sd", "MCSE", "5%", "95%", "ESS", "k-hat"):
         table.add_column(name, justify="left" if name == "variable" else "right", no_wrap=True)
     rows = list(summary.rows.items())
     for name, row in rows[:MAX_PRINTED]:
-        numbers = [f"{value:.4g}" for value in (row.mean, row.sd, row.low, row.high)]
-        table.add_row(name.replace("[", r"\["), *numbers, f"{row.ess:,.0f}")
+        moments = (f"{row.mean:.4g}", f"{row.mcse_mean:.2g}", f"{row.sd:.4g}", f"{row.mcse_sd:.2g}")
+        quantiles = (f"{row.low:.4g}", f"{row.high:.4g}")
+        table.add_row(name.replace("[", r"\["), *moments, *quantiles, f"{row.ess:,.0f}", f"{row.k_hat:.2f}")
     if len(rows) > MAX_PRINTED:
         table.caption = f"{MAX_PRINTED} of {len(rows)} numbers; summary.json holds all"
     return table

@@ -3,6 +3,7 @@
 from counterflow.diagnostics.agreement import Agreement, agreement
 from counterflow.diagnostics.calibration import Calibration, simulation_based_calibration
 from counterflow.diagnostics.chains import Convergence, convergence
+from counterflow.diagnostics.estimates import Estimates, weighted_estimates
 from counterflow.diagnostics.importance import (
     SmoothedWeights,
     effective_sample_size,
@@ -19,6 +20,7 @@ __all__ = [
     "Agreement",
     "Calibration",
     "Convergence",
+    "Estimates",
     "SmoothedWeights",
     "TwoSamples",
     "Verdict",
@@ -33,4 +35,5 @@ __all__ = [
     "psis",
     "resample",
     "simulation_based_calibration",
+    "weighted_estimates",
 ]

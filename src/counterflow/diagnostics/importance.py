@@ -30,7 +30,7 @@ def effective_sample_size(log_weights: Tensor) -> Tensor:
         >>> round(effective_sample_size(torch.zeros(100)).item(), 3)
         100.0
     """
-    return 1 / _normalized(log_weights).square().sum(0)
+    return 1 / normalized_weights(log_weights).square().sum(0)
 
 
 def effective_sample_size_of_means(draws: Tensor, log_weights: Tensor) -> Tensor:
@@ -52,8 +52,8 @@ def effective_sample_size_of_means(draws: Tensor, log_weights: Tensor) -> Tensor
         >>> effective_sample_size_of_means(torch.randn(50, 2), torch.zeros(50)).round().tolist()
         [50.0, 50.0]
     """
-    _check_draws(draws, log_weights)
-    w = _normalized(log_weights.double())[:, None]
+    check_draws(draws, log_weights)
+    w = normalized_weights(log_weights.double())[:, None]
     squares = (draws - (w * draws).sum(0)).double().square()
     return (w * squares).sum(0) / (w.square() * squares).sum(0)
 
@@ -76,8 +76,8 @@ def resample(draws: Tensor, log_weights: Tensor, n: int) -> Tensor:
         >>> resample(torch.arange(5), torch.zeros(5), 5).sort().values.tolist()
         [0, 1, 2, 3, 4]
     """
-    _check_draws(draws, log_weights)
-    edges = _normalized(log_weights.double()).cumsum(0)
+    check_draws(draws, log_weights)
+    edges = normalized_weights(log_weights.double()).cumsum(0)
     comb = (torch.arange(n, device=edges.device) + torch.rand((), dtype=edges.dtype, device=edges.device)) / n
     picked = torch.searchsorted(edges, comb * edges[-1], right=True)
     last = log_weights.isfinite().nonzero()[-1, 0]  # rounding may put the last point of the comb past every edge
@@ -150,6 +150,15 @@ def k_hat_threshold(samples: int) -> float:
     return min(1 - 1 / math.log10(samples), K_HAT_USABLE)
 
 
+def tail_shape(log_values: Tensor) -> float:
+    """Estimate the shape k of the upper tail of positive values, given by their logarithms (S,), as `psis` does.
+
+    Values of zero, -inf here, do not take part; it is 0 if there are no others.
+    """
+    positive = log_values[log_values > -math.inf]
+    return _smoothed_tail(positive)[1] if len(positive) else 0.0
+
+
 def check_log_weights(log_weights: Tensor) -> None:
     """Raise ValueError for log weights (S, ...) that contain NaN or +inf, or that are all -inf over S."""
     bad = log_weights.isnan() | (log_weights == math.inf)
@@ -165,13 +174,14 @@ def check_log_weights(log_weights: Tensor) -> None:
         )
 
 
-def _normalized(log_weights: Tensor) -> Tensor:
+def normalized_weights(log_weights: Tensor) -> Tensor:
     """Return the weights, normalised to sum to one over the first axis."""
     check_log_weights(log_weights)
     return torch.softmax(log_weights, 0)
 
 
-def _check_draws(draws: Tensor, log_weights: Tensor) -> None:
+def check_draws(draws: Tensor, log_weights: Tensor) -> None:
+    """Raise ValueError unless draws are (S, ...) and log weights (S,)."""
     if log_weights.dim() != 1 or draws.shape[:1] != log_weights.shape:
         raise ValueError(
             f"expected draws (S, ...) and log weights (S,), got {tuple(draws.shape)} and {tuple(log_weights.shape)}"

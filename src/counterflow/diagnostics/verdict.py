@@ -6,17 +6,18 @@ Weights cannot detect a part of p in which no draw fell: a k-hat of 0.1 says tha
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from counterflow.diagnostics.estimates import unreliable_features
 from counterflow.diagnostics.importance import (
     K_HAT_CLOSE,
     K_HAT_USABLE,
     SmoothedWeights,
     effective_sample_size,
-    effective_sample_size_of_means,
     k_hat_threshold,
     psis,
 )
@@ -34,8 +35,8 @@ class Verdict:
     elbo: float  # mean log weight, nats
     elbo_error: float  # its standard error
     iw_elbo: float  # log of the mean weight, nats; tends to log Z from below as S grows
-    ess_of_means: tuple[float, ...] = ()  # `effective_sample_size_of_means`, if the draws were given
     missed: float = 0.0  # share of the posterior mass, found by a search for modes, where q has next to no density
+    unreliable: tuple[str, ...] = ()  # features whose standard deviation a few draws in a heavy tail decide
 
     @property
     def threshold(self) -> float:
@@ -43,9 +44,14 @@ class Verdict:
         return k_hat_threshold(self.samples)
 
     @property
-    def trusted(self) -> bool:
-        """True if weighted or resampled draws can be used as draws of p: a good k-hat, and no known mode left out."""
+    def usable_weights(self) -> bool:
+        """True if weighted draws follow p: a good k-hat, and no known mode left out."""
         return self.k_hat < self.threshold and self.missed < MAX_MISSED_MASS
+
+    @property
+    def trusted(self) -> bool:
+        """True if weighted draws follow p and their means and standard deviations are reliable."""
+        return self.usable_weights and not self.unreliable
 
     @property
     def samples_needed(self) -> float:
@@ -71,15 +77,21 @@ ones, and the ELBO is -12.34 ± 0.011 nats.
                 f"the model for a symmetry or a better parameterisation (k-hat {self.k_hat:.2f} describes only the "
                 "part that is covered)."
             )
+        if self.usable_weights and self.unreliable:
+            return (
+                f"The standard deviation of {listed(self.unreliable)} cannot be trusted: a few draws in a heavy tail "
+                f"decide it. The weighted draws are good (k-hat {self.k_hat:.2f} is below {self.threshold:.2f}), so "
+                "report medians and intervals, or choose a prior with lighter tails."
+            )
         return f"{self._judgement_of_weights()}, and the ELBO is {self.elbo:.2f} ± {self.elbo_error:.2g} nats."
 
     def _judgement_of_weights(self) -> str:
         worth = f"{self.samples:,} draws are worth {self.ess:,.0f} exact ones"
-        if self.trusted and self.k_hat < K_HAT_CLOSE:
+        if self.usable_weights and self.k_hat < K_HAT_CLOSE:
             return (
                 f"The approximation is close to the posterior: k-hat {self.k_hat:.2f} is below {K_HAT_CLOSE}, {worth}"
             )
-        if self.trusted:
+        if self.usable_weights:
             return (
                 f"The approximation is useful, with its importance weights: k-hat {self.k_hat:.2f} lies between "
                 f"{K_HAT_CLOSE} and {self.threshold:.2f}, {worth}"
@@ -96,12 +108,30 @@ ones, and the ELBO is -12.34 ± 0.011 nats.
         )
 
 
-def diagnose(log_weights: Tensor, draws: Tensor | None = None, smoothed: SmoothedWeights | None = None) -> Verdict:
-    """Judge q by the log weights of its draws.
+def listed(names: Sequence[str], max_count: int = 6) -> str:
+    """Join names by commas, at most max_count of them.
+
+    Example:
+        >>> listed(["mu", "tau"]), listed(["mu", "tau", "z[0]", "z[1]"], 2)
+        ('mu, tau', 'mu, tau and 2 more')
+    """
+    more = f" and {len(names) - max_count} more" if len(names) > max_count else ""
+    return ", ".join(names[:max_count]) + more
+
+
+def diagnose(
+    log_weights: Tensor,
+    draws: Tensor | None = None,
+    names: Sequence[str] | None = None,
+    *,
+    smoothed: SmoothedWeights | None = None,
+) -> Verdict:
+    """Judge q by the log weights of its draws, and the estimates for each feature of the draws if they are given.
 
     Args:
         log_weights: log p - log q of S draws of q, (S,), nats.
-        draws: the draws themselves, (S, D), for the effective sample sizes of their means.
+        draws: the draws, or what is reported of them, (S, D).
+        names: names of the D features; by default "[0]", "[1]", ...
         smoothed: `psis` of the log weights, if it was computed before.
 
     Raises:
@@ -121,7 +151,7 @@ def diagnose(log_weights: Tensor, draws: Tensor | None = None, smoothed: Smoothe
     smoothed = psis(log_weights) if smoothed is None else smoothed
     raw = log_weights.detach().double()
     error = raw.std().item() / len(raw) ** 0.5
-    ess_of_means = () if draws is None else effective_sample_size_of_means(draws, smoothed.log_weights).tolist()
+    unreliable = [] if draws is None else unreliable_features(draws, smoothed.log_weights)
     return Verdict(
         samples=len(raw),
         k_hat=smoothed.k_hat,
@@ -129,5 +159,5 @@ def diagnose(log_weights: Tensor, draws: Tensor | None = None, smoothed: Smoothe
         elbo=raw.mean().item(),
         elbo_error=error if math.isfinite(error) else math.inf,
         iw_elbo=torch.logsumexp(raw, 0).item() - math.log(len(raw)),
-        ess_of_means=tuple(ess_of_means),
+        unreliable=tuple(f"[{i}]" if names is None else names[i] for i in unreliable),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 
 from counterflow.diagnostics.arviz import arviz_data
-from counterflow.diagnostics.importance import effective_sample_size_of_means, psis, resample
+from counterflow.diagnostics.estimates import unreliable_features
+from counterflow.diagnostics.importance import psis, resample
 from counterflow.diagnostics.verdict import Verdict
 from counterflow.flows.flow import Flow
 from counterflow.io.atomic import write_bytes
@@ -26,7 +26,7 @@ from counterflow.posterior.mcmc import Chains, independence_metropolis, neutra
 from counterflow.posterior.modes import missed_mass
 from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws, draw_with_densities, fit_flow
 from counterflow.posterior.starts import initial_gaussians
-from counterflow.posterior.summary import Summary, SummaryRow, summary_row
+from counterflow.posterior.summary import Summary, summary_rows
 from counterflow.posterior.targets.function import as_target
 from counterflow.posterior.targets.layout import element_names
 from counterflow.posterior.targets.target import Target
@@ -106,9 +106,20 @@ def fit_posterior(
     with seeded(group.rank_seed(config.seed)):
         fitted = fit_flow(target, gaussians, config, begun + config.seconds, on_stage, on_epoch, on_step, checkpoints)
         missed = group.broadcast_value(missed_mass(target, fitted.flow, gaussians, config.starts, generator))
-    fitted = fitted._replace(verdict=replace(fitted.verdict, missed=missed))
     values = target.constrain(fitted.draws.theta)
+    unreliable = _unreliable_parameters(target, values, fitted.draws.log_weights)
+    fitted = fitted._replace(verdict=replace(fitted.verdict, missed=missed, unreliable=unreliable))
     return Posterior(target, config, fitted, values, time.perf_counter() - begun)
+
+
+def _unreliable_parameters(target: Target, values: dict[str, Tensor], log_weights: Tensor) -> tuple[str, ...]:
+    """Labels of the elements of parameters whose standard deviation is not reliable; derived variables do not count."""
+    found: list[str] = []
+    for name in target.parameters:
+        labels = element_names(name, values[name].shape[1:])
+        columns = values[name].reshape(len(log_weights), -1)
+        found += [labels[i] for i in unreliable_features(columns, log_weights)]
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -185,7 +196,7 @@ class Posterior:
 
     @property
     def trusted(self) -> bool:
-        """True if the verdict is good; draws are then importance-resampled, and otherwise q's uncorrected draws."""
+        """True if the draws and the summary can be used as the posterior's: see `counterflow.diagnostics.Verdict`."""
         return self.verdict.trusted
 
     @property
@@ -196,8 +207,8 @@ class Posterior:
     def sample(self, n: int) -> dict[str, Tensor]:
         """Draw n times from the posterior: name -> (n, *shape), constrained.
 
-        If the verdict is good, the verdict's draws are resampled by their weights; otherwise these are uncorrected
-        draws of q. Noise comes from torch's global generator.
+        If the weights are usable, the verdict's draws are resampled by them; otherwise these are uncorrected draws of
+        q. Noise comes from torch's global generator.
 
         Raises:
             ValueError: n below 1, or more than the verdict's draws after loading without the target.
@@ -212,9 +223,9 @@ class Posterior:
         return target.constrain(theta[self._pick(psis(log_p - log_q).log_weights, n)])
 
     def _pick(self, log_weights: Tensor, n: int) -> Tensor:
-        """Indices (n,) of the draws to return: resampled by the weights if trusted, else the first n."""
+        """Indices (n,) of the draws to return: resampled by the weights if they are usable, else the first n."""
         index = torch.arange(len(log_weights))
-        return resample(index, log_weights, n) if self.trusted else index[:n]
+        return resample(index, log_weights, n) if self.verdict.usable_weights else index[:n]
 
     def _require_target(self) -> Target:
         if self.target is None:
@@ -230,20 +241,12 @@ class Posterior:
         return self.flow().log_prob(theta.double())
 
     def summary(self) -> Summary:
-        """Mean, standard deviation, 5 % and 95 % quantiles and effective sample size of each element of each variable.
+        """Estimate mean, standard deviation and quantiles of each element of each variable, with their reliability.
 
-        The estimates are importance-weighted if the verdict is good; otherwise they are those of q's own draws.
+        The estimates are importance-weighted if the weights are usable; otherwise they are those of q's own draws.
         """
-        S = len(self.log_weights)
-        log_w = self.log_weights if self.trusted else torch.full_like(self.log_weights, -math.log(S))
-        rows: dict[str, SummaryRow] = {}
-        for name, value in self.values.items():
-            columns = value.reshape(S, -1).double()
-            ess = effective_sample_size_of_means(columns, self.log_weights)
-            labels = element_names(name, value.shape[1:])
-            for label, column, column_ess in zip(labels, columns.T, ess.tolist(), strict=True):
-                rows[label] = summary_row(column, log_w.exp(), column_ess)
-        return Summary(rows, self.sentence)
+        log_weights = self.log_weights if self.verdict.usable_weights else torch.zeros_like(self.log_weights)
+        return Summary(summary_rows(self.values, log_weights), self.sentence)
 
     def to_arviz(self, samples: int = 4000) -> Any:
         """Convert draws to ArviZ's data structure: InferenceData in version 0, an xarray DataTree from version 1 on.
@@ -356,7 +359,8 @@ class Posterior:
         return cls(known, config, FlowFit(flow, draws, verdict, stages), values, seconds)
 
     def __repr__(self) -> str:
-        how = "resampled by importance weights" if self.trusted else "of the approximation itself, NOT corrected"
+        usable = self.verdict.usable_weights
+        how = "resampled by importance weights" if usable else "of the approximation itself, NOT corrected"
         stages = f"{len(self.stages)} stage{'s' if len(self.stages) > 1 else ''}"
         return (
             f"Posterior({self.flow.features} dimensions: {', '.join(self.values)}; {stages}, {self.seconds:.1f} s)\n"
