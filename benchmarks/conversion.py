@@ -2,7 +2,7 @@
 
     pip install -c constraints.txt -e ".[dev]" && python benchmarks/conversion.py
 
-Differences: every flow of tests/test_interop.py, with random weights, at 64 of its samples; the largest difference of
+Differences: every flow of tests/tools/test_interop.py, with random weights, at 64 of its samples; the largest one of
 log_prob, and of samples from the same noise relative to 1 + the largest sample, in float64 and float32.
 
 Times: 1,000 draws of a flow of five layers, D = 64, two hidden layers of 512 (nflows' default network has five), as
@@ -28,7 +28,7 @@ import torch
 import counterflow as cf
 
 HERE = Path(__file__).parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path[:0] = [str(HERE.parent / "tests" / "tools"), str(HERE.parent / "tests")]
 warnings.simplefilter("ignore")  # the other libraries' own
 
 D, H, LAYERS, DRAWS = 64, 512, 5, 1_000

@@ -1,4 +1,4 @@
-"""Trained flows of other libraries become flows of this one: the same numbers, both directions in one pass."""
+"""Conversion of trained flows of other libraries: the same numbers, both directions at the cost of one pass."""
 
 from __future__ import annotations
 
@@ -15,29 +15,33 @@ LIBRARIES = ("nflows", "normflows", "pyro", "sbi", "zuko")
 
 
 def convert(foreign: Any) -> Flow:
-    """A trained flow of nflows, normflows, Pyro, sbi or zuko as a `Flow`: the same log_prob, the same samples.
+    """Convert a trained flow of nflows, normflows, Pyro, sbi or zuko to a `Flow`.
 
-    From the same base noise the samples are the same; log_prob differs by rounding alone, in float64 by less than
-    1e-10. Both directions cost about one pass, whichever the other library takes D passes for. The weights are
-    copied, in their dtype and on their device, and the result is in eval mode: dropout is inactive and batch norm uses
-    its running statistics, whatever mode the given flow is in. What it was conditioned on is the context: q = flow(c).
+    From the same base noise the samples are the same, and log_prob agrees up to rounding, in float64 within 1e-10. Both
+    directions cost about one pass, also the one for which the other library needs D passes. The weights are copied, in
+    their dtype and on their device. The result is in eval mode, whatever mode the given flow is in: dropout is inactive
+    and batch norm uses its running statistics. The inputs that the flow is conditioned on are the context:
+    q = flow(c).
 
-    What cannot be converted exactly is refused. Learned constants (LU layers, ActNorm, batch norm, a base's mean and
-    scale) come over as constants; everything that a network computes can be trained further.
+    A flow that cannot be converted exactly is refused. Learned constants (LU layers, ActNorm, batch norm, mean and
+    scale of the base) become constants; everything that a network computes can be trained further.
 
-    Nothing is read from files: the other libraries save pickles, which can run code. Load your own file with the
-    library that wrote it, convert, and `counterflow.save`; there is no command that would do it unseen.
+    Files are not read, because the other libraries save pickles, which can run code. Load a file that you trust with
+    the library that wrote it, convert the flow, and save it with `cf.save`.
 
     Args:
         foreign: nflows: a Flow. zuko: a Flow, such as MAF, NSF, NICE. normflows: a NormalizingFlow or a
             ConditionalNormalizingFlow. Pyro: a TransformedDistribution or a ConditionalTransformedDistribution of
             AffineAutoregressive, AffineCoupling and the like. sbi: a density estimator NFlowsFlow or ZukoFlow, or a
-            DirectPosterior, of which the density estimator is converted: sbi rejects samples outside of the
-            prior's support and divides by the share that remains; the flow does neither.
+            DirectPosterior, of which only the density estimator is converted: sbi rejects samples outside of the
+            support of the prior and divides the density by the share that remains.
+
+    Returns:
+        The flow, in eval mode.
 
     Raises:
-        TypeError: an object or a layer of a class that is not converted; which one, why, and what to do instead.
-        ValueError: a layer of a class that is, with a setting that is not.
+        TypeError: the object, or one of its layers, is of a class that is not supported.
+        ValueError: a layer of a supported class has a setting that is not.
 
     Example:
         >>> import torch, nflows.transforms as T, counterflow as cf
@@ -51,9 +55,9 @@ def convert(foreign: Any) -> Flow:
     for cls in type(foreign).__mro__:
         library = cls.__module__.partition(".")[0]
         if library == "torch" and issubclass(cls, TransformedDistribution):
-            library = "pyro"  # whose transforms work in torch's class as well
+            library = "pyro"  # its transforms also work in torch's class
         if library in LIBRARIES:
-            with torch.random.fork_rng(devices=[]):  # for first weights that nobody will see
+            with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, must not move it
                 flow: Flow = import_module(f"{__name__}.{library}").flow(foreign)
             return flow.eval()
     hint = ""

@@ -17,7 +17,7 @@ from counterflow.made.architecture import Architecture
 from counterflow.transforms.autoregressive import Autoregressive
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
-from counterflow.transforms.constant import Permute, Standardize, Whiten
+from counterflow.transforms.constant import Linear, Permute, Standardize, Whiten
 from counterflow.transforms.context import StandardizedContext
 from counterflow.transforms.coupling import CouplingLayer
 from counterflow.univariate.affine import ForeignAffine
@@ -35,7 +35,7 @@ FUNCTIONS: dict[Any, str] = {
     F.silu: "silu",
     F.softplus: "softplus",
 }
-MODULES: dict[type, tuple[str, dict[str, float]]] = {  # the name, and the settings that ours has
+MODULES: dict[type, tuple[str, dict[str, float]]] = {  # the name, and the settings of our activation of that name
     nn.ReLU: ("relu", {}),
     nn.LeakyReLU: ("leaky_relu", {"negative_slope": 0.01}),
     nn.ELU: ("elu", {"alpha": 1.0}),
@@ -46,8 +46,15 @@ MODULES: dict[type, tuple[str, dict[str, float]]] = {  # the name, and the setti
 }
 
 
-def name_of(activation: Any) -> str:
-    """The name in ACTIVATIONS of an activation that is a function or a module of torch."""
+EXP_SCALE = ForeignAffine("softclip", 0.0)  # y = exp(s) x + m: with 0, softclip leaves s as it is
+
+
+def activation_name(activation: Any) -> str:
+    """Return our name of an activation, which is a function or a module of torch.
+
+    Raises:
+        TypeError: an activation that we do not have, or one with other settings than torch's defaults.
+    """
     if isinstance(activation, nn.LeakyReLU) and activation.negative_slope == 0:
         return "relu"
     name, settings = MODULES.get(type(activation), ("", {}))
@@ -60,8 +67,8 @@ def name_of(activation: Any) -> str:
 
 
 @contextmanager
-def at(place: str, layer: Any) -> Iterator[None]:
-    """Errors within say which layer of which class they are about."""
+def converting(place: str, layer: Any) -> Iterator[None]:
+    """Add the place and the class of a layer to errors raised while it is converted."""
     try:
         yield
     except (TypeError, ValueError) as error:
@@ -71,12 +78,12 @@ def at(place: str, layer: Any) -> Iterator[None]:
         raise type(error)(f"cannot convert {place}, {kind}: {error}") from None
 
 
-def of_library(thing: Any, library: str, *names: str) -> bool:
+def is_from_library(thing: Any, library: str, *names: str) -> bool:
     """Return True if thing is of one of these classes of the library, and not of another class of that name."""
     return type(thing).__name__ in names and type(thing).__module__.partition(".")[0] == library
 
 
-def not_converted(layer: Any, known: Sequence[str]) -> TypeError:
+def unsupported(layer: Any, known: Sequence[str]) -> TypeError:
     """Return the error for a class that cannot be converted."""
     return TypeError(
         f"expected one of {', '.join(sorted(known))}, got {type(layer).__name__}, whose map has no counterpart here; "
@@ -86,40 +93,64 @@ def not_converted(layer: Any, known: Sequence[str]) -> TypeError:
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer of somebody's network before activation, its units in their order: W fed + b, and what is added to it."""
+    """Description of one layer of another library's network, its units in their original order.
 
-    weight: Tensor  # (H, units before)
-    bias: Tensor  # (H,)
-    mask: Tensor | None = None  # (H, units before), what each unit sees; everything when not given
-    context: Tensor | None = None  # (H, C): V c is added,
-    context_bias: Tensor | None = None  # (H,): f(V c + v) where this is given
-    gate: tuple[Tensor, Tensor] | None = None  # (H, C), (H,): W fed + b is multiplied by sigmoid(V c + v)
-    skip: int | None = None  # what that layer holds before its activation is added
-    linear: bool = False  # fed on without its activation
+        a = W x + b + V c,    output = f(a), or a for a linear layer
 
-    def scaled(self, scale: Tensor, shift: Tensor) -> Layer:
-        """The layer followed by scale * a + shift, for a layer that nothing else is added to."""
+    Args:
+        weight: W (H, inputs).
+        bias: b (H,).
+        mask: (H, inputs), True where a unit depends on an input; None for a dense layer.
+        context: V (H, C), or None.
+        context_bias: v (H,); if given, f(V c + v) is added instead of V c.
+        gate: (V, v), (H, C) and (H,); if given, W x + b is multiplied by sigmoid(V c + v).
+        skip: index of an earlier layer whose a is added to this one's.
+        linear: True if the next layer receives a instead of f(a).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    mask: Tensor | None = None
+    context: Tensor | None = None
+    context_bias: Tensor | None = None
+    gate: tuple[Tensor, Tensor] | None = None
+    skip: int | None = None
+    linear: bool = False
+
+    def before_affine(self, scale: Tensor, shift: Tensor) -> Layer:
+        """Return the layer that computes scale * a + shift instead of a. The layer must not have a skip or a gate."""
         context = None if self.context is None else self.context * scale[:, None]
         return replace(self, weight=self.weight * scale[:, None], bias=self.bias * scale + shift, context=context)
 
-    def fed_with(self, scale: Tensor, shift: Tensor) -> Layer:
-        """The layer fed with scale * h + shift in place of h."""
+    def after_affine(self, scale: Tensor, shift: Tensor) -> Layer:
+        """Return the layer that receives scale * x + shift instead of x."""
         return replace(self, weight=self.weight * scale, bias=self.bias + self.masked() @ shift)
 
     def masked(self) -> Tensor:
-        """The weight with zeros where it is masked."""
+        """Return the weight with zeros where the mask is False."""
         return self.weight if self.mask is None else self.weight * self.mask
 
-    def rows(self, rows: Tensor, times: Sequence[float], plus: Sequence[float]) -> Layer:
-        """Params (features, P), taken from these rows, -1 for a zero, each param p by times[p], plus plus[p]."""
+    def params(
+        self, rows: Tensor, factors: Sequence[float] | None = None, terms: Sequence[float] | None = None
+    ) -> Layer:
+        """Return the last layer of our network, whose P outputs per feature are rows of this one.
+
+            params[d, p] = factors[p] * a[rows[d, p]] + terms[p],    or terms[p] where rows is -1
+
+        Args:
+            rows: (features, P), indices of units of this layer, or -1.
+            factors, terms: P numbers; 1 and 0 if not given.
+        """
         weight, bias = F.pad(self.masked(), (0, 0, 0, 1)), F.pad(self.bias, (0, 1))
-        factors, terms = (weight.new_tensor(v).repeat(len(rows)) for v in (times, plus))
+        features, P = rows.shape
+        factor = weight.new_tensor([1.0] * P if factors is None else factors).repeat(features)
+        term = weight.new_tensor([0.0] * P if terms is None else terms).repeat(features)
         chosen = rows.flatten().to(weight.device)
         mask = None if self.mask is None else F.pad(self.mask, (0, 0, 0, 1))[chosen]
-        return Layer(weight[chosen] * factors[:, None], bias[chosen] * factors + terms, mask)
+        return Layer(weight[chosen] * factor[:, None], bias[chosen] * factor + term, mask)
 
 
-def linear_layer(module: Any, **more: Any) -> Layer:
+def layer_of(module: Any, **more: Any) -> Layer:
     """Describe an nn.Linear, or another module with a weight, a bias and optionally a mask."""
     weight = module.weight.detach()
     bias = weight.new_zeros(len(weight)) if module.bias is None else module.bias.detach()
@@ -128,12 +159,12 @@ def linear_layer(module: Any, **more: Any) -> Layer:
 
 
 def activated(layer: Layer) -> Layer:
-    """The layer fed on through its activation."""
+    """Return the layer with an activation."""
     return replace(layer, linear=False)
 
 
-def split(layer: Layer, features: int, first: int = 0) -> Layer:
-    """The layer, of whose inputs all but `features` from number `first` on are the context."""
+def split_context(layer: Layer, features: int, first: int = 0) -> Layer:
+    """Split the inputs of a layer: inputs first to first + features - 1 are features, the others are the context."""
     inputs = torch.arange(layer.weight.shape[1])
     is_feature = (inputs >= first) & (inputs < first + features)
     if is_feature.all():
@@ -143,7 +174,11 @@ def split(layer: Layer, features: int, first: int = 0) -> Layer:
 
 
 def batch_norm(module: nn.BatchNorm1d) -> tuple[Tensor, Tensor]:
-    """Scale and shift of a batch norm in eval mode."""
+    """Return scale and shift of a batch norm in eval mode.
+
+    Raises:
+        ValueError: it has no running statistics.
+    """
     if module.running_mean is None or module.running_var is None:
         raise ValueError("expected batch norm with running statistics, got track_running_stats=False; train with them")
     scale = (module.running_var + module.eps).rsqrt()
@@ -160,15 +195,18 @@ def autoregressive(
     activation: str,
     direct: Layer | None = None,
 ) -> Autoregressive:
-    """Ours, from a masked network.
+    """Build our autoregressive layer from a masked network.
 
     Args:
-        degrees: of the features.
-        layers: the hidden ones. A unit's degree is the highest among the features that reach it.
-        last: gives the params, (features P, H), P rows for each feature.
+        degrees: the degrees of the features.
+        layers: the hidden layers. The degree of a unit is the highest among the features that it depends on.
+        last: the layer of the params, P rows for each feature, see `Layer.params`.
         univariate: the map of one feature.
-        activation: its name.
-        direct: what the features, and the context, add to the params without a hidden layer.
+        activation: the name of the activation of the hidden layers.
+        direct: the layer from features, and context, to the params without a hidden layer; None for none.
+
+    Raises:
+        ValueError: gates, which would give each row its own weights, or masks that are not autoregressive.
     """
     if any(layer.gate is not None for layer in layers):
         raise ValueError(
@@ -177,23 +215,24 @@ def autoregressive(
         )
     known, before = torch.tensor(degrees), torch.tensor(degrees)
     order = torch.argsort(known, stable=True)
-    of: list[Tensor] = []
+    unit_degrees: list[Tensor] = []  # of each hidden layer
     for layer in layers:
         before = (_mask(layer) * before).amax(1) if layer.weight.shape[1] else before.new_zeros(len(layer.weight))
-        before = before if layer.skip is None else torch.maximum(before, of[layer.skip])
-        of.append(before)
+        before = before if layer.skip is None else torch.maximum(before, unit_degrees[layer.skip])
+        unit_degrees.append(before)
     outputs = known.repeat_interleave(univariate.parameters)
     for seen, by in ((before, last), *([(known, direct)] if direct else [])):
         if (_mask(by) & (outputs[:, None] <= seen)).any():
             raise ValueError(
-                "expected params of a feature to depend on features before it alone, got masks that differ"
+                "expected the params of a feature to depend only on features before it, got masks that are not "
+                "autoregressive"
             )
-    places = [torch.argsort(e, stable=True) for e in of]
+    sorted_units = [torch.argsort(e, stable=True) for e in unit_degrees]
     contexts = [k for k, layer in enumerate(layers) if layer.context is not None]
     C = {layer.context.shape[1] for layer in (*layers, direct) if layer and layer.context is not None}
     activated = tuple(k for k in contexts if layers[k].context_bias is not None)
     architecture = Architecture(
-        hidden_degrees=tuple(tuple(e[place].tolist()) for e, place in zip(of, places, strict=True)),
+        hidden_degrees=tuple(tuple(e[place].tolist()) for e, place in zip(unit_degrees, sorted_units, strict=True)),
         skips=tuple(layer.skip for layer in layers) if any(layer.skip is not None for layer in layers) else (),
         linear=tuple(k for k, layer in enumerate(layers) if layer.linear),
         contexts=tuple(contexts) if C else (0,),
@@ -203,7 +242,7 @@ def autoregressive(
     t = Autoregressive(
         len(degrees),
         C.pop() if C else 0,
-        [len(e) for e in of],
+        [len(e) for e in unit_degrees],
         univariate,
         degrees,
         activation,
@@ -212,13 +251,13 @@ def autoregressive(
     made: Any = t.made
     rows = (order[:, None] * univariate.parameters + torch.arange(univariate.parameters)).flatten()
     columns = order
-    for ours, theirs, place in zip(made.layers, (*layers, last), (*places, rows), strict=True):
+    for ours, theirs, place in zip(made.layers, (*layers, last), (*sorted_units, rows), strict=True):
         _copy(ours, theirs.masked()[place][:, columns], theirs.bias[place])
         columns = place
     for k, layer in enumerate(layers):
         if layer.context is not None:
-            bias = None if layer.context_bias is None else layer.context_bias[places[k]]
-            _copy(made.contexts[str(k)], layer.context[places[k]], bias)
+            bias = None if layer.context_bias is None else layer.context_bias[sorted_units[k]]
+            _copy(made.contexts[str(k)], layer.context[sorted_units[k]], bias)
     if direct is not None:
         _copy(made.skip_to_output, direct.masked()[rows][:, order], None)
         if direct.context is not None:
@@ -227,11 +266,13 @@ def autoregressive(
 
 
 def _mask(layer: Layer) -> Tensor:
+    """Return the mask of a layer, all True for a dense one."""
     return torch.ones(layer.weight.shape, dtype=torch.bool) if layer.mask is None else layer.mask.cpu()
 
 
 @torch.no_grad()
 def _copy(ours: Any, weight: Tensor, bias: Tensor | None) -> None:
+    """Copy weight and bias into one of our layers."""
     ours.weight.copy_(weight)
     if bias is not None:
         ours.bias.copy_(bias)
@@ -246,7 +287,17 @@ def coupling(
     univariate: Univariate,
     activation: str,
 ) -> CouplingLayer:
-    """Ours, from a dense network that is fed with [features that are not moved, context]."""
+    """Build our coupling layer from a dense network.
+
+    Args:
+        features: D.
+        moved: indices of the features that the layer maps; the network receives [the other features, the context].
+        context: C.
+        layers: the hidden layers.
+        last: the layer of the params, P rows for each moved feature.
+        univariate: the map of one feature.
+        activation: the name of the activation of the hidden layers.
+    """
     t = CouplingLayer(
         features,
         moved,
@@ -265,10 +316,10 @@ def coupling(
     return t
 
 
-def constant(params: Tensor, univariate: Univariate, features: int, moved: Sequence[int]) -> CouplingLayer:
-    """A map of each moved feature whose params (moved, P) are numbers."""
+def unconditional(params: Tensor, univariate: Univariate, features: int, moved: Sequence[int]) -> CouplingLayer:
+    """Build the layer that maps each moved feature with the same params (moved, P) in all rows."""
     t = CouplingLayer(features, moved, 0, (), univariate).to(params)
-    if t.constant is None:  # features that are kept have no effect
+    if t.constant is None:  # the network receives the other features, which must have no effect
         t.last.weight.data.zero_()  # type: ignore[union-attr]  # one of both is there
         t.last.bias.data.copy_(params.flatten())  # type: ignore[union-attr]
     else:
@@ -276,32 +327,41 @@ def constant(params: Tensor, univariate: Univariate, features: int, moved: Seque
     return t
 
 
-def pointwise(scale: Tensor, shift: Tensor, features: int) -> Transform:
-    """y = scale * x + shift, by constants (D,) or ()."""
+def scale_and_shift(scale: Tensor, shift: Tensor, features: int) -> Transform:
+    """Build the map y = scale * x + shift; scale and shift are constants (D,) or ().
+
+    Raises:
+        ValueError: a scale is not positive.
+    """
     scale, shift = (v.detach().expand(features) if v.dim() == 0 else v.detach().flatten() for v in (scale, shift))
     if not (scale > 0).all():
         raise ValueError("expected positive scales, got a negative one; put the sign into the data")
     return Standardize(-shift / scale, 1 / scale)
 
 
+def linear(weight: Tensor) -> Transform:
+    """Build the map y = W x."""
+    return Linear(weight.new_zeros(len(weight)), weight.detach())
+
+
 def lower_upper(module: Any) -> Transform:
-    """y = L U x + b of an LULinear of Durkan et al., whose diagonals are positive: triangular both ways."""
+    """Build the map y = L U x + b of an LULinear of Durkan et al. as two triangular maps with positive diagonals."""
     lower, upper = (matrix.detach() for matrix in module._create_lower_upper())
     bias, backwards = module.bias.detach(), range(module.features)[::-1]
     first = Inverse(Whiten(torch.zeros_like(bias), upper.flip(0, 1)))
     return Compose([Permute(backwards), first, Permute(backwards), Inverse(Whiten(bias, lower))])
 
 
-def flow_of(to_data: Transform, features: int, like: nn.Module) -> Flow:
-    """A flow whose transform leads from standard normal noise to the data, with the dtype and device of the module."""
+def flow_like(to_data: Transform, features: int, like: nn.Module) -> Flow:
+    """Build the flow of a transform from standard normal noise to data, with the dtype and device of a module."""
     tensors = [t for t in (*like.parameters(), *like.buffers()) if t.is_floating_point()]
-    weights = [t for t in tensors if t.dim()] or tensors  # nflows keeps a number in float64
+    weights = [t for t in tensors if t.dim()] or tensors  # nflows has a scalar in float64 beside the weights
     flow = Flow(StandardNormal(features), to_data)
     return flow.to(weights[0].device, weights[0].dtype) if weights else flow
 
 
 def composed(layers: Sequence[Transform]) -> Transform:
-    """The one, or all of them."""
+    """Return the composition of transforms; a single one as it is."""
     return layers[0] if len(layers) == 1 else Compose(layers)
 
 
@@ -313,41 +373,59 @@ def normal_base(mean: Tensor, std: Tensor, features: int) -> list[Transform]:
 
 
 def conditional_normal(encoder: Any, features: int) -> Transform:
-    """x = mean + exp(s) eps; a network gives (mean, s), each (features,), for the context, or that is both."""
+    """Build the map x = mean + exp(s) eps, where a network computes (mean, s) from the context.
+
+    Args:
+        encoder: the network; None if the context is (mean, s) itself.
+        features: D.
+    """
     if encoder is None:
         encoder = nn.Linear(2 * features, 2 * features, bias=False)
         nn.init.eye_(encoder.weight)
     layers, last, activation = sequential(encoder)
     rows = torch.arange(2 * features).reshape(2, features).T
-    C = (layers[0] if layers else last).weight.shape[1]
-    last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
-    return coupling(features, range(features), C, layers, last, ForeignAffine("softclip", 0.0), activation)
+    C = inputs_of(layers, last)
+    return coupling(features, range(features), C, layers, last.params(rows), EXP_SCALE, activation)
+
+
+def inputs_of(layers: Sequence[Layer], last: Layer) -> int:
+    """Return the number of inputs of a network."""
+    return (layers[0] if layers else last).weight.shape[1]
 
 
 def sequential(net: Any) -> tuple[list[Layer], Layer, str]:
-    """Hidden layers, last layer and activation of a Linear, or of Linears and activations in a Sequential."""
+    """Return hidden layers, last layer and activation of an nn.Linear, or of a Sequential of them and activations.
+
+    Raises:
+        TypeError: other modules, or more than one kind of activation.
+    """
     layers: list[Layer] = []
     names: set[str] = set()
     modules: list[Any] = list(net) if isinstance(net, nn.Sequential) else [net]
     for module in modules:
-        if type(module) is nn.Linear or (of_library(module, "zuko", "Linear") and module.weight.dim() == 2):
-            layers.append(linear_layer(module, linear=True))
+        if type(module) is nn.Linear or (is_from_library(module, "zuko", "Linear") and module.weight.dim() == 2):
+            layers.append(layer_of(module, linear=True))
         elif isinstance(module, nn.Identity | nn.Dropout):
             continue
         elif layers and layers[-1].linear:
-            names.add(name_of(module))
+            names.add(activation_name(module))
             layers[-1] = replace(layers[-1], linear=False)
         else:
             raise TypeError(f"expected linear layers, each with at most one activation, got {type(module).__name__}")
     if not layers or not layers[-1].linear or len(names) > 1:
         raise TypeError(f"expected linear layers with one kind of activation between them, got {net}")
-    return layers[:-1], layers[-1], names.pop() if names else "relu"  # which nothing uses then
+    return layers[:-1], layers[-1], names.pop() if names else "relu"  # any name: nothing is activated
 
 
-def embedded(t: Transform, net: Any) -> Transform:
-    """The transform with what the embedding net does to the context, which may standardize it."""
+def with_embedding(t: Transform, net: Any) -> Transform:
+    """Return the transform with the context standardized as by an embedding net.
+
+    Raises:
+        TypeError: the net does something else than standardizing.
+        ValueError: it standardizes a context of more than one dimension.
+    """
     found = [module for module in net.modules() if not isinstance(module, nn.Identity | nn.Sequential)]
-    others = [module for module in found if not of_library(module, "sbi", "Standardize")]
+    others = [module for module in found if not is_from_library(module, "sbi", "Standardize")]
     if others or len(found) > 1:
         kinds = ", ".join(type(module).__name__ for module in others or found)
         raise TypeError(

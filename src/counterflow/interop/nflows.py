@@ -1,4 +1,4 @@
-"""Flows of nflows 0.14, whose transforms lead from the data to the noise."""
+"""Conversion of flows of nflows 0.14, whose transforms map data to noise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from counterflow.univariate.affine import ForeignAffine
 
 
 def flow(foreign: Any) -> Flow:
-    """A `Flow` with the numbers of an nflows Flow: see `counterflow.convert`."""
+    """Convert an nflows Flow, see `counterflow.convert`."""
     if not isinstance(foreign, flows.Flow):
         raise TypeError(
             f"expected an nflows Flow, got {type(foreign).__name__}; wrap a transform as Flow(transform, "
@@ -29,24 +29,24 @@ def flow(foreign: Any) -> Flow:
     own = [name for name in ("_log_prob", "_sample") if getattr(type(foreign), name) is not getattr(flows.Flow, name)]
     if own:
         raise TypeError(f"expected an nflows Flow, got {type(foreign).__name__}, which has its own {', '.join(own)}")
-    with common.at("the base distribution", foreign._distribution):
+    with common.converting("the base distribution", foreign._distribution):
         from_normal, D = base(foreign._distribution)
     to_noise = transform(foreign._transform, D, "the transform")
     to_data = common.composed([*from_normal, Inverse(to_noise)])
-    with common.at("the embedding net", foreign._embedding_net):
-        to_data = common.embedded(to_data, foreign._embedding_net)
-    return common.flow_of(to_data, D, foreign)
+    with common.converting("the embedding net", foreign._embedding_net):
+        to_data = common.with_embedding(to_data, foreign._embedding_net)
+    return common.flow_like(to_data, D, foreign)
 
 
 def transform(t: Any, D: int, place: str) -> Transform:
-    """One of nflows' transforms, in its own direction."""
-    if common.of_library(t, "nflows", "CompositeTransform"):
+    """Convert a transform, in its own direction."""
+    if common.is_from_library(t, "nflows", "CompositeTransform"):
         return Compose([transform(part, D, f"{place} {k}") for k, part in enumerate(t._transforms)])
-    if common.of_library(t, "nflows", "InverseTransform"):
+    if common.is_from_library(t, "nflows", "InverseTransform"):
         return Inverse(transform(t._transform, D, place))
-    with common.at(place, t):
-        if not common.of_library(t, "nflows", *TRANSFORMS):
-            raise common.not_converted(t, [*TRANSFORMS, "CompositeTransform", "InverseTransform"])
+    with common.converting(place, t):
+        if not common.is_from_library(t, "nflows", *TRANSFORMS):
+            raise common.unsupported(t, [*TRANSFORMS, "CompositeTransform", "InverseTransform"])
         return TRANSFORMS[type(t).__name__](t, D)
 
 
@@ -59,7 +59,7 @@ def base(distribution: Any) -> tuple[list[Transform], int]:
         return common.normal_base(distribution.mean_[0], distribution.log_std_[0].exp(), D), D
     if type(distribution) is distributions.ConditionalDiagonalNormal:
         encoder = distribution._context_encoder
-        own = getattr(encoder, "__module__", "") == distributions.normal.__name__  # its lambda x: x
+        own = getattr(encoder, "__module__", "") == distributions.normal.__name__  # the default, lambda x: x
         return [common.conditional_normal(None if own else encoder, D)], D
     raise TypeError(
         "expected the base StandardNormal, DiagonalNormal or ConditionalDiagonalNormal, "
@@ -68,25 +68,25 @@ def base(distribution: Any) -> tuple[list[Transform], int]:
 
 
 def _affine_autoregressive(t: Any, D: int) -> Transform:
-    layers, last, activation = nsf.made(t.autoregressive_net, "activated", "added")
+    layers, last, activation = nsf.masked_net(t.autoregressive_net, "activated", "added")
     univariate = ForeignAffine("softplus", t._epsilon)
-    rows = torch.arange(2 * D).reshape(D, 2).flip(1)  # theirs are (scale, shift)
-    last = last.rows(rows, [1.0, 1.0], [0.0, -univariate.softplus_offset])
+    rows = torch.arange(2 * D).reshape(D, 2).flip(1)  # nflows has (scale, shift), we have (shift, scale)
+    last = last.params(rows, [1.0, 1.0], [0.0, -univariate.softplus_offset])
     return common.autoregressive(range(1, D + 1), layers, last, univariate, activation)
 
 
 def _spline_autoregressive(t: Any, D: int) -> Transform:
-    layers, last, activation = nsf.made(t.autoregressive_net, "activated", "added")
+    layers, last, activation = nsf.masked_net(t.autoregressive_net, "activated", "added")
     univariate = nsf.spline(t, t.num_bins)
     last = nsf.spline_params(last, univariate, t.autoregressive_net)
     return common.autoregressive(range(1, D + 1), layers, last, univariate, activation)
 
 
 def _conditioner(net: Any, kept: int) -> tuple[list[Layer], Layer, str, int]:
-    """The layers of a coupling layer's network, its activation and C."""
-    if common.of_library(net, "sbi", "ContextSplineMap"):  # for one feature: reads the context alone
+    """Return hidden layers, last layer, activation and C of the network of a coupling layer."""
+    if common.is_from_library(net, "sbi", "ContextSplineMap"):  # for one feature: receives only the context
         layers, last, activation = common.sequential(net.spline_predictor)
-        return layers, last, activation, layers[0].weight.shape[1]
+        return layers, last, activation, common.inputs_of(layers, last)
     if type(net) is not ResidualNet:
         raise TypeError(
             f"expected nflows.nn.nets.ResidualNet as the network of a coupling layer, got {type(net).__name__}; what "
@@ -99,14 +99,14 @@ def _affine_coupling(t: Any, D: int) -> Transform:
     kept, moved = t.identity_features.tolist(), t.transform_features.tolist()
     layers, last, activation, C = _conditioner(t.transform_net, len(kept))
     if t.unconditional_transform is not None:
-        raise ValueError("expected an affine coupling layer without a transform of what is kept, got one")
+        raise ValueError("expected an affine coupling layer without an unconditional transform, got one with it")
     n = len(moved)
     if type(t).__name__ == "AdditiveCouplingTransform":
         rows = torch.stack([torch.arange(n), torch.full((n,), -1)], 1)
-        univariate = ForeignAffine("softclip", 0.0)  # whose scale is exp(0)
+        univariate = common.EXP_SCALE  # with s = 0
     else:
         rows, univariate = torch.arange(2 * n).reshape(2, n).T, ForeignAffine("sigmoid", 1e-3)
-    last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
+    last = last.params(rows)
     return common.coupling(D, moved, C, layers, last, univariate, activation)
 
 
@@ -119,7 +119,7 @@ def _spline_coupling(t: Any, D: int) -> Transform:
     if t.unconditional_transform is None:
         return coupling
     params = nsf.unconditional_spline(t.unconditional_transform, univariate)
-    return Compose([coupling, common.constant(params, nsf.spline(t.unconditional_transform, t.num_bins), D, kept)])
+    return Compose([coupling, common.unconditional(params, nsf.spline(t.unconditional_transform, t.num_bins), D, kept)])
 
 
 def _permutation(t: Any, D: int) -> Transform:
@@ -138,17 +138,17 @@ def _dense(t: Any, D: int) -> Transform:
 
 def _batch_norm(t: Any, D: int) -> Transform:
     scale = t.weight * (t.running_var + t.eps).rsqrt()
-    return common.pointwise(scale, t.bias - t.running_mean * scale, D)
+    return common.scale_and_shift(scale, t.bias - t.running_mean * scale, D)
 
 
 def _act_norm(t: Any, D: int) -> Transform:
     if not t.initialized:
         raise ValueError("expected ActNorm that has seen data, got one that has not; train it first")
-    return common.pointwise(t.log_scale.exp(), t.shift, D)
+    return common.scale_and_shift(t.log_scale.exp(), t.shift, D)
 
 
 def _pointwise(t: Any, D: int) -> Transform:
-    return common.pointwise(t._scale, t._shift, D)
+    return common.scale_and_shift(t._scale, t._shift, D)
 
 
 def _identity(t: Any, D: int) -> Transform:

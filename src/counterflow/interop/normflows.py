@@ -1,4 +1,4 @@
-"""Flows of normflows 1.7, whose layers lead from the noise to the data."""
+"""Conversion of flows of normflows 1.7, whose layers map noise to data."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from counterflow.interop import common, nsf
 from counterflow.interop.common import Layer
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
-from counterflow.transforms.constant import Linear, Permute
+from counterflow.transforms.constant import Permute
 from counterflow.univariate.affine import ForeignAffine
 
 
 def flow(foreign: Any) -> Flow:
-    """A `Flow` with the numbers of a NormalizingFlow or ConditionalNormalizingFlow: see `counterflow.convert`."""
+    """Convert a NormalizingFlow or a ConditionalNormalizingFlow, see `counterflow.convert`."""
     if type(foreign) not in (NormalizingFlow, ConditionalNormalizingFlow):
         raise TypeError(
             f"expected a NormalizingFlow or a ConditionalNormalizingFlow, got {type(foreign).__name__}; build one of "
             "the layers, if they map vectors of one size"
         )
-    with common.at("the base distribution q0", foreign.q0):
+    with common.converting("the base distribution q0", foreign.q0):
         from_normal, D = base(foreign.q0)
     layers = [transform(layer, D, f"layer {k}") for k, layer in enumerate(foreign.flows)]
     to_data = common.composed([*from_normal, *(layers or [Permute(range(D))])])
-    return common.flow_of(to_data, D, foreign)
+    return common.flow_like(to_data, D, foreign)
 
 
 def base(q0: Any) -> tuple[list[Transform], int]:
@@ -48,28 +48,28 @@ def base(q0: Any) -> tuple[list[Transform], int]:
 
 
 def transform(t: Any, D: int, place: str) -> Transform:
-    """One of normflows' layers, in its own direction."""
-    if common.of_library(t, "normflows", "Reverse"):
+    """Convert a layer, in its own direction."""
+    if common.is_from_library(t, "normflows", "Reverse"):
         return Inverse(transform(t.flow, D, place))
-    if common.of_library(t, "normflows", "Composite"):
+    if common.is_from_library(t, "normflows", "Composite"):
         return Compose([transform(part, D, f"{place}.{k}") for k, part in enumerate(t._flows)])
-    with common.at(place, t):
-        if not common.of_library(t, "normflows", *LAYERS):
-            raise common.not_converted(t, [*LAYERS, "Reverse", "Composite"])
+    with common.converting(place, t):
+        if not common.is_from_library(t, "normflows", *LAYERS):
+            raise common.unsupported(t, [*LAYERS, "Reverse", "Composite"])
         return LAYERS[type(t).__name__](t, D)
 
 
 def _masked(t: Any) -> tuple[list[int], list[Layer], Layer, str]:
-    """Degrees of the features, and the masked network."""
+    """Return the degrees of the features, and hidden layers, last layer and activation of the masked network."""
     net = t.autoregressive_net
     degrees = net.final_layer.degrees.reshape(t.features if hasattr(t, "features") else -1, t._output_dim_multiplier())
-    return degrees[:, 0].tolist(), *nsf.made(net, "added", "gate")
+    return degrees[:, 0].tolist(), *nsf.masked_net(net, "added", "gate")
 
 
 def _affine_autoregressive(t: Any, D: int) -> Transform:
     degrees, layers, last, activation = _masked(t)
-    rows = torch.arange(2 * D).reshape(D, 2).flip(1)  # theirs are (scale, shift)
-    last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
+    rows = torch.arange(2 * D).reshape(D, 2).flip(1)  # normflows has (scale, shift), we have (shift, scale)
+    last = last.params(rows)
     return common.autoregressive(degrees, layers, last, ForeignAffine("sigmoid", 1e-3), activation)
 
 
@@ -94,11 +94,11 @@ def _spline_coupling(t: Any, D: int) -> Transform:
         return coupling
     alone = t.unconditional_transform
     own = nsf.spline(alone, t.num_bins)
-    return Compose([coupling, common.constant(nsf.unconditional_spline(alone, own), own, D, kept)])
+    return Compose([coupling, common.unconditional(nsf.unconditional_spline(alone, own), own, D, kept)])
 
 
 def _sequential(net: Any) -> Any:
-    """The Sequential of normflows' MLP; everything else as it is."""
+    """Return the Sequential of normflows' MLP; other modules as they are."""
     return net.net if type(net) is nets.MLP else net
 
 
@@ -106,15 +106,15 @@ def _affine_coupling_block(t: Any, D: int) -> Transform:
     split, coupling, _ = t.flows
     if split.mode not in ("channel", "channel_inv"):
         raise ValueError(f"expected split_mode='channel' or 'channel_inv', got {split.mode!r}; that one is for images")
-    first = list(range(-(-D // 2)))  # as torch's chunk does
+    first = list(range(-(-D // 2)))  # as torch.chunk splits
     rest = list(range(len(first), D))
     moved = rest if split.mode == "channel" else first
     layers, last, activation = common.sequential(_sequential(coupling.param_map))
     n = len(moved)
     if not coupling.scale:
-        rows, univariate = torch.stack([torch.arange(n), torch.full((n,), -1)], 1), ForeignAffine("softclip", 0.0)
+        rows, univariate = torch.stack([torch.arange(n), torch.full((n,), -1)], 1), common.EXP_SCALE
     elif coupling.scale_map == "exp":
-        rows, univariate = torch.arange(2 * n).reshape(n, 2), ForeignAffine("softclip", 0.0)
+        rows, univariate = torch.arange(2 * n).reshape(n, 2), common.EXP_SCALE
     elif coupling.scale_map == "sigmoid_inv":
         rows, univariate = torch.arange(2 * n).reshape(n, 2), ForeignAffine("sigmoid", 0.0)
     else:
@@ -122,7 +122,7 @@ def _affine_coupling_block(t: Any, D: int) -> Transform:
             f"expected scale_map='exp' or 'sigmoid_inv', got {coupling.scale_map!r}, which divides by a sigmoid; train "
             "with one of these"
         )
-    last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
+    last = last.params(rows)
     return common.coupling(D, moved, 0, layers, last, univariate, activation)
 
 
@@ -144,12 +144,12 @@ def _masked_affine(t: Any, D: int) -> Transform:
     places = [torch.tensor(moved) + D * sum(net is not None for net in found[:k]) for k in range(2)]
     absent = torch.full((len(moved),), -1)
     rows = torch.stack([absent if net is None else place for net, place in zip(found, places, strict=True)], 1)
-    last = last.rows(rows, [1.0, 1.0], [0.0, 0.0])
-    return common.coupling(D, moved, 0, hidden, last, ForeignAffine("softclip", 0.0), networks[0][2])
+    last = last.params(rows)
+    return common.coupling(D, moved, 0, hidden, last, common.EXP_SCALE, networks[0][2])
 
 
 def _side_by_side(layers: list[Layer], first: bool) -> Layer:
-    """The layers of networks that do not see each other as one; the first ones have the same input."""
+    """Return one layer that computes those of several networks; the first layers share their input."""
     weights = [layer.weight for layer in layers]
     weight = torch.cat(weights) if first else torch.block_diag(*weights)
     return Layer(weight, torch.cat([layer.bias for layer in layers]), linear=layers[0].linear)
@@ -171,12 +171,12 @@ def _constant_affine(t: Any, D: int) -> Transform:
         raise ValueError("expected ActNorm that has seen data, got one that has not; train it first")
     if t.s.numel() != D:
         raise ValueError(f"expected a scale for each of {D} features, got {tuple(t.s.shape)}")
-    return common.pointwise(t.s.flatten().exp(), t.t.flatten(), D)
+    return common.scale_and_shift(t.s.flatten().exp(), t.t.flatten(), D)
 
 
 def _invertible_affine(t: Any, D: int) -> Transform:
     W: Tensor = (t._assemble_W() if t.use_lu else t.W).detach()  # z = x W
-    return Inverse(Linear(W.new_zeros(D), W.T))
+    return Inverse(common.linear(W.T))
 
 
 LAYERS: dict[str, Callable[[Any, int], Transform]] = {

@@ -1,4 +1,4 @@
-"""The networks that nflows and normflows both have from the code of Durkan et al. 2019, "Neural Spline Flows"."""
+"""Networks and splines that nflows and normflows share: the code of Durkan et al. 2019, "Neural Spline Flows"."""
 
 from __future__ import annotations
 
@@ -8,56 +8,56 @@ from typing import Any, Literal
 
 import torch
 
-from counterflow.interop.common import Layer, batch_norm, linear_layer, name_of, of_library
+from counterflow.interop.common import Layer, activation_name, batch_norm, is_from_library, layer_of
 from counterflow.univariate.spline import RationalQuadraticSpline
 
 Context = Literal["added", "activated", "gate"]
 
 
 def residual_net(net: Any) -> tuple[list[Layer], Layer, str]:
-    """Hidden layers, last layer and activation of a ResidualNet, dense, fed with [features, context]."""
+    """Return hidden layers, last layer and activation of a dense ResidualNet, which receives [features, context]."""
     if getattr(net, "preprocessing", None) is not None:
         raise ValueError(
             f"expected a network that reads the features, got {type(net.preprocessing).__name__} before it"
         )
-    layers = blocks_of(linear_layer(net.initial_layer, linear=True), net.blocks, "gate")
-    return layers, linear_layer(net.final_layer), activation_of(net.blocks)
+    layers = residual_layers(layer_of(net.initial_layer, linear=True), net.blocks, "gate")
+    return layers, layer_of(net.final_layer), block_activation(net.blocks)
 
 
-def made(net: Any, first: Context, in_blocks: Context) -> tuple[list[Layer], Layer, str]:
+def masked_net(net: Any, first: Context, in_blocks: Context) -> tuple[list[Layer], Layer, str]:
     """Return hidden layers, last layer and activation of a masked network.
 
     first and in_blocks say how the context enters the first layer and the residual blocks.
     """
     library = type(net).__module__.partition(".")[0]
     blocks = ("MaskedResidualBlock", "MaskedFeedforwardBlock")
-    if library not in ("nflows", "normflows") or not all(of_library(b, library, *blocks) for b in net.blocks):
+    if library not in ("nflows", "normflows") or not all(is_from_library(b, library, *blocks) for b in net.blocks):
         raise TypeError(
             f"expected a MADE of nflows or normflows as the network, got {type(net).__module__}.{type(net).__name__}; "
             "what another network computes cannot be read from its weights"
         )
     if not isinstance(getattr(net, "preprocessing", torch.nn.Identity()), torch.nn.Identity):
         raise ValueError("expected features that enter the network as they are, got periodic ones; use linear tails")
-    initial = linear_layer(net.initial_layer, linear=True)
+    initial = layer_of(net.initial_layer, linear=True)
     if (context := getattr(net, "context_layer", None)) is not None:
-        initial = with_context(initial, context, first)
+        initial = add_context(initial, context, first)
     if all(hasattr(block, "linear_layers") for block in net.blocks):
-        layers = blocks_of(initial, net.blocks, in_blocks)
+        layers = residual_layers(initial, net.blocks, in_blocks)
     else:
         layers = [replace(initial, linear=first == "added"), *map(feedforward, net.blocks)]
-    return layers, linear_layer(net.final_layer), activation_of([*net.blocks, net])
+    return layers, layer_of(net.final_layer), block_activation([*net.blocks, net])
 
 
-def activation_of(blocks: Sequence[Any]) -> str:
-    """The activation that all blocks have."""
-    names = {name_of(block.activation) for block in blocks if hasattr(block, "activation")}
+def block_activation(blocks: Sequence[Any]) -> str:
+    """Return the name of the activation of the blocks; ValueError if they have several."""
+    names = {activation_name(block.activation) for block in blocks if hasattr(block, "activation")}
     if len(names) > 1:
         raise ValueError(f"expected one activation in all blocks, got {', '.join(sorted(names))}")
-    return names.pop() if names else "relu"  # without blocks nothing is activated
+    return names.pop() if names else "relu"  # any name: without blocks, nothing is activated
 
 
-def with_context(layer: Layer, module: Any, how: Context) -> Layer:
-    """The layer, and a linear map of the context that enters it."""
+def add_context(layer: Layer, module: Any, how: Context) -> Layer:
+    """Return the layer with a linear map of the context: added, activated and added, or as a gate."""
     V, v = module.weight.detach(), module.bias.detach()
     if how == "gate":
         return replace(layer, gate=(V, v))
@@ -67,27 +67,26 @@ def with_context(layer: Layer, module: Any, how: Context) -> Layer:
 
 
 def feedforward(block: Any) -> Layer:
-    """The layer of a block without a skip; its batch norm stands before the linear map."""
-    layer = linear_layer(block.linear)
-    return layer if block.batch_norm is None else layer.fed_with(*batch_norm(block.batch_norm))
+    """Return the layer of a block without a skip, in which batch norm, if any, precedes the linear map."""
+    layer = layer_of(block.linear)
+    return layer if block.batch_norm is None else layer.after_affine(*batch_norm(block.batch_norm))
 
 
-def blocks_of(initial: Layer, blocks: Sequence[Any], how: Context) -> list[Layer]:
-    """The layers of h -> h + W f(V f(h)), with batch norm before each f where a block has it."""
-    layers, stream = [initial], 0  # the layer that holds h
+def residual_layers(initial: Layer, blocks: Sequence[Any], how: Context) -> list[Layer]:
+    """Return the layers of blocks h -> h + W f(V f(h)), in which batch norm may precede each f."""
+    layers, stream = [initial], 0  # stream is the index of the layer that holds h
     for block in blocks:
-        inner, outer = map(linear_layer, block.linear_layers)
+        inner, outer = map(layer_of, block.linear_layers)
         if (context := getattr(block, "context_layer", None)) is not None:
-            inner, outer = (
-                (inner, with_context(outer, context, how))
-                if how == "gate"
-                else (with_context(inner, context, how), outer)
-            )
+            if how == "gate":
+                outer = add_context(outer, context, how)
+            else:
+                inner = add_context(inner, context, how)
         if block.use_batch_norm:
             scale, shift = batch_norm(block.batch_norm_layers[0])
             eye = torch.eye(len(scale), dtype=torch.bool, device=scale.device)
             layers.append(Layer(torch.diag(scale), shift, eye))
-            inner = inner.scaled(*batch_norm(block.batch_norm_layers[1]))
+            inner = inner.before_affine(*batch_norm(block.batch_norm_layers[1]))
         else:
             layers[-1] = replace(layers[-1], linear=False)
         layers += [inner, replace(outer, skip=stream, linear=True)]
@@ -96,7 +95,7 @@ def blocks_of(initial: Layer, blocks: Sequence[Any], how: Context) -> list[Layer
 
 
 def spline(module: Any, bins: int) -> RationalQuadraticSpline:
-    """The map of a rational-quadratic layer with linear tails."""
+    """Return the univariate map of a rational-quadratic layer; ValueError unless its tails are linear."""
     if module.tails != "linear":
         raise ValueError(
             f"expected tails='linear', got {module.tails!r}, a map of an interval; train with linear tails and a bound "
@@ -112,15 +111,15 @@ def spline(module: Any, bins: int) -> RationalQuadraticSpline:
 
 
 def spline_params(last: Layer, spline: RationalQuadraticSpline, net: Any) -> Layer:
-    """The last layer with our raw widths, heights and slopes: see `RationalQuadraticSpline`."""
-    size = getattr(net, "hidden_features", None)  # both libraries divide shares by its root, where there is one
+    """Return the layer of our raw widths, heights and slopes, see `RationalQuadraticSpline`."""
+    size = getattr(net, "hidden_features", None)  # both libraries divide widths and heights by its root, if it exists
     shares, inner = [1 / size**0.5 if size else 1.0] * (2 * spline.bins), spline.bins - 1
     rows = torch.arange(len(last.bias)).reshape(-1, spline.parameters)
-    return last.rows(rows, shares + [1.0] * inner, [0.0] * (2 * spline.bins) + [-spline.softplus_offset] * inner)
+    return last.params(rows, shares + [1.0] * inner, [0.0] * (2 * spline.bins) + [-spline.softplus_offset] * inner)
 
 
 def unconditional_spline(module: Any, spline: RationalQuadraticSpline) -> torch.Tensor:
-    """Our params (features, P) of a spline whose params are trained numbers."""
+    """Return our params (features, P) of a spline whose params do not depend on its input."""
     slopes = module.unnormalized_derivatives - spline.softplus_offset
     raw = (module.unnormalized_widths, module.unnormalized_heights, slopes)
     return torch.cat(raw, -1).detach()

@@ -1,4 +1,4 @@
-"""Flows of Pyro 1.9, whose transforms lead from the noise to the data."""
+"""Conversion of flows of Pyro 1.9, whose transforms map noise to data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch.distributions.transforms import _InverseTransform
 
 from counterflow.flows.flow import Flow
 from counterflow.interop import common
-from counterflow.interop.common import Layer, linear_layer
+from counterflow.interop.common import Layer, layer_of
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Permute, Whiten
@@ -27,24 +27,24 @@ from counterflow.univariate.base import Univariate
 
 
 def flow(foreign: Any) -> Flow:
-    """A `Flow` with the numbers of a (Conditional)TransformedDistribution: see `counterflow.convert`."""
+    """Convert a TransformedDistribution or a ConditionalTransformedDistribution, see `counterflow.convert`."""
     if not isinstance(foreign, TransformedDistribution | ConditionalTransformedDistribution):
         raise TypeError(
             "expected a TransformedDistribution or a ConditionalTransformedDistribution, got "
             f"{type(foreign).__name__}; give dist.TransformedDistribution(base, transforms)"
         )
-    with common.at("the base distribution", foreign.base_dist):
+    with common.converting("the base distribution", foreign.base_dist):
         mean, std = base(foreign.base_dist)
     D = len(mean)
     layers = [transform(t, D, f"transform {k}") for k, t in enumerate(foreign.transforms)]
     to_data = common.composed([*common.normal_base(mean, std, D), *(layers or [Permute(range(D))])])
     modules = nn.ModuleList(module for t in foreign.transforms for module in _modules(t))
-    flow = common.flow_of(to_data, D, modules)
+    flow = common.flow_like(to_data, D, modules)
     return flow if list(modules.parameters()) else flow.to(mean.device, mean.dtype)
 
 
 def _modules(t: Any) -> list[nn.Module]:
-    """A transform that is a module, or those within it."""
+    """Return a transform that is a module, or the modules in it."""
     if isinstance(t, nn.Module):
         return [t]
     inner = [t.transform] if isinstance(t, ConstantConditionalTransform) else getattr(t, "parts", [])
@@ -53,7 +53,7 @@ def _modules(t: Any) -> list[nn.Module]:
 
 
 def base(distribution: Any) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (D,) of the base distribution."""
+    """Return mean and standard deviation (D,) of the base distribution."""
     if isinstance(distribution, ConstantConditionalDistribution):
         distribution = distribution.base_dist
     while isinstance(distribution, Independent):
@@ -66,7 +66,7 @@ def base(distribution: Any) -> tuple[Tensor, Tensor]:
 
 
 def transform(t: Any, D: int, place: str) -> Transform:
-    """One of Pyro's transforms, in its own direction."""
+    """Convert a transform, in its own direction."""
     if isinstance(t, ComposeTransform):
         return Compose([transform(part, D, f"{place}.{k}") for k, part in enumerate(t.parts)])
     if isinstance(t, ConstantConditionalTransform):
@@ -75,7 +75,7 @@ def transform(t: Any, D: int, place: str) -> Transform:
         return Inverse(transform(t._inv, D, place))
     if type(t).__name__ == "_ConditionalInverseTransformModule":
         return Inverse(transform(t._transform, D, place))
-    with common.at(place, t):
+    with common.converting(place, t):
         return _layer(t, D)
 
 
@@ -88,9 +88,9 @@ def _layer(t: Any, D: int) -> Transform:
         return Permute(t.permutation)
     if type(t) is pt.BatchNorm:
         scale = (t.moving_variance + t.epsilon).sqrt() / t.constrained_gamma
-        return common.pointwise(scale, t.moving_mean - t.beta * scale, D)
+        return common.scale_and_shift(scale, t.moving_mean - t.beta * scale, D)
     if type(t) is AffineTransform:
-        return common.pointwise(torch.as_tensor(t.scale), torch.as_tensor(t.loc), D)
+        return common.scale_and_shift(torch.as_tensor(t.scale), torch.as_tensor(t.loc), D)
     if type(t) is pt.LowerCholeskyAffine:
         return Inverse(Whiten(t.loc.detach(), t.scale_tril.detach()))
     if "Spline" in type(t).__name__:
@@ -100,11 +100,11 @@ def _layer(t: Any, D: int) -> Transform:
             "spline of zuko, nflows or normflows"
         )
     known = ["AffineAutoregressive", "AffineCoupling", "BatchNorm", "LowerCholeskyAffine", "Permute", "AffineTransform"]
-    raise common.not_converted(t, [*known, "ConditionalAffineAutoregressive", "ConditionalAffineCoupling"])
+    raise common.unsupported(t, [*known, "ConditionalAffineAutoregressive", "ConditionalAffineCoupling"])
 
 
 def _settings(t: Any, names: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a transform; a conditional one keeps those that it was given."""
+    """Return settings of a transform, with defaults; a conditional transform has only those that it was given."""
     given = t.kwargs if hasattr(t, "kwargs") else vars(t)
     return {name: given.get(name, default) for name, default in names.items()}
 
@@ -128,15 +128,15 @@ def _autoregressive(t: Any, D: int) -> Transform:
     plus = [0.0, settings["sigmoid_bias"] - 2.0 if settings["stable"] else 0.0]
     rows = torch.arange(2 * D).reshape(2, D).T
     degrees = (torch.argsort(net.permutation) + 1).tolist()
-    layers = [linear_layer(layer) for layer in net.layers]
-    layers[0] = common.split(layers[0], D, net.context_dim)
+    layers = [layer_of(layer) for layer in net.layers]
+    layers[0] = common.split_context(layers[0], D, net.context_dim)
     *hidden, last = layers
     direct = None
     if net.skip_layer is not None:
-        skipping = linear_layer(net.skip_layer).rows(rows, [1.0, 1.0], [0.0, 0.0])
-        direct = common.split(skipping, D, net.context_dim)
-    last = last.rows(rows, [1.0, 1.0], plus)
-    return common.autoregressive(degrees, hidden, last, univariate, common.name_of(net.f), direct)
+        skipping = layer_of(net.skip_layer).params(rows)
+        direct = common.split_context(skipping, D, net.context_dim)
+    last = last.params(rows, [1.0, 1.0], plus)
+    return common.autoregressive(degrees, hidden, last, univariate, common.activation_name(net.f), direct)
 
 
 def _coupling(t: Any, D: int) -> Transform:
@@ -149,8 +149,8 @@ def _coupling(t: Any, D: int) -> Transform:
             f"{type(net).__name__}; what another network computes cannot be read from its weights"
         )
     C = net.context_dim
-    *hidden, last = [linear_layer(layer) for layer in net.layers]
-    first = hidden[0].weight.roll(-C, 1)  # theirs is fed with [context, features]
+    *hidden, last = [layer_of(layer) for layer in net.layers]
+    first = hidden[0].weight.roll(-C, 1)  # Pyro's network receives [context, features]
     hidden[0] = Layer(first, hidden[0].bias)
-    last = last.rows(torch.arange(2 * n).reshape(2, n).T, [1.0, 1.0], [0.0, 0.0])
-    return common.coupling(D, range(kept, D), C, hidden, last, _clamped(settings), common.name_of(net.f))
+    last = last.params(torch.arange(2 * n).reshape(2, n).T)
+    return common.coupling(D, range(kept, D), C, hidden, last, _clamped(settings), common.activation_name(net.f))

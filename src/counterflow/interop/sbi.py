@@ -1,4 +1,4 @@
-"""Density estimators and posteriors of sbi 0.27: flows of nflows or zuko, with what sbi does around them."""
+"""Conversion of density estimators and posteriors of sbi 0.27, which wrap flows of nflows or zuko."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from counterflow.interop import common, nflows, zuko
 
 
 def flow(foreign: Any) -> Flow:
-    """A `Flow` with the numbers of a density estimator, its z-scoring included: see `counterflow.convert`.
+    """Convert a density estimator with its z-scoring, see `counterflow.convert`.
 
-    Of a DirectPosterior it is the density estimator's: sbi draws from that until enough samples lie in the prior's
-    support, and corrects log_prob by the share of those that do. Samples of the flow may lie outside of it.
+    Of a DirectPosterior, only the density estimator is converted. sbi draws from it until enough samples lie in the
+    support of the prior, and divides the density by the share of those that do; samples of the flow may lie outside.
     """
     if isinstance(foreign, DirectPosterior):
         foreign = foreign.posterior_estimator
@@ -29,6 +29,6 @@ def flow(foreign: Any) -> Flow:
     found = zuko.flow(foreign.net)
     if type(foreign) is ZukoUnconditionalFlow:
         return found
-    with common.at("the embedding net", foreign.embedding_net):
-        to_data = common.embedded(found.transform, foreign.embedding_net)
-    return common.flow_of(to_data, found.features, foreign)
+    with common.converting("the embedding net", foreign.embedding_net):
+        to_data = common.with_embedding(found.transform, foreign.embedding_net)
+    return common.flow_like(to_data, found.features, foreign)

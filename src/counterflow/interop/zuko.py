@@ -1,4 +1,4 @@
-"""Flows of zuko 1.6, whose transforms lead from the data to the noise."""
+"""Conversion of flows of zuko 1.6, whose transforms map data to noise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions import AffineTransform
 from zuko import transforms as zt
 from zuko.distributions import DiagNormal
@@ -19,36 +18,36 @@ from zuko.nn import MaskedLinear, Residual
 
 from counterflow.flows.flow import Flow
 from counterflow.interop import common
-from counterflow.interop.common import Layer, linear_layer
+from counterflow.interop.common import Layer, layer_of
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
-from counterflow.transforms.constant import Linear, Permute
+from counterflow.transforms.constant import Permute
 from counterflow.univariate.affine import ForeignAffine
 from counterflow.univariate.base import Univariate
 from counterflow.univariate.spline import RationalQuadraticSpline
 
 
 def flow(foreign: Any) -> Flow:
-    """A `Flow` with the numbers of a zuko Flow: see `counterflow.convert`."""
+    """Convert a zuko Flow, see `counterflow.convert`."""
     if not isinstance(foreign, LazyFlow) or type(foreign).forward is not LazyFlow.forward:
         raise TypeError(
             f"expected a zuko Flow, got {type(foreign).__name__}; wrap transforms as zuko.flows.Flow(transforms, base)"
         )
-    with common.at("the base distribution", foreign.base):
+    with common.converting("the base distribution", foreign.base):
         from_normal = base(foreign.base)
     D = from_normal.event_shape[0]
     mean, std = (getattr(from_normal.base_dist, name) for name in ("loc", "scale"))
     to_noise = transform(foreign.transform, D, "the transform")
     to_data = common.composed([*common.normal_base(mean, std, D), Inverse(to_noise)])
-    return common.flow_of(to_data, D, foreign)
+    return common.flow_like(to_data, D, foreign)
 
 
 def base(lazy: Any) -> DiagNormal:
-    """The base distribution, if it is a normal one that depends on no context."""
+    """Return the base distribution; TypeError unless it is a normal distribution without context."""
     try:
         distribution = lazy()
     except (TypeError, AttributeError):
-        distribution = None  # of a context
+        distribution = None  # it needs a context
     if not isinstance(distribution, DiagNormal) or len(distribution.event_shape) != 1 or distribution.batch_shape:
         raise TypeError(
             f"expected UnconditionalDistribution(DiagNormal, ...) as the base, got {lazy}; train the flow with that one"
@@ -57,12 +56,12 @@ def base(lazy: Any) -> DiagNormal:
 
 
 def transform(t: Any, D: int, place: str) -> Transform:
-    """One of zuko's lazy transforms, in its own direction."""
+    """Convert a lazy transform, in its own direction."""
     if type(t) is LazyComposedTransform:
         return Compose([transform(part, D, f"{place} {k}") for k, part in enumerate(t.transforms)])
     if type(t) is LazyInverse:
         return Inverse(transform(t.transform, D, place))
-    with common.at(place, t):
+    with common.converting(place, t):
         if type(t) is MaskedAutoregressiveTransform:
             return _autoregressive(t, D)
         if type(t) is GeneralCouplingTransform:
@@ -72,11 +71,11 @@ def transform(t: Any, D: int, place: str) -> Transform:
         if isinstance(t, UnconditionalTransform | Unconditional):
             return _unconditional(t(), D)
         known = (MaskedAutoregressiveTransform, GeneralCouplingTransform, ElementWiseTransform, UnconditionalTransform)
-        raise common.not_converted(t, [cls.__name__ for cls in known])
+        raise common.unsupported(t, [cls.__name__ for cls in known])
 
 
 def _univariate(t: Any) -> tuple[Univariate, list[int]]:
-    """The map of one feature, and for each of its params the number of zuko's param, or -1 for a zero."""
+    """Return the univariate map, and the index of zuko's param for each of its params, -1 for zero."""
     made = t.univariate
     settings = made.keywords if isinstance(made, partial) and not made.args else {}
     kind = made.func if isinstance(made, partial) and not made.args else made
@@ -85,7 +84,7 @@ def _univariate(t: Any) -> tuple[Univariate, list[int]]:
     if kind is zt.MonotonicAffineTransform and set(settings) <= {"slope"} and shapes == [(), ()]:
         return ForeignAffine("softclip", settings.get("slope", 1e-3)), [0, 1]
     if kind is zt.AdditiveTransform and not settings and shapes == [()]:
-        return ForeignAffine("softclip", 0.0), [0, -1]  # whose scale is exp(0)
+        return common.EXP_SCALE, [0, -1]  # with s = 0
     if kind is zt.MonotonicRQSTransform and set(settings) <= {"slope", "bound"}:
         bins = prod(shapes[0])
         if shapes == [(bins,), (bins,), (bins - 1,)]:
@@ -99,10 +98,10 @@ def _univariate(t: Any) -> tuple[Univariate, list[int]]:
 
 
 def _params(last: Layer, chosen: list[int], total: int) -> Layer:
-    """The last layer with the rows that these params of each feature have."""
+    """Return the layer of our params, chosen among the `total` params of each feature."""
     each = torch.arange(len(last.bias)).reshape(-1, total)
     rows = torch.stack([each[:, p] if p >= 0 else torch.full_like(each[:, 0], -1) for p in chosen], 1)
-    return last.rows(rows, [1.0] * len(chosen), [0.0] * len(chosen))
+    return last.params(rows)
 
 
 def _autoregressive(t: Any, D: int) -> Transform:
@@ -111,18 +110,18 @@ def _autoregressive(t: Any, D: int) -> Transform:
     names: set[str] = set()
     for module in t.hyper:
         if type(module) is MaskedLinear:
-            layers.append(linear_layer(module, linear=True))
+            layers.append(layer_of(module, linear=True))
         elif type(module) is Residual:
             inner, activation, outer = module
-            names.add(common.name_of(activation))
-            layers += [linear_layer(inner), linear_layer(outer, linear=True, skip=len(layers) - 1)]
+            names.add(common.activation_name(activation))
+            layers += [layer_of(inner), layer_of(outer, linear=True, skip=len(layers) - 1)]
         else:
-            names.add(common.name_of(module))
+            names.add(common.activation_name(module))
             layers[-1] = common.activated(layers[-1])
     if len(names) != 1:
         raise ValueError(f"expected one kind of activation in the network, got {sorted(names)}")
     degrees = _degrees(t, layers, D)
-    layers[0] = common.split(layers[0], D)
+    layers[0] = common.split_context(layers[0], D)
     *hidden, last = layers
     return common.autoregressive(degrees, hidden, _params(last, chosen, t.total), univariate, names.pop())
 
@@ -149,7 +148,7 @@ def _coupling(t: Any, D: int) -> Transform:
     univariate, chosen = _univariate(t)
     layers, last, activation = common.sequential(t.hyper)
     moved = torch.nonzero(~t.mask)[:, 0].tolist()
-    C = (layers[0] if layers else last).weight.shape[1] - (D - len(moved))
+    C = common.inputs_of(layers, last) - (D - len(moved))
     return common.coupling(D, moved, C, layers, _params(last, chosen, t.total), univariate, activation)
 
 
@@ -157,24 +156,24 @@ def _elementwise(t: Any, D: int) -> Transform:
     univariate, chosen = _univariate(t)
     if hasattr(t, "hyper"):
         layers, last, activation = common.sequential(t.hyper)
-        C = (layers[0] if layers else last).weight.shape[1]
+        C = common.inputs_of(layers, last)
         return common.coupling(D, range(D), C, layers, _params(last, chosen, t.total), univariate, activation)
     raw = torch.cat([p.detach().reshape(D, -1) for p in t.phi], -1)
     params = torch.stack([raw[:, p] if p >= 0 else torch.zeros_like(raw[:, 0]) for p in chosen], -1)
-    return common.constant(params, univariate, D, range(D))
+    return common.unconditional(params, univariate, D, range(D))
 
 
 def _unconditional(t: Any, D: int) -> Transform:
-    """A transform without a context."""
+    """Convert a transform without a context."""
     if type(t) is AffineTransform:
         loc, scale = (torch.as_tensor(v) for v in (t.loc, t.scale))
-        return common.pointwise(scale, loc, D)
+        return common.scale_and_shift(scale, loc, D)
     if type(t) is zt.PermutationTransform and t.order.dim() == 1:
         return Permute(t.order)
     if type(t) is zt.RotationTransform and t.R.dim() == 2:
-        return Linear(_zeros(t.R), t.R.detach())
+        return common.linear(t.R)
     if type(t) is zt.LULinearTransform and t.L.dim() == 2:
-        return Linear(_zeros(t.L), (t.L @ t.U).detach())
+        return common.linear(t.L @ t.U)
     if type(t) is zt.IdentityTransform:
         return Permute(range(D))
     if type(t) is zt.ComposedTransform:
@@ -182,8 +181,4 @@ def _unconditional(t: Any, D: int) -> Transform:
     if isinstance(t, zt.DependentTransform):
         return _unconditional(t.base, D)
     known = ["AffineTransform", "PermutationTransform", "RotationTransform", "LULinearTransform", "IdentityTransform"]
-    raise common.not_converted(t, known)
-
-
-def _zeros(matrix: Tensor) -> Tensor:
-    return matrix.new_zeros(len(matrix))
+    raise common.unsupported(t, known)
