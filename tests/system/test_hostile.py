@@ -418,7 +418,7 @@ WRONG = {
         {"cell_points": 1.5},
         {"bounds": {"a": [1]}},
     ),
-    "features": (None, "a", [1], -1, 3, 1e308, True),
+    "cell_points": (None, "a", [1], -1, 0, 1e308, True),
     "seed": (None, "a", [1], 0.5, True),
     "names": ("ab", ["a"], [1, 2], {"a": 1}),
     "context": ("a", [["a"]], [["a", None, "x", 1.0]], [["a", ["b", "c"], 0.0, 1.0]], 3),

@@ -194,7 +194,7 @@ class DensityTrainer:
             self.names,
             self.context,
             seed=self.seed,
-            cell_points=self.config.cell_points,
+            cell_points=int(self.config.cell_points),
             device=self.config.device,
             settings=self.settings,
         )

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from counterflow.checks import positive
 from counterflow.density.config import DESCRIPTION, MODEL
 from counterflow.density.context import ContextEncoder
 from counterflow.density.inputs import columns_by_name
@@ -61,7 +62,8 @@ class TableDensity:
         named: True if names were given.
 
     Raises:
-        ValueError: names or a context that do not fit the flow, or a flow that does not begin with columns.
+        ValueError: names or a context that do not fit the flow, a flow that does not begin with columns, or cell_points
+            that is not a whole number of at least 1.
     """
 
     def __init__(
@@ -88,7 +90,7 @@ class TableDensity:
         self.names = names
         self.context = context
         self.seed = seed
-        self.cell_points = cell_points
+        self.cell_points = positive(cell_points, "cell_points")
         self.device = device
         self.settings = dict(settings or {})
 
