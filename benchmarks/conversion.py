@@ -1,4 +1,4 @@
-"""What a converted flow is worth: how exactly it is the original, and how much faster it samples.
+"""Accuracy and sampling speed of converted flows.
 
     pip install -c constraints.txt -e ".[dev]" && python benchmarks/conversion.py
 
@@ -29,7 +29,7 @@ import counterflow as cf
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent / "tests" / "tools"), str(HERE.parent / "tests")]
-warnings.simplefilter("ignore")  # the other libraries' own
+warnings.simplefilter("ignore")  # warnings of the other libraries
 
 D, H, LAYERS, DRAWS = 64, 512, 5, 1_000
 Pair = tuple[str, Callable[[], object], Callable[[], object]]  # what is timed, theirs, ours

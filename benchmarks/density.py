@@ -1,16 +1,16 @@
-"""Do our flows learn a density as well as other libraries' at the same budget? BSDS300 patches and MINIBOONE.
+"""Densities of BSDS300 patches and of MINIBOONE by flows of several libraries at the same budget.
 
     python benchmarks/density.py --data PATH/TO/data --threads 1
 
-PATH holds bsds300/bsds300_patches8x8_uint8.npz and miniboone/{val,head,test}.npz. Patches follow the usual recipe: plus
-U[0, 1), by 256, less the mean of each patch, without the last pixel: 63 numbers. MINIBOONE is trained on val and head,
-a tenth of which validates, and tested on test: its training part is not public any more, so that neither set of figures
-compares with the papers'.
+PATH holds bsds300/bsds300_patches8x8_uint8.npz and miniboone/{val,head,test}.npz. Patches are prepared as usual: U[0,
+1) is added, they are divided by 256, the mean of each patch is subtracted, and the last pixel is left out: 63 numbers.
+MINIBOONE is trained on val and head, a tenth of which is used for validation, and tested on test. Its original training
+part is no longer public, so the figures cannot be compared with those of papers.
 
-Every flow sees the same rows, standardised, in the same order; has as many layers, hidden units and bins; is trained by
-the same loop (`cf.fit`) with the same optimiser, rate, steps and averaging; and keeps the weights that validated
-best. Finished runs are kept in results/density.json and not done again, so that the command can be given again after an
-interruption.
+All flows get the same standardized rows in the same order, have the same numbers of layers, hidden units and bins, and
+are trained by `cf.fit` with the same optimizer, learning rate, steps and weight averaging. The weights with the best
+validation objective are kept. Finished runs are kept in results/density.json and skipped, so the command can be
+repeated after an interruption.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ SEEDS = {"bsds300": 1, "miniboone": 3}  # at most; a seed of the patches takes f
 
 
 class Rows(NamedTuple):
-    """Standardised by the training rows; `shift` is what that added to each log density."""
+    """Rows standardized by the training rows; `shift` is added to log densities to be per original unit."""
 
     train: Tensor
     validation: Tensor
@@ -119,7 +119,7 @@ def machine(threads: int) -> str:
 
 
 def table(results: list[dict], where: str) -> str:
-    """The report, in Markdown."""
+    """Return the report in Markdown."""
     lines = [
         "# Densities of image patches and of particle events, at one budget",
         "",
@@ -183,7 +183,7 @@ def main() -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text)

@@ -1,4 +1,4 @@
-"""The density estimators that the benchmarks compare with, each as its own library's users build it.
+"""Flows of several libraries, built as the users of each library build them.
 
 The flows are modules with one call: rows (B, D) to log densities (B,). GaussianMixture and KernelDensity have `fit` and
 `score_samples` of scikit-learn.
@@ -28,22 +28,22 @@ class Scored(nn.Module):
 
 
 def called(flow: nn.Module, x: Tensor) -> Tensor:
-    """Ours and zuko's: the flow gives a distribution."""
+    """Flow of counterflow or zuko: calling it returns a distribution."""
     return flow().log_prob(x)
 
 
 def asked(flow: nn.Module, x: Tensor) -> Tensor:
-    """nflows'."""
+    """Flow of nflows."""
     return flow.log_prob(x)
 
 
 def terms(model: Scored, x: Tensor) -> Tensor:
-    """The objective of `cf.fit`."""
+    """Return the log density of each row, the objective of `cf.fit`."""
     return model(x)
 
 
 def started(flow: cf.Flow) -> cf.Flow:
-    """Start the hidden layers as torch starts a linear layer: U(-k, k), k = 1 / sqrt(inputs), weights and biases.
+    """Initialize the hidden layers as torch does a linear layer: from U(-k, k) with k = 1 / sqrt(inputs).
 
     That is a third of the variance, or less, that MaskedLinear gives its weights, and not zero for the biases. On few
     rows the larger start overfits sooner: on MINIBOONE it costs 1.5 nats with a MAF and 2.8 with an NSF.

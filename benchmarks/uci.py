@@ -1,13 +1,13 @@
-"""Which density estimator explains held-out rows of the UCI regression tables best? Features and target jointly.
+"""Held-out log density of the UCI regression tables, features and target jointly, by several density estimators.
 
     python benchmarks/uci.py --data PATH/TO/data --threads 1
 
-PATH holds uci/regression/*.npz. Each column is first made continuous, the same for all (`uci_tables.py`); five seeded
-splits (rows 0 to 4 of test_mask); one configuration of ours for all tables. Against it: zuko's NSF and nflows' MAF with
-the same optimiser, rate, decay, batches, epochs, patience and validation part, and layers of the same sizes;
-scikit-learn's GaussianMixture, whose number of components up to 30 the BIC picks; KernelDensity, whose bandwidth
-five-fold cross-validation picks. Finished runs are kept in results/uci.json and not done again, so that the command can
-be given again after an interruption.
+PATH holds uci/regression/*.npz. The columns are made continuous in the same way for all estimators (`uci_tables.py`).
+There are five splits, rows 0 to 4 of test_mask, and one configuration of `cf.FlowDensity` for all tables. It is
+compared with zuko's NSF and nflows' MAF, with the same optimizer, learning rate, weight decay, batches, epochs,
+patience and validation rows, and layers of the same sizes; with scikit-learn's GaussianMixture of up to 30 components,
+chosen by BIC; and with KernelDensity, its bandwidth chosen by five-fold cross-validation. Finished runs are kept in
+results/uci.json and skipped, so the command can be repeated after an interruption.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SPLITS = range(5)
 
 @dataclass(frozen=True)
 class Budget:
-    """The flows and their training: ours, zuko's and nflows'."""
+    """Configuration of the flows of all three libraries and of their training."""
 
     layers: int = 3  # splines; two would do on the smaller tables
     affine_layers: int = 5  # of a MAF, whose layers are cheaper
@@ -73,7 +73,7 @@ BUDGET = Budget()
 
 
 class Found(NamedTuple):
-    """Log densities of the test rows, and what there is to say."""
+    """Log densities of the test rows, and facts about the fit."""
 
     scores: np.ndarray
     seconds: float  # of CPU, to fit
@@ -85,7 +85,7 @@ def tensor(rows: np.ndarray) -> Tensor:
 
 
 def parted(train: np.ndarray, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows to train on, and those that validate."""
+    """Return training and validation rows."""
     order = np.random.default_rng(seed).permutation(len(train))
     held_out = round(BUDGET.validation_fraction * len(train))
     return tensor(train[order[held_out:]]), tensor(train[order[:held_out]])
@@ -97,7 +97,7 @@ def scores(model: Callable[[Tensor], Tensor], rows: Tensor) -> np.ndarray:
 
 
 def peer(build: Callable[[int], peers.Scored]) -> Callable[[uci_tables.Split, int], Found]:
-    """A flow of another library, by the same loop."""
+    """Fit a flow of another library with `cf.fit`."""
 
     def run(split: uci_tables.Split, seed: int) -> Found:
         begun = time.process_time()
@@ -115,7 +115,7 @@ def peer(build: Callable[[int], peers.Scored]) -> Callable[[uci_tables.Split, in
 
 
 def ours(split: uci_tables.Split, seed: int) -> Found:
-    """cf.FlowDensity as it comes."""
+    """Fit cf.FlowDensity with its defaults."""
     begun = time.process_time()
     density = cf.FlowDensity(random_state=seed).fit(split.train)
     more = {
@@ -127,7 +127,7 @@ def ours(split: uci_tables.Split, seed: int) -> Found:
 
 
 def one_flow(split: uci_tables.Split, seed: int) -> Found:
-    """The same of one member, and without kernels: as large as zuko's and nflows' flows."""
+    """Fit cf.FlowDensity with one member and without kernels, as large as the flows of zuko and nflows."""
     begun = time.process_time()
     density = cf.FlowDensity(random_state=seed, members=1, kernels=False).fit(split.train)
     parameters = sum(p.numel() for p in density.flow_.parameters())
@@ -145,7 +145,7 @@ def gaussian_mixture(split: uci_tables.Split, seed: int) -> Found:
 
 
 def kernel_density(split: uci_tables.Split, seed: int) -> Found:
-    """Five folds of at most 400 rows score 25 bandwidths; the sums are those of KernelDensity, in NumPy for speed."""
+    """Fit a kernel density, its bandwidth the best of 25 on five folds of at most 400 rows, in NumPy for speed."""
     begun, D = time.process_time(), split.train.shape[1]
     widths, order = np.geomspace(0.02, 1.0, 25), np.random.default_rng(seed).permutation(len(split.train))
     reached = np.zeros(len(widths))
@@ -183,7 +183,7 @@ def run(method: str, name: str, k: int, table: uci_tables.Table) -> dict:
 
 
 class Verdict(NamedTuple):
-    """Ours against the best of the others on one table, over the splits that both have."""
+    """cf.FlowDensity compared with the best other estimator on one table, over the splits that both have."""
 
     means: dict[str, float]
     errors: dict[str, float]
@@ -216,7 +216,7 @@ def judge(results: list[dict], name: str) -> Verdict | None:
 
 
 def report(results: list[dict], where: str, folder: Path) -> str:
-    """The report, in Markdown."""
+    """Return the report in Markdown."""
     lines = [
         "# Densities of the UCI regression tables",
         "",
@@ -281,7 +281,7 @@ def report(results: list[dict], where: str, folder: Path) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write a file atomically."""
     path.parent.mkdir(exist_ok=True)
     part = path.with_name(path.name + ".part")
     part.write_text(text)
