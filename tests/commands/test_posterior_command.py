@@ -250,13 +250,11 @@ KINDS = {
     "torch, --dim": ("mine.py:normal --dim 3 --data y.json", "theta[0] theta[1] theta[2]"),
     "a function that returns a target": ("mine.py:built_with_tensors --data y.json", "mu"),
 }
-TOOLS = {
+SLOW = {
     "function that returns a PyMC model": (
         "mine_pymc.py:schools --data schools.json",
         "mu tau theta[0] theta[1] theta[2] theta[3]",
     ),
-}
-SLOW = {
     "PyMC model": ("mine_pymc.py:finished", "mu"),
     "Pyro": ("mine_pyro.py:schools --data schools.json", "mu tau theta[0] theta[1] theta[2] theta[3]"),
     "NumPyro": ("mine_numpyro.py:schools --data schools.json", "mu tau theta[0] theta[1] theta[2] theta[3]"),
@@ -278,12 +276,6 @@ def check_kind(here, arguments, names, folder):
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_in_torch(kind, here, tmp_path):
     check_kind(here, *KINDS[kind], tmp_path)
-
-
-@pytest.mark.parametrize("kind", TOOLS)
-def test_models_of_pymc(kind, here, tmp_path):
-    pytest.importorskip(NEEDS[kind])
-    check_kind(here, *TOOLS[kind], tmp_path)
 
 
 @pytest.mark.slow
@@ -515,7 +507,7 @@ def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):
         return SimpleNamespace(free=1000)
 
     monkeypatch.setattr("shutil.disk_usage", full)
-    code, _, err = here("--steps", "20", "--stages", "1", "--verdict-samples", "1000", "--out", "run")
+    code, _, err = here(*QUICK, "--out", "run")
     assert code == 2 and "expected free space on the disk to write run, got none; free some" in " ".join(err.split()), (
         err
     )
