@@ -282,7 +282,7 @@ REFUSED = {
     "rate": (lambda: cf.DistillConfig(learning_rate=0), "expected learning_rate to be above 0"),
     "compared": (
         lambda: cf.diagnostics.agreement(teacher_of(), teacher_of(), samples=1),
-        "samples and tested to be at least 2",
+        "samples and test_samples to be at least 2",
     ),
 }
 

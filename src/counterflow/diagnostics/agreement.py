@@ -55,7 +55,7 @@ def agreement(
         (True, True)
     """
     if min(samples, test_samples) < 2:
-        raise ValueError(f"expected samples and test_samples of at least 2, got {samples} and {test_samples}")
+        raise ValueError(f"expected samples and test_samples to be at least 2, got {samples} and {test_samples}")
     draw = contexts_of(teacher, contexts)
     device = device_of(teacher)
     reverse_terms, forward_terms, student_draws, teacher_draws = [], [], [], []
