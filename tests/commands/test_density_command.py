@@ -289,12 +289,12 @@ def test_ctrl_c_while_scoring_leaves_no_file(density_runs, tables, here, tmp_pat
 def test_ctrl_c_keeps_the_best_weights(here, tmp_path, monkeypatch):
     fit = DensityTrainer.fit
 
-    def interrupted(self, on_epoch, *arguments):
+    def interrupted(self, *, on_epoch, **more):
         def stop(task, epoch):
             on_epoch(task, epoch)
             raise KeyboardInterrupt
 
-        return fit(self, stop, *arguments)
+        return fit(self, on_epoch=stop, **more)
 
     monkeypatch.setattr(DensityTrainer, "fit", interrupted)
     write_table(NUMBERS, tmp_path / "numbers.csv")

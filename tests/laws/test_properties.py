@@ -257,6 +257,7 @@ def within(came, expected, needed, factor=100.0):
     assert not wrong.any(), f"off by {off[wrong].max():.3g} where rounding makes {needed[wrong].min():.3g}"
 
 
+@pytest.mark.slow
 @laws(120)
 @given(questions(UNIVARIATES | FOREIGN), st.sampled_from(DIRECTIONS))
 def test_round_trip(question, direction):
@@ -311,6 +312,7 @@ def test_rows_do_not_see_each_other(question, data, direction):
         torch.testing.assert_close(came[kept], expected[kept], rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @laws(120)
 @given(questions(UNIVARIATES | FOREIGN, special=MODERATE + LARGE), st.data())
 def test_every_body_agrees_with_the_definition(question, data):
