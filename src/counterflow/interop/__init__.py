@@ -1,4 +1,7 @@
-"""Conversion of trained flows of other libraries: the same numbers, both directions at the cost of one pass."""
+"""Flows of other libraries converted to ours (`convert`), and ours inside other libraries.
+
+The submodules `zuko`, `sbi`, `pyro`, `pocomc` and `nessai` adapt our flows to the library of that name.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +61,7 @@ def convert(foreign: Any) -> Flow:
             library = "pyro"  # its transforms also work in torch's class
         if library in LIBRARIES:
             with torch.random.fork_rng(devices=[]):  # initial weights, replaced at once, must not move it
-                flow: Flow = import_module(f"{__name__}.{library}").flow(foreign)
+                flow: Flow = import_module(f"{__name__}.conversion.{library}").flow(foreign)
             return flow.eval()
     hint = ""
     if isinstance(foreign, nn.Module) and not isinstance(foreign, Flow):

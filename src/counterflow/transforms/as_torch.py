@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.transforms import Transform as TorchTransform
@@ -39,9 +41,13 @@ class AsTorch(TorchTransform):
         self.c = c
         self._cached: tuple[Tensor, Tensor, Tensor] | None = None  # x, y, log_det
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state without the last pair, which may belong to a graph that cannot be copied or pickled."""
+        return super().__getstate__() | {"_cached": None, "_cached_x_y": (None, None)}
+
     def with_cache(self, cache_size: int = 1) -> AsTorch:
         """Return a wrapper of the same transform with this cache size."""
-        return self if cache_size == self._cache_size else AsTorch(self.transform, self.c, cache_size)
+        return self if cache_size == self._cache_size else type(self)(self.transform, self.c, cache_size)
 
     def _call(self, x: Tensor) -> Tensor:
         y, log_det = self.transform(x, self.c)

@@ -8,7 +8,7 @@ from sbi.inference.posteriors import DirectPosterior
 from sbi.neural_nets.estimators import NFlowsFlow, ZukoFlow, ZukoUnconditionalFlow
 
 from counterflow.flows.flow import Flow
-from counterflow.interop import common, nflows, zuko
+from counterflow.interop.conversion import common, nflows, zuko
 
 
 def flow(foreign: Any) -> Flow:

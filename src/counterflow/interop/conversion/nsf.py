@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from counterflow.interop.common import Layer, activation_name, batch_norm, is_from_library, layer_of
+from counterflow.interop.conversion.common import Layer, activation_name, batch_norm, is_from_library, layer_of
 from counterflow.univariate.spline import RationalQuadraticSpline
 
 Context = Literal["added", "activated", "gate"]

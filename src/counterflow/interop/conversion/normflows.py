@@ -11,8 +11,8 @@ from normflows.nets.resnet import ResidualNet
 from torch import Tensor
 
 from counterflow.flows.flow import Flow
-from counterflow.interop import common, nsf
-from counterflow.interop.common import Layer
+from counterflow.interop.conversion import common, nsf
+from counterflow.interop.conversion.common import Layer
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Permute

@@ -17,8 +17,8 @@ from torch.distributions import AffineTransform, ComposeTransform, Independent, 
 from torch.distributions.transforms import _InverseTransform
 
 from counterflow.flows.flow import Flow
-from counterflow.interop import common
-from counterflow.interop.common import Layer, layer_of
+from counterflow.interop.conversion import common
+from counterflow.interop.conversion.common import Layer, layer_of
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Permute, Whiten
