@@ -13,7 +13,7 @@ from counterflow.made.architecture import Links
 from counterflow.univariate.base import Univariate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Layout:
     """The part of a layer that is the same in every call.
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-class Activation(NamedTuple):
+@dataclass(frozen=True, slots=True)  # with slots, no walker of objects tries to rebuild it
+class Activation:
     """An elementwise function and its derivative, both as functions of the value before the activation."""
 
     f: Callable[[Tensor], Tensor]

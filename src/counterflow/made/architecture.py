@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +26,8 @@ def hidden_degrees(size: int, top: int, lowest: int) -> list[int]:
     return [top - round(k * (levels - 1) / max(size - 1, 1)) for k in reversed(range(size))]
 
 
-class Links(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Links:
     """Connections between the hidden layers of a network, checked.
 
     Attributes:
@@ -102,7 +103,7 @@ def check_links(
     return Links(tuple(skips) or (None,) * layers, tuple(sorted(linear)), skip_to_output)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Architecture:
     """Connections between the layers of a MADE network, for networks that are not a plain sequence of layers.
 
