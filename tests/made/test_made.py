@@ -16,10 +16,11 @@ TOPS = [(top, lowest) for top in (0, 1, 2, 6, 63) for lowest in (0, 1) if top >=
 @over(ACTIVATIONS)
 @over([torch.float32, torch.float64], "dtype")
 def test_df_is_autograds(name, dtype):
-    f, df = ACTIVATIONS[name]
+    activation = ACTIVATIONS[name]
     a = torch.cat([torch.linspace(-30, 30, 1001, dtype=dtype), torch.randn(1000, dtype=dtype)]).requires_grad_()
-    (expected,) = torch.autograd.grad(f(a).sum(), a)
-    torch.testing.assert_close(df(a).detach(), expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).eps)
+    (expected,) = torch.autograd.grad(activation.f(a).sum(), a)
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(activation.df(a).detach(), expected, rtol=4 * eps, atol=eps)
 
 
 @over([1, 2, 3, 7, 64], "size")
