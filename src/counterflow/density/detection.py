@@ -10,16 +10,9 @@ import numpy as np
 import torch
 
 from counterflow.density.validation import listed
-from counterflow.transforms.table.columns import (
-    AsinhColumn,
-    Column,
-    GridColumn,
-    LinearColumn,
-    LogColumn,
-    LogitColumn,
-    OrdinalColumn,
-    SpikedColumn,
-)
+from counterflow.transforms.table.column import Column
+from counterflow.transforms.table.continuous import AsinhColumn, LinearColumn, LogColumn, LogitColumn
+from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, SpikedColumn
 from counterflow.transforms.table.table import TableTransform
 
 Array = np.ndarray[Any, Any]

@@ -27,15 +27,8 @@ from counterflow.transforms.constant import Linear, Permute, Standardize, Whiten
 from counterflow.transforms.context import StandardizedContext
 from counterflow.transforms.coupling import CouplingLayer
 from counterflow.transforms.quantile_spline import QuantileSpline
-from counterflow.transforms.table.columns import (
-    AsinhColumn,
-    GridColumn,
-    LinearColumn,
-    LogColumn,
-    LogitColumn,
-    OrdinalColumn,
-    SpikedColumn,
-)
+from counterflow.transforms.table.continuous import AsinhColumn, LinearColumn, LogColumn, LogitColumn
+from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, SpikedColumn
 from counterflow.transforms.table.table import TableTransform
 from counterflow.univariate.affine import Affine, ForeignAffine, Gated
 from counterflow.univariate.base import Univariate

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from counterflow.transforms.base import Transform, prepare
-from counterflow.transforms.table.columns import Column, LinearColumn
+from counterflow.transforms.table.column import Column
+from counterflow.transforms.table.continuous import LinearColumn
 
 
 class TableTransform(Transform):

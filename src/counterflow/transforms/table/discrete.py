@@ -1,297 +1,17 @@
-"""Columns of a table: one increasing map per kind of column, from the column's own units to a scale near 1."""
+"""Columns whose values repeat: ordinal values, a grid, and real numbers with frequent values among them."""
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from counterflow.transforms.base import rank
-
-
-class Column(nn.Module, ABC):
-    """One column of a table and its increasing map y = g(x). Tensors hold numbers of this column alone, (...).
-
-    The maps with a center and a scale are y = (v(x) - center) / scale; the subclasses say what v is. `GridColumn` and
-    `SpikedColumn` wrap another column whose recorded numbers stand for intervals, called cells.
-
-    Attributes:
-        name: the name of the column.
-        map: the name of the map v, such as "log".
-        quantized: True if some numbers of the column fill a cell.
-        mass: True if the density of a row counts the probability mass of the cell instead of its mean density.
-    """
-
-    map: str
-    quantized: bool = False
-    mass: bool = False
-
-    def __init__(self, name: str, center: float = 0.0, scale: float = 1.0) -> None:
-        super().__init__()
-        if not scale > 0:
-            raise ValueError(f"expected scale of column {name!r} to be positive, got {scale}")
-        self.name = name
-        self.center = float(center)
-        self.scale = float(scale)
-
-    @abstractmethod
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y and log dy/dx, both (...)."""
-
-    @abstractmethod
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy, both (...)."""
-
-    @abstractmethod
-    def config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-
-    def inside(self, x: Tensor) -> Tensor:
-        """Return True for each number in the support, its ends included."""
-        return torch.ones_like(x, dtype=torch.bool)
-
-    def cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the lower end and the width of the cell that each number fills; width 0 if it fills none."""
-        return x, torch.zeros_like(x)
-
-    def snap(self, x: Tensor) -> Tensor:
-        """Round each number to one that the column records."""
-        return x
-
-    def extra_repr(self) -> str:
-        """Return the constructor's arguments as text."""
-        return ", ".join(f"{name}={value!r}" for name, value in self.config().items() if name != "column")
-
-    def _to_scale(self, v: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y = (v - center) / scale and log dy/dx for v and log dv/dx."""
-        return (v - self.center) / self.scale, log_slope - math.log(self.scale)
-
-    def _from_scale(self, y: Tensor) -> Tensor:
-        """Return v = scale * y + center."""
-        return y * self.scale + self.center
-
-
-class LinearColumn(Column):
-    """Column without bounds: v = x.
-
-    Args:
-        name: the name of the column.
-        center, scale: y = (v - center) / scale; scale is positive.
-
-    Raises:
-        ValueError: scale is not positive.
-
-    Example:
-        >>> import torch, counterflow as cf
-        >>> cf.transforms.LinearColumn("length", center=1.0, scale=2.0)(torch.tensor([5.0]))[0].tolist()
-        [2.0]
-    """
-
-    map = "linear"
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y and log dy/dx."""
-        return self._to_scale(x, torch.zeros_like(x))
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy."""
-        return self._from_scale(y), torch.full_like(y, math.log(self.scale))
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {"name": self.name, "center": self.center, "scale": self.scale}
-
-
-class LogColumn(Column):
-    """Column with one bound: v = log(x - low) for a lower bound, v = -log(high - x) for an upper bound.
-
-    Args:
-        name: the name of the column.
-        low, high: the bound; exactly one of them.
-        min_distance: numbers nearer to the bound are mapped as if they had this distance.
-        center, scale: y = (v - center) / scale; scale is positive.
-
-    Raises:
-        ValueError: none or both of low and high, or a scale that is not positive.
-
-    Example:
-        >>> import torch, counterflow as cf
-        >>> cf.transforms.LogColumn("price", low=0.0)(torch.tensor([1.0]))[0].tolist()
-        [0.0]
-    """
-
-    map = "log"
-
-    def __init__(
-        self,
-        name: str,
-        low: float | None = None,
-        high: float | None = None,
-        min_distance: float = 0.0,
-        center: float = 0.0,
-        scale: float = 1.0,
-    ) -> None:
-        super().__init__(name, center, scale)
-        if (low is None) == (high is None):
-            raise ValueError(f"expected one bound, low or high, for column {name!r}, got low={low}, high={high}")
-        self.low = _optional(low)
-        self.high = _optional(high)
-        self.min_distance = float(min_distance)
-        self._sign = 1.0 if high is None else -1.0
-        self._bound = float(low if high is None else high)  # type: ignore[arg-type]  # one of them is given
-
-    def _distance(self, x: Tensor) -> Tensor:
-        """Return the distance of x from the bound."""
-        return (self._sign * (x - self._bound)).clamp_min(self.min_distance)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y and log dy/dx."""
-        log_distance = self._distance(x).log()
-        return self._to_scale(self._sign * log_distance, -log_distance)
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy."""
-        distance = (self._sign * self._from_scale(y)).exp()
-        x = self._bound + self._sign * distance
-        return x, self._distance(x).log() + math.log(self.scale)
-
-    def inside(self, x: Tensor) -> Tensor:
-        """Return True for each number on the right side of the bound."""
-        return self._sign * (x - self._bound) >= 0
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {
-            "name": self.name,
-            "low": self.low,
-            "high": self.high,
-            "min_distance": self.min_distance,
-            "center": self.center,
-            "scale": self.scale,
-        }
-
-
-class LogitColumn(Column):
-    """Column with two bounds: v = log(x - low) - log(high - x).
-
-    Args:
-        name: the name of the column.
-        low, high: the bounds, low < high.
-        min_distance: numbers nearer to a bound are mapped as if they had this distance.
-        center, scale: y = (v - center) / scale; scale is positive.
-
-    Raises:
-        ValueError: low is not below high, or scale is not positive.
-
-    Example:
-        >>> import torch, counterflow as cf
-        >>> cf.transforms.LogitColumn("share", low=0.0, high=2.0)(torch.tensor([1.0]))[0].tolist()
-        [0.0]
-    """
-
-    map = "logit"
-
-    def __init__(
-        self,
-        name: str,
-        low: float,
-        high: float,
-        min_distance: float = 0.0,
-        center: float = 0.0,
-        scale: float = 1.0,
-    ) -> None:
-        super().__init__(name, center, scale)
-        if not low < high:
-            raise ValueError(f"expected low < high for column {name!r}, got low={low}, high={high}")
-        self.low = float(low)
-        self.high = float(high)
-        self.min_distance = float(min_distance)
-
-    def _log_distances(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the logs of the distances of x from both bounds."""
-        from_low = (x - self.low).clamp_min(self.min_distance)
-        to_high = (self.high - x).clamp_min(self.min_distance)
-        return from_low.log(), to_high.log()
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y and log dy/dx."""
-        from_low, to_high = self._log_distances(x)
-        return self._to_scale(from_low - to_high, math.log(self.high - self.low) - from_low - to_high)
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy."""
-        x = self.low + (self.high - self.low) * torch.sigmoid(self._from_scale(y))
-        from_low, to_high = self._log_distances(x)
-        return x, from_low + to_high - math.log(self.high - self.low) + math.log(self.scale)
-
-    def inside(self, x: Tensor) -> Tensor:
-        """Return True for each number between the bounds."""
-        return (x >= self.low) & (x <= self.high)
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {
-            "name": self.name,
-            "low": self.low,
-            "high": self.high,
-            "min_distance": self.min_distance,
-            "center": self.center,
-            "scale": self.scale,
-        }
-
-
-class AsinhColumn(Column):
-    """Column with heavy tails: v = asinh((x - middle) / unit), linear near the middle and logarithmic far from it.
-
-    Args:
-        name: the name of the column.
-        middle: the point around which the map is linear.
-        unit: the distance from the middle at which the map bends; positive.
-        center, scale: y = (v - center) / scale; scale is positive.
-
-    Raises:
-        ValueError: unit or scale is not positive.
-
-    Example:
-        >>> import torch, counterflow as cf
-        >>> cf.transforms.AsinhColumn("return", middle=1.0, unit=0.5)(torch.tensor([1.0]))[0].tolist()
-        [0.0]
-    """
-
-    map = "asinh"
-
-    def __init__(self, name: str, middle: float, unit: float, center: float = 0.0, scale: float = 1.0) -> None:
-        super().__init__(name, center, scale)
-        if not unit > 0:
-            raise ValueError(f"expected unit of column {name!r} to be positive, got {unit}")
-        self.middle = float(middle)
-        self.unit = float(unit)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y and log dy/dx."""
-        t = (x - self.middle) / self.unit
-        return self._to_scale(torch.asinh(t), -torch.log1p(t * t) / 2 - math.log(self.unit))
-
-    def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x and log dx/dy = log cosh v + log unit + log scale."""
-        v = self._from_scale(y)
-        log_cosh = v.abs() + torch.log1p(torch.exp(-2 * v.abs())) - math.log(2)
-        return self.middle + self.unit * torch.sinh(v), log_cosh + math.log(self.unit) + math.log(self.scale)
-
-    def config(self) -> dict[str, Any]:
-        """Return the constructor's arguments."""
-        return {
-            "name": self.name,
-            "middle": self.middle,
-            "unit": self.unit,
-            "center": self.center,
-            "scale": self.scale,
-        }
+from counterflow.transforms.table.column import Column, clamp, optional
 
 
 class OrdinalColumn(Column):
@@ -427,8 +147,8 @@ class GridColumn(Column):
         self.step = float(step)
         self.offset = float(offset)
         self.mass = bool(mass)
-        self.minimum = _optional(minimum)
-        self.maximum = _optional(maximum)
+        self.minimum = optional(minimum)
+        self.maximum = optional(maximum)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return y and log dy/dx of the wrapped column."""
@@ -448,7 +168,7 @@ class GridColumn(Column):
 
     def snap(self, x: Tensor) -> Tensor:
         """Round each number to the grid."""
-        return _clamp(self.offset + self.step * torch.round((x - self.offset) / self.step), self.minimum, self.maximum)
+        return clamp(self.offset + self.step * torch.round((x - self.offset) / self.step), self.minimum, self.maximum)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -514,8 +234,8 @@ class SpikedColumn(Column):
         self.spikes = tuple(spikes)
         self.room = tuple(room)
         self.width = float(width)
-        self.minimum = _optional(minimum)
-        self.maximum = _optional(maximum)
+        self.minimum = optional(minimum)
+        self.maximum = optional(maximum)
         self.register_buffer("_spikes", torch.tensor(spikes, dtype=torch.float64), persistent=False)
         self.register_buffer("_room", torch.tensor(room, dtype=torch.float64), persistent=False)
 
@@ -555,7 +275,7 @@ class SpikedColumn(Column):
 
     def snap(self, x: Tensor) -> Tensor:
         """Round the numbers in the cells of the spikes to these."""
-        x = _clamp(x, self.minimum, self.maximum)
+        x = clamp(x, self.minimum, self.maximum)
         distance = (x[..., None] - self._spikes).abs()
         nearest = distance.argmin(-1)
         in_cell = distance.gather(-1, nearest[..., None])[..., 0] <= self.width / 2
@@ -571,13 +291,3 @@ class SpikedColumn(Column):
             "minimum": self.minimum,
             "maximum": self.maximum,
         }
-
-
-def _optional(value: float | None) -> float | None:
-    """Return value as a float, or None for None."""
-    return None if value is None else float(value)
-
-
-def _clamp(x: Tensor, minimum: float | None, maximum: float | None) -> Tensor:
-    """Return x clamped to the limits that are given."""
-    return x if minimum is None and maximum is None else x.clamp(minimum, maximum)
