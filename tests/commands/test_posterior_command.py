@@ -437,6 +437,7 @@ BAD = {
     "other data": ("mine.py:built --data names.json", "as mine.py:built takes them, got y, sd; name them so in"),
     "strange data": ("mine.py:banana --data y.json", "expected data of no name, as mine.py:banana takes them, got y"),
     "data for a finished model": ("mine.py:finished --data y.json", "expected no --data, as mine.py:finished is a mod"),
+    "starting values": ("mine.py:banana --inits y.json", "expected starts for some of theta, got y"),
     "no dim": ("mine.py:normal --data y.json", "expected a function whose tool can be found, got mine.py:normal"),
     "dim of a target": ("mine.py:built_with_tensors --data y.json --dim 3", "expected --dim only for a log density"),
     "never finite": ("mine.py:nowhere", "expected a finite log density and gradient at one of 100 random points"),

@@ -6,7 +6,7 @@ import torch
 from log_densities import gaussian, generator
 from registry import close, over
 
-from counterflow.posterior.gaussians import Gaussians, batch_and_match, newton_paths
+from counterflow.posterior.gaussians import Gaussians, batch_and_match, newton_paths, shrunk_gaussians
 
 SCALES = {"equal": None, "from 1e-5 to 1e4": [1e-5, 1e4, 1.0, 1e-2, 300.0]}
 
@@ -45,3 +45,18 @@ def test_draws_and_density_of_gaussians_agree():
         close(q.log_prob(theta[k])[k], log_q[k])
         truth = torch.distributions.MultivariateNormal(q.mean[k], scale_tril=q.factor[k])
         close(truth.log_prob(theta[k]), log_q[k])
+
+
+def test_gaussians_shrink_to_a_bounded_support():
+    def box(theta):
+        return torch.where((theta[:, 0] - 50).abs() < 0.01, -theta[:, 1].square() / 2 + 0 * theta[:, 0], -math.inf)
+
+    q = shrunk_gaussians(box, torch.tensor([[50.005, 1.0], [49.999, -1.0]]).double(), generator())
+    inside, _ = q.rsample_and_log_prob(torch.randn(len(q.mean), 500, 2, generator=generator()).double())
+    assert (box(inside[0]).isfinite().double().mean() > 0.4) and q.factor[0, 1, 1] > 0.1
+
+
+def test_the_score_of_a_gaussian():
+    q = Gaussians(torch.tensor([[1.0, 2.0]]), torch.tensor([[[2.0, 0.0], [1.0, 0.5]]]), torch.zeros(1))
+    theta = torch.tensor([[[0.3, -1.0]], [[2.0, 1.0]]], requires_grad=True)
+    close(q.score(theta), torch.autograd.grad(q.log_prob(theta[:, 0]).sum(), theta)[0])

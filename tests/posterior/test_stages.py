@@ -10,6 +10,7 @@ from log_densities import QUICK, banana, gaussian, normal
 from registry import close, over
 
 import counterflow as cf
+from counterflow.posterior.gaussians import Gaussians
 from counterflow.posterior.plans import ESTIMATORS, StagePlan, stage_plans
 from counterflow.posterior.stages import TargetModel
 
@@ -138,3 +139,12 @@ def test_planned_stages():
         StagePlan("path", 256, 500),
     )
     assert stage_plans(cf.PosteriorConfig(estimator="dreg"))[0].estimator == "dreg"
+
+
+def test_draws_outside_of_the_support_are_led_back_into_it():
+    start = Gaussians(torch.full((1, 2), 3.0).double(), 0.5 * torch.eye(2)[None].double(), torch.zeros(1))
+    flow = cf.Flow(cf.bases.StandardNormal(2), cf.IAF(2, layers=1, hidden=(4,)).transform).double()
+    model = TargetModel(flow, lambda theta: torch.where(theta[:, 0] > 1e3, 0 * theta[:, 0], -math.inf), start)
+    drawn = model.draw(samples=5)
+    (gradient,) = torch.autograd.grad(drawn.log_likelihood.sum(), drawn.z)
+    close(gradient, -(drawn.z.detach() - 3.0) / 0.25)

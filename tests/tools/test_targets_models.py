@@ -731,7 +731,7 @@ ERRORS = {
     "numpyro: no start": (
         lambda: pyro_model("hopeless")("numpyro", from_numpyro).initial(1, seed=0),
         ValueError,
-        START + r"log p of y is nan",
+        START + r"log p of y is -inf",
     ),
     "numpyro: wrong data": (
         lambda: pyro_model("misfit")("numpyro", from_numpyro),

@@ -34,6 +34,8 @@ class Posterior:
     """FILE.py:NAME, FILE.stan, or eight-schools, which is bundled"""
     data: Annotated[Path | None, optional("FILE")] = None
     """JSON file with one object, whose entries are the arguments of the model by name; lists become arrays"""
+    inits: Annotated[Path | None, optional("FILE")] = None
+    """JSON file with values of variables by name at which to start as well, such as Stan's inits"""
     tool: Annotated[Tool | None, optional("{torch,pymc,pyro,numpyro}")] = None
     """tool that a function is written for; by default found from its code"""
     dim: Annotated[int | None, optional("INT")] = None

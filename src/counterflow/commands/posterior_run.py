@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from counterflow.commands.posterior_plots import columns_of
 from counterflow.commands.run_folder import check_new, checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
 from counterflow.io.atomic import atomic_write, check_free_space
-from counterflow.io.json import write_json
+from counterflow.io.json import read_json, write_json
+from counterflow.posterior.propriety import check_proper
+from counterflow.posterior.starts import starting_points
 from counterflow.posterior.targets.target import Target
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch
@@ -41,12 +43,14 @@ def run(command: Posterior) -> int:
     file = Path(options.model.rpartition(":")[0] or options.model)
     with console.err.status("reading the model"):
         target = load_target(options.model, options.data, options.tool, options.dim)
+        starts = None if options.inits is None else read_json(options.inits, "starting values by variable")
         with errors_of_file(file):
-            target.initial(options.fit.starts, options.fit.seed)  # an error should come before there is a run folder
+            points = starting_points(target, options.fit.starts, options.fit.seed, starts)
+            check_proper(target, points, target.coordinates, options.fit.seed)  # errors should precede the run folder
     with running(options, resumed, "posterior") as (folder, stop):
         console.note(f"{options.model}: {target.dim} dimensions ({_listed(target.parameters)}); run folder {folder}")
         with errors_of_file(file):
-            fitted = _fit(options, target, folder, stop)
+            fitted = _fit(options, target, starts, folder, stop)
         if Workers.current().rank:  # rank 0 writes and plots
             return 0
         _write(options, fitted, target, folder)
@@ -62,7 +66,9 @@ def _listed(names: tuple[str, ...]) -> str:
     return ", ".join(names[:MAX_LISTED]) + more
 
 
-def _fit(options: Posterior, target: Target, folder: Path, stop: Stop) -> posterior.Posterior:
+def _fit(
+    options: Posterior, target: Target, starts: Mapping[str, Any] | None, folder: Path, stop: Stop
+) -> posterior.Posterior:
     """Fit the posterior and show the progress."""
     with _progress() as bar, metrics(folder) as write:
         line = bar.add_task("starting points", total=None, elbo="...")
@@ -82,6 +88,7 @@ def _fit(options: Posterior, target: Target, folder: Path, stop: Stop) -> poster
         return posterior.fit_posterior(
             target,
             options.fit,
+            starts=starts,
             on_stage=on_stage,
             on_epoch=on_epoch,
             on_step=stop.after_step(on_step),

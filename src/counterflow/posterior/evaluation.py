@@ -16,7 +16,7 @@ MAX_POINTS = 1024  # points evaluated at once, unless the target's attribute max
 
 def log_density(target: LogDensity, theta: Tensor) -> Tensor:
     """Evaluate the log density at theta (..., D); -inf where it is not finite."""
-    with torch.no_grad(), _without_validation():
+    with torch.no_grad(), without_validation():
         value = torch.cat([target(chunk) for chunk in _chunks(target, theta)])
     return torch.nan_to_num(value, nan=-math.inf, posinf=-math.inf, neginf=-math.inf).reshape(theta.shape[:-1])
 
@@ -37,7 +37,7 @@ def _chunks(target: LogDensity, theta: Tensor) -> tuple[Tensor, ...]:
 
 
 def _value_and_score(target: LogDensity, theta: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.enable_grad(), _without_validation():
+    with torch.enable_grad(), without_validation():
         leaf = theta.clone().requires_grad_()
         value = target(leaf)
         (score,) = torch.autograd.grad(value.sum(), leaf)
@@ -45,7 +45,7 @@ def _value_and_score(target: LogDensity, theta: Tensor) -> tuple[Tensor, Tensor]
 
 
 @contextmanager
-def _without_validation() -> Iterator[None]:
+def without_validation() -> Iterator[None]:
     """Turn off the argument checks of torch.distributions: a scale that underflows to 0 far out shall give -inf."""
     before = Distribution._validate_args
     Distribution.set_default_validate_args(False)

@@ -17,6 +17,7 @@ from counterflow.posterior.evaluation import LogDensity, log_density, log_densit
 NEWTON_STEPS = 40  # maximum per path; most paths end sooner
 MATCHING_STEPS = 40  # iterations of batch and match
 STEP_SIZES = 2.0 ** torch.arange(3.0, -18.0, -1.0, dtype=torch.float64)  # tried in each line search; Newton's is 1
+SHRINKAGES = 2.0 ** -torch.arange(0.0, 41.0, dtype=torch.float64)  # of a Gaussian that is wider than the support
 
 
 class Gaussians(NamedTuple):
@@ -39,6 +40,11 @@ class Gaussians(NamedTuple):
         offset = (theta - self.mean[:, None]).mT
         eps = torch.linalg.solve_triangular(self.factor, offset, upper=False).mT
         return _log_normal(eps) - _log_det(self.factor)[:, None]
+
+    def score(self, theta: Tensor) -> Tensor:
+        """Gradient of the first Gaussian's log density at points (..., D), (..., D)."""
+        offset = (theta - self.mean[0]).reshape(-1, theta.shape[-1])
+        return -torch.cholesky_solve(offset.mT, self.factor[0]).mT.reshape(theta.shape)
 
 
 def _log_normal(eps: Tensor) -> Tensor:
@@ -90,6 +96,34 @@ def newton_paths(
             break
         x = torch.where(moved[:, None], along[torch.arange(len(x)), a], x)
     return best
+
+
+def shrunk_gaussians(
+    target: LogDensity, starts: Tensor, generator: torch.Generator, max_count: int = 4, min_finite: float = 0.5
+) -> Gaussians:
+    """Find at most max_count distinct Gaussians around starts (K, D), each inside the bounds of the support there.
+
+    Bounds leave no trace in scores, so that a Gaussian by curvature may be far wider than a hard-bounded support. Here
+    each coordinate of the Gaussian by curvature is shrunk until the target is finite two standard deviations away on
+    both sides, and all of them until the share min_finite of the draws is finite.
+    """
+    K, D = starts.shape
+    _, _, hessian = _curvature(target, starts)
+    factor = _triangular(_inverse_root(hessian))
+    reach = 2 * factor.norm(dim=2)  # of each coordinate, (K, D)
+    shrinkage = torch.ones_like(starts)
+    for _ in SHRINKAGES:
+        sides = torch.diag_embed(shrinkage * reach)
+        finite = log_density(target, starts[:, None] + torch.stack([sides, -sides])).isfinite().all(0)
+        if finite.all():
+            break
+        shrinkage = torch.where(finite, shrinkage, shrinkage / 2)
+    factor = shrinkage[:, :, None] * factor
+    best = Gaussians(starts, factor, torch.full((K,), -math.inf, dtype=starts.dtype))
+    for common in SHRINKAGES:
+        eps = torch.randn(K, 64, D, generator=generator, dtype=starts.dtype)
+        best = _better(best, _with_elbo(target, best._replace(factor=common * factor), eps, min_finite))
+    return _distinct(best, max_count)
 
 
 def _better(a: Gaussians, b: Gaussians) -> Gaussians:

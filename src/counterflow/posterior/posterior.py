@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -24,8 +24,9 @@ from counterflow.io.tensors import contiguous_copies, read_tensors
 from counterflow.posterior.config import PosteriorConfig
 from counterflow.posterior.mcmc import Chains, independence_metropolis, neutra
 from counterflow.posterior.modes import missed_mass
+from counterflow.posterior.propriety import check_proper
 from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws, draw_with_densities, fit_flow
-from counterflow.posterior.starts import initial_gaussians
+from counterflow.posterior.starts import initial_gaussians, starting_points
 from counterflow.posterior.summary import Summary, summary_rows
 from counterflow.posterior.targets.function import as_target
 from counterflow.posterior.targets.layout import element_names
@@ -51,6 +52,7 @@ def fit_posterior(
     config: PosteriorConfig = PosteriorConfig(),
     *,
     dim: int | None = None,
+    starts: Mapping[str, Any] | None = None,
     on_stage: Callable[[Stage], None] | None = None,
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
@@ -74,6 +76,8 @@ def fit_posterior(
             a constant, without bounds, differentiable by autograd.
         config: configuration of the fit.
         dim: D, for a function.
+        starts: values of variables at which to start as well, name -> (*shape), or (K, *shape) for K starting points.
+            Variables that are left out start at random.
         on_stage: called after each stage, on rank 0.
         on_epoch: called as on_epoch(task, epoch) ten times per stage, on rank 0; the tasks are "stage 1", "stage 2",
             ...
@@ -82,7 +86,8 @@ def fit_posterior(
             stage. A resumed fit counts `config.seconds` anew.
 
     Raises:
-        ValueError: a missing dim, or a log density that is nowhere finite.
+        ValueError: a missing dim, a log density that is finite at no starting point, or an improper posterior: one
+            whose density does not fall along a coordinate or a combination of coordinates.
         TypeError: a target that is neither a Target nor a function.
 
     Source: Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow"; Yao et al. 2018,
@@ -102,7 +107,9 @@ def fit_posterior(
     group = Workers.current()
     target = as_target(target, dim)
     generator = torch.Generator().manual_seed(config.seed)
-    gaussians = initial_gaussians(target, target.initial(config.starts, config.seed), generator)
+    points = starting_points(target, config.starts, config.seed, starts)
+    check_proper(target, points, target.coordinates, config.seed)
+    gaussians = initial_gaussians(target, points, generator)
     with seeded(group.rank_seed(config.seed)):
         fitted = fit_flow(target, gaussians, config, begun + config.seconds, on_stage, on_epoch, on_step, checkpoints)
         missed = group.broadcast_value(missed_mass(target, fitted.flow, gaussians, config.starts, generator))

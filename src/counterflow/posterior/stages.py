@@ -74,17 +74,22 @@ class WeightedDraws(NamedTuple):
 class TargetModel:
     """Adapter that presents a flow and a log density to the objectives as a variational model without data.
 
-    Where the target is not finite, it is replaced by a constant: the lowest value at the other draws.
+    Where the target is not finite, its value is the lowest one at the other draws. The gradient there is zero, or that
+    of the first Gaussian of `inside`, which leads back into a bounded support.
     """
 
     flow: Flow
     target: LogDensity
+    inside: Gaussians | None = None
 
     def draw(self, x: None = None, samples: int = 1, density: DensityMode = "joint") -> Draws:
         """Draw S times, (S, 1), with the target's log density as the likelihood and a prior of zero."""
         theta, log_q = draw_from(self.flow().expand((1,)), samples, density)
         value, score = log_density_and_score(self.target, theta)
-        value = torch.where(value > -math.inf, value, value.nan_to_num(neginf=math.inf).min())
+        finite = value > -math.inf
+        value = torch.where(finite, value, value.nan_to_num(neginf=math.inf).min())
+        if self.inside is not None and not finite.all():
+            score = torch.where(finite[..., None], score, self.inside.score(theta.detach()))
         log_p = value + (score * (theta - theta.detach())).sum(-1)
         return Draws(log_p, torch.zeros_like(log_p), log_q, theta)
 
@@ -137,7 +142,7 @@ def fit_flow(
         if plan.more_layers:
             layers = [*_new_layers(config, number, start), *layers]
         flow = Flow(base, Compose(layers)).double()
-        history = _train(flow, target, plan, config, number, task, on_epoch, on_step, task_checkpoints)
+        history = _train(flow, target, plan, start, config, number, task, on_epoch, on_step, task_checkpoints)
         draws, verdict = _draw_and_judge(target, flow, config.verdict_samples, group)
         stages.append(_stage(layers, plan, history, verdict, time.perf_counter() - begun))
         if on_stage is not None and group.rank == 0:
@@ -216,6 +221,7 @@ def _train(
     flow: Flow,
     target: LogDensity,
     plan: StagePlan,
+    start: Gaussians,
     config: PosteriorConfig,
     number: int,
     task: str,
@@ -229,7 +235,7 @@ def _train(
     samples = Workers.current().share(plan.samples, "samples")  # of this process, with its own noise
 
     def objective(flow: nn.Module, batch: None) -> Tensor:
-        return estimator(TargetModel(flow, target), None, samples)  # type: ignore[arg-type]  # it is a Flow
+        return estimator(TargetModel(flow, target, start), None, samples)  # type: ignore[arg-type]  # it is a Flow
 
     fit_config = FitConfig(
         epochs=epochs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -280,8 +281,15 @@ def _terms(sites: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _log_prob(site: Mapping[str, Any]) -> Any:
+    """Return the log density of a site, -inf for data outside of the support: NumPyro checks it in validation only."""
+    from jax.numpy import asarray
+    from numpyro.distributions.distribution import validation_enabled
+
+    value = asarray(site["value"]) if is_data(site) else site["value"]
     try:
-        log_prob = site["fn"].log_prob(site["value"])
+        with validation_enabled(is_data(site)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Out-of-support values")
+            log_prob = site["fn"].log_prob(value)
     except (TypeError, ValueError) as error:
         raise data_mismatch_error(site["name"], error) from error
     return (log_prob if site["scale"] is None else site["scale"] * log_prob).sum()

@@ -79,6 +79,10 @@ class Program(ABC):
         return ""
 
 
+class NoStartingPointError(ValueError):
+    """No point with a finite log density and gradient was found."""
+
+
 @final
 class Target:
     """Log density of a model's free variables, moved to unconstrained space, where every theta (D,) is allowed.
@@ -184,25 +188,37 @@ class Target:
         with torch.no_grad():
             return self._program.unconstrain(tensors)
 
-    def initial(self, n: int, seed: int) -> Tensor:
-        """Return n starting points (n, D), uniform on (-2, 2), each with a finite log density and gradient.
+    def initial(
+        self, n: int, seed: int, *, radius: float = INITIAL_RADIUS, center: Tensor | float = 0.0, tries: int = MAX_TRIES
+    ) -> Tensor:
+        """Return n starting points (n, D), each with a finite log density and gradient.
+
+        Args:
+            n: number of points.
+            seed: seed of the points.
+            radius: half the width of the uniform distribution from which each coordinate is drawn.
+            center: its middle, (D,) or 0.
+            tries: number of draws of each point before it counts as not found.
 
         Raises:
-            ValueError: no such point was found in 100 draws; the message names the variables that prevent it.
+            NoStartingPointError: at least one point was not found; the message names the variables that prevent it.
         """
         generator = torch.Generator().manual_seed(seed)
         theta = torch.empty(n, self.dim, dtype=torch.float64)
         bad = torch.ones(n, dtype=torch.bool)
-        for _ in range(MAX_TRIES):
+        for _ in range(tries):
             uniform = torch.rand(int(bad.sum()), self.dim, generator=generator, dtype=theta.dtype)
-            theta[bad] = INITIAL_RADIUS * (2 * uniform - 1)
+            theta[bad] = center + radius * (2 * uniform - 1)
             value, gradient = self._value_and_gradient(theta[bad])
             bad[bad.clone()] = ~(value.isfinite() & gradient.isfinite().all(-1))
             if not bad.any():
                 return theta
-        raise ValueError(
-            f"expected a finite log density and gradient at one of {MAX_TRIES} random points in (-2, 2)^{self.dim}, "
-            f"got none; {self._explain(theta[bad][0])}; look for data outside of a support and for wrong bounds"
+        place = (
+            f"in ({-radius:g}, {radius:g})^{self.dim}" if isinstance(center, float) else f"within {radius:g} of a point"
+        )
+        raise NoStartingPointError(
+            f"expected a finite log density and gradient at one of {tries} random points {place}, got none; "
+            f"{self.explain(theta[bad][0])}; look for data outside of a support and for wrong bounds"
         )
 
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
@@ -266,7 +282,8 @@ class Target:
             )
         self._is_repeatable = True
 
-    def _explain(self, theta: Tensor) -> str:
+    def explain(self, theta: Tensor) -> str:
+        """Return why the log density at theta (D,), or its gradient, is not finite: the variables to blame."""
         value, gradient = self._value_and_gradient(theta[None])
         if value.isfinite():
             bad = (~gradient[0].isfinite()).nonzero().flatten().tolist()
