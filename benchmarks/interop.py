@@ -114,7 +114,7 @@ class TwoMoons:
 
 
 class SLCP:
-    """theta in [-3, 3]^5; x is four points of a normal with mean theta_1:2, stds theta_3^2, theta_4^2, tanh(theta_5)."""
+    """theta in [-3, 3]^5; x is four points of a normal: mean theta_1:2, stds theta_3^2, theta_4^2, tanh(theta_5)."""
 
     @property
     def prior(self) -> Any:
@@ -146,7 +146,7 @@ class SLCP:
         return theta[(theta.abs() <= 3).all(1)][:n].float()
 
 
-def sbi(simulations: int = 2_000, observations: int = 3, draws: int = 1_000) -> list[str]:
+def sbi(simulations: int = 1_000, observations: int = 3, draws: int = 1_000) -> list[str]:
     """C2ST, training time and draws per second of NPE; steps per second of variational inference."""
     from sbi.inference import NPE
     from sbi.inference.posteriors import VIPosterior
@@ -226,7 +226,150 @@ def sbi(simulations: int = 2_000, observations: int = 3, draws: int = 1_000) -> 
     ]
 
 
-SECTIONS = {"zuko": (zuko, ["zuko"]), "sbi": (sbi, ["sbi"])}
+def pyro(steps: int = 1_500) -> list[str]:
+    """Loss and time per step of SVI: Pyro's guide and ours, on a funnel and a regression of 30 coefficients."""
+    import pyro as library
+    import pyro.distributions as dist
+    from pyro.infer import SVI, Trace_ELBO
+    from pyro.infer.autoguide import AutoIAFNormal
+
+    from counterflow.interop.pyro import AutoIAF
+
+    inputs = torch.randn(200, 30)
+    outputs = inputs @ torch.randn(30) + 0.5 * torch.randn(200)
+
+    def funnel() -> None:
+        scale = library.sample("scale", dist.LogNormal(torch.tensor(0.0), 1.5))
+        library.sample("x", dist.Normal(torch.zeros(9), scale[..., None]).to_event(1))
+
+    def horseshoe() -> None:
+        scales = library.sample("scales", dist.HalfCauchy(torch.ones(30)).to_event(1))
+        weights = library.sample("weights", dist.Normal(torch.zeros(30), 1.0).to_event(1)) * scales * 0.1
+        noise = library.sample("noise", dist.HalfNormal(torch.tensor(1.0)))
+        mean = (weights[..., None, :] * inputs).sum(-1)
+        library.sample("y", dist.Normal(mean, noise[..., None]).to_event(1), obs=outputs)
+
+    rows: list[tuple[object, ...]] = []
+    for model, D in ((funnel, 10), (horseshoe, 61)):
+        width = max(32, 2 * D)
+        guides = {
+            "AutoIAFNormal": partial(AutoIAFNormal, hidden_dim=[width, width], num_transforms=3),
+            "AutoIAF": partial(AutoIAF, layers=3),
+        }
+        svis, losses = {}, {}
+        elbo = Trace_ELBO(num_particles=16, vectorize_particles=True)
+        for name, make in guides.items():
+            library.clear_param_store()
+            library.set_rng_seed(0)
+            guide = make(model)
+            svi = SVI(model, guide, library.optim.ClippedAdam({"lr": 3e-3}), elbo)
+            for _ in range(steps):
+                svi.step()
+            many = Trace_ELBO(num_particles=256, vectorize_particles=True)
+            with torch.no_grad():
+                each = [many.loss(model, guide) for _ in range(20)]
+            losses[name] = f"{statistics.mean(each):.2f} ± {statistics.stdev(each) / 20**0.5:.2f}"
+            svis[name] = svi
+        times = medians([svi.step for svi in svis.values()], 50)
+        rows += [
+            (f"{model.__name__}, D = {D}", name, losses[name], f"{1e3 * t:.2f}")
+            for name, t in zip(guides, times, strict=True)
+        ]
+    return [
+        f"After {steps:,} steps of ClippedAdam (3e-3, 16 particles). Both guides have three layers, each with",
+        "two hidden layers of max(32, 2 D) units.",
+        "",
+        *table("model | guide | loss (negative ELBO) | ms per step", rows),
+    ]
+
+
+def rosenbrock(x: Any) -> Any:
+    """Return the log-likelihood (N,) of pairs on curved ridges, for x (N, D)."""
+    return -(10 * (x[:, ::2] ** 2 - x[:, 1::2]) ** 2 + (x[:, ::2] - 1) ** 2).sum(-1)
+
+
+def normal(x: Any) -> Any:
+    """Return the log-likelihood (N,) of a correlated normal, for x (N, D)."""
+    total = x.sum(-1)
+    return -(x**2).sum(-1) / 2 - total**2 / 2
+
+
+def pocomc() -> list[str]:
+    """Time one step of the chains, and whole runs on two problems."""
+    import pocomc as library
+    import scipy.stats
+
+    from counterflow.interop.pocomc import flow
+
+    walkers = torch.randn(256, 20)
+    theirs, ours = library.Flow(20, "nsf6"), library.Flow(20, flow(20))
+    with torch.no_grad():
+        steps = medians([lambda: theirs.inverse(walkers), lambda: ours.inverse(walkers)], 3)
+    rows: list[tuple[object, ...]] = []
+    for D, likelihood in ((10, normal), (10, rosenbrock)):
+        for name, chosen in (("nsf6", "nsf6"), ("ours", flow(D))):
+            prior = library.Prior([scipy.stats.norm(0, 3)] * D)
+            more: dict[str, Any] = {"vectorize": True, "random_state": 0, "n_effective": 256, "n_active": 128}
+            sampler = library.Sampler(prior, likelihood, flow=chosen, **more)
+            spent = seconds(lambda sampler=sampler: sampler.run(n_total=1024, n_evidence=1024, progress=False))
+            log_z, error = sampler.evidence()
+            rows.append((f"{likelihood.__name__}, D = {D}", name, f"{log_z:.2f} ± {error:.2f}", f"{spent:.0f}"))
+            print(*rows[-1], flush=True)
+    return [
+        "One step of the chains, 256 walkers, D = 20, the flow untrained: "
+        f"nsf6 {1e3 * steps[0]:.0f} ms, ours {1e3 * steps[1]:.0f} ms.",
+        "",
+        *table("problem | flow | log Z | run, s", rows),
+    ]
+
+
+def nessai() -> list[str]:
+    """Time whole runs on two problems with nessai's flows and ours."""
+    from nessai.flowsampler import FlowSampler
+    from nessai.model import Model
+
+    from counterflow.interop.nessai import CounterflowFlow
+
+    def model(D: int, likelihood: Callable[[Any], Any]) -> Any:
+        class Problem(Model):
+            def __init__(self) -> None:
+                self.names = [f"x{k}" for k in range(D)]
+                self.bounds = {name: [-5, 5] for name in self.names}
+
+            def log_prior(self, x: Any) -> Any:
+                return self.in_bounds(x).astype(float) - 1 - D * math.log(10)
+
+            def log_likelihood(self, x: Any) -> Any:
+                return likelihood(self.unstructured_view(x).reshape(-1, D)).reshape(x.shape)
+
+        return Problem()
+
+    rows: list[tuple[object, ...]] = []
+    for D, likelihood in ((6, normal), (4, rosenbrock)):
+        for name, config in (
+            ("nessai, maf", {"ftype": "maf"}),
+            ("ours, maf", {"flow": CounterflowFlow}),
+            ("nessai, nsf", {"ftype": "nsf"}),
+            ("ours, nsf", {"flow": CounterflowFlow, "kind": "nsf"}),
+        ):
+            more: dict[str, Any] = {"resume": False, "seed": 1, "nlive": 500, "signal_handling": False}
+            config = {"n_blocks": 4, "n_layers": 2, "n_neurons": 32, **config}
+            with tempfile.TemporaryDirectory() as folder:
+                sampler = FlowSampler(model(D, likelihood), output=folder, flow_config=config, **more)
+                spent = seconds(lambda sampler=sampler: sampler.run(plot=False, save=False))
+            log_z, error = sampler.ns.log_evidence, sampler.ns.log_evidence_error
+            rows.append((f"{likelihood.__name__}, D = {D}", name, f"{log_z:.2f} ± {error:.2f}", f"{spent:.0f}"))
+            print(*rows[-1], flush=True)
+    return table("problem | flow | log Z | run, s", rows)
+
+
+SECTIONS = {
+    "zuko": (zuko, ["zuko"]),
+    "sbi": (sbi, ["sbi"]),
+    "pyro": (pyro, ["pyro-ppl"]),
+    "pocomc": (pocomc, ["pocomc", "zuko"]),
+    "nessai": (nessai, ["nessai"]),
+}
 
 
 def main() -> None:
