@@ -125,24 +125,26 @@ class Autoregressive(Transform):
         """Return x (..., D) with f(x) = y, and log|det dx/dy| (...). One forward substitution.
 
         It runs in at least float32, also under autocast, since an error in an early feature would grow through the
-        later ones.
+        later ones. The results have the dtype of the weights.
         """
         y = self._prepare(y, c, "y")
+        dtype = torch.promote_types(y.dtype, self.made.dtype)
         with without_autocast(y.device.type):
-            y, c = _at_least_float32(y), None if c is None else _at_least_float32(c)
+            y, c = _at_least_float32(y), None if c is None else c.to(self.made.dtype)
             if is_transformed():
-                return self._invert_by_passes(y, c)
+                x, log_det = self._invert_by_passes(y, c)
+                return x.to(dtype), log_det.to(dtype)
             flat = self._sort(y).reshape(-1, self.features)
             system = self._system(y, c)
             x, log_det = solve(self._body(y, system), system, self._staircases, flat)
-        return self._unsort(x.reshape(y.shape)).contiguous(), log_det.reshape(y.shape[:-1])
+        return self._unsort(x.reshape(y.shape)).contiguous().to(dtype), log_det.reshape(y.shape[:-1]).to(dtype)
 
     def _invert_by_passes(self, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         """Compute the inverse by one pass per degree, in operations that torch.func can transform repeatedly."""
         target = self._sort(y)
         x = torch.zeros_like(target)
         for _ in range(self._layout.groups):
-            x, log_slope = self.univariate.inverse(target, self.made(x, c).to(x.dtype))
+            x, log_slope = self.univariate.inverse(target, self.made(x.to(self.made.dtype), c).to(x.dtype))
         return self._unsort(x), log_slope.sum(-1)
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,11 +157,12 @@ class Autoregressive(Transform):
         y, log_slope = self.univariate.forward(flat, params)
         log_det = log_slope.sum(1)
         with torch.no_grad(), without_autocast(x.device.type):
-            solution = Solution(flat, -log_det, params, tuple(a.to(flat.dtype) for a in hidden))
-            v = self._sort(score.expand(x.shape)).reshape(flat.shape)
-            w = torch.ones_like(log_det)
-            system = self._system(flat, rows)
-            u = self._body(flat, system).back_substitution(system, solution, v, w).u
+            wide = _at_least_float32(flat)
+            solution = Solution(wide, -log_det.to(wide), params.to(wide), tuple(a.to(wide) for a in hidden))
+            v = self._sort(score.expand(x.shape)).reshape(flat.shape).to(wide)
+            w = torch.ones_like(solution.log_det)
+            system = self._system(wide, rows)
+            u = self._body(wide, system).back_substitution(system, solution, v, w).u.to(x.dtype)
         return self._unsort(y.reshape(x.shape)), log_det.reshape(x.shape[:-1]), self._unsort(u.reshape(x.shape))
 
     def _prepare(self, x: Tensor, c: Tensor | None, name: str) -> Tensor:
@@ -179,7 +182,7 @@ class Autoregressive(Transform):
         return self._unsort(y), log_slope
 
     def _system(self, like: Tensor, c: Tensor | None) -> System:
-        """Return the system for the rows of `like` (..., D), its batch shape flattened."""
+        """Return the system for the rows of `like` (..., D), its batch shape flattened, in at least float32."""
         layers = self.made.masked_layers()
         biases: list[Tensor] = [layer.bias for layer in layers]
         if self.made.skip_to_output is not None:  # both of the last layers compute the parameters
@@ -187,7 +190,8 @@ class Autoregressive(Transform):
         for k, shift in self.made.shifts(c).items():
             bias = biases[k] + shift
             biases[k] = bias.expand(*like.shape[:-1], -1).reshape(-1, bias.shape[-1])
-        return System(self._layout, tuple(layer.weight for layer in layers), tuple(biases))
+        weights = (_at_least_float32(layer.weight) for layer in layers)
+        return System(self._layout, tuple(weights), tuple(_at_least_float32(bias) for bias in biases))
 
     def _sort(self, x: Tensor) -> Tensor:
         return x if self._sorted else x[..., self.order]

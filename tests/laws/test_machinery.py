@@ -1,0 +1,93 @@
+"""Flows under the machinery of torch: low precision, wrappers of distributions, optimizers, modes, checkpointing."""
+
+import numpy as np
+import pytest
+import torch
+from registry import close, over, stir
+from torch import distributions as D
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import counterflow as cf
+
+RECIPES = {"IAF": cf.IAF, "MAF": cf.MAF, "NSF": cf.NSF, "Coupling": cf.Coupling}
+SMALL = {"layers": 2, "hidden": (8,), "activation": "tanh"}
+
+
+@over(RECIPES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("context", [0, 2])
+def test_low_precision_keeps_its_dtype(name, dtype, context):
+    exact = stir(RECIPES[name](3, context, **SMALL), gain=0.3).to(dtype).float()
+    flow = stir(RECIPES[name](3, context, **SMALL), gain=0.3).to(dtype)
+    x = torch.randn(5, 3).to(dtype)
+    c = torch.randn(5, context).to(dtype) if context else None
+    q, expected = flow(c), exact(None if c is None else c.float())
+    close(q.log_prob(x).float(), expected.log_prob(x.float()), 0.1)
+    close(flow.transform(x, c)[0].float(), exact.transform(x.float(), None if c is None else c.float())[0], 0.1)
+    results = [*q.rsample_and_log_prob((2,)), *flow.transform.push_score(x, torch.ones_like(x), c)]
+    results += flow.transform.pull_score(x, torch.ones_like(x), c)
+    assert {v.dtype for v in (q.log_prob(x), *results)} == {dtype}
+    sum(v.sum() for v in (q.log_prob(x), *results) if v.requires_grad).backward()
+    assert all(p.grad.dtype == dtype for p in flow.parameters())
+
+
+@over(RECIPES)
+def test_wrappers_of_torch_distributions(name):
+    flow, c = stir(RECIPES[name](3, 2, **SMALL)), torch.randn(4, 2).double()
+    q, x = flow(c), torch.randn(7, 4, 3).double()
+    close(D.Independent(q, 1).log_prob(x), q.log_prob(x).sum(-1))
+    weights = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64)
+    mixture = D.MixtureSameFamily(D.Categorical(weights), q)
+    close(mixture.log_prob(x[:, 0]), (q.log_prob(x[:, :1]) + weights.log()).logsumexp(-1))
+    assert mixture.sample((7,)).shape == (7, 3)
+    exp = D.TransformedDistribution(q, [D.IndependentTransform(D.ExpTransform(), 1)])
+    close(exp.log_prob(x.exp()), q.log_prob(x) - x.sum(-1))
+
+
+@over(RECIPES)
+def test_optimizers_modes_and_checkpointing(name):
+    flow, x = RECIPES[name](3, **SMALL).double(), 2 * torch.randn(50, 3).double()
+    optimizer = torch.optim.LBFGS(flow.parameters(), line_search_fn="strong_wolfe", max_iter=5)
+
+    def loss():
+        optimizer.zero_grad()
+        value = -flow().log_prob(x).mean()
+        value.backward()
+        return value
+
+    assert optimizer.step(loss) > loss()
+    expected = flow().log_prob(x)
+    with torch.inference_mode():
+        close(flow().log_prob(x), expected.detach())
+    gradients = torch.autograd.grad(expected.sum(), list(flow.parameters()))
+    again = checkpoint(lambda v: flow().log_prob(v).sum(), x, use_reentrant=False)
+    for came, wanted in zip(torch.autograd.grad(again, list(flow.parameters())), gradients, strict=True):
+        close(came, wanted)
+    assert torch.autograd.gradcheck(lambda v: flow().log_prob(v), x[:2].clone().requires_grad_())
+
+
+class Double(torch.nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+    def right_inverse(self, weight):
+        return weight / 2
+
+
+def test_a_parametrized_weight_is_trained():
+    flow = cf.MAF(3, **SMALL)
+    layer, x = flow.transform.transform[0].made.layers[1], torch.randn(4, 3)
+    before = flow().log_prob(x)
+    parametrize.register_parametrization(layer, "weight", Double(), unsafe=True)
+    layer.weight = layer.weight / 2
+    close(flow().log_prob(x), before, 1e-6)
+    flow().rsample_and_log_prob((4,))[1].sum().backward()
+    assert layer.parametrizations.weight.original.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_numpy_arrays_are_refused_with_the_conversion(dtype):
+    for call in (cf.MAF(3, **SMALL)().log_prob, cf.MAF(3, **SMALL).transform):
+        with pytest.raises(TypeError, match=r"got ndarray; convert it with torch\.as_tensor\(\.\.\.\)\.float\(\)"):
+            call(np.zeros((2, 3), dtype))
