@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 import torch
 
 import counterflow as cf
-from counterflow.density.estimator import CHUNK
+from counterflow.density.model import CHUNK
 
 HERE = Path(__file__).parent / "results"
 D, GROUP, SLICE = 20, 1 << 20, 1 << 19

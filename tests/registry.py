@@ -1,6 +1,6 @@
 """Every transform and flow that obeys the laws: name -> constructor. A new one is one line and inherits them all."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -193,9 +193,12 @@ def case(**labels: object) -> Iterator[None]:
         raise
 
 
-def over(names: Iterable[object], argument: str = "name") -> pytest.MarkDecorator:
-    """One test for each name."""
-    return pytest.mark.parametrize(argument, list(names), ids=str)
+def over(names: Iterable[object], argument: str = "name", quick: Container[object] | None = None) -> pytest.MarkDecorator:
+    """Run a test once for each name; if `quick` is given, the names that are not in it run in the slow tier."""
+    values = [
+        name if quick is None or name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names
+    ]
+    return pytest.mark.parametrize(argument, values, ids=str)
 
 
 def inputs(module: cf.transforms.Transform | cf.Flow, *batch: int, seed: int = 1, dtype: torch.dtype = torch.float64):

@@ -122,7 +122,7 @@ def test_the_layers_loss_is_its_kl_to_second_order():
 # -- training ----------------------------------------------------------------------------------------
 
 
-@over(FLOWS)
+@over(FLOWS, quick=["MAF", "NSF", "both ways", "diagonal context"])
 def test_a_student_of_every_flow_comes_nearer(name):
     teacher = FLOWS[name]()
     contexts = contexts_for(teacher)

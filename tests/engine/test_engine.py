@@ -167,7 +167,7 @@ def test_reference_has_the_gradients_of_plain_autograd(case):
 
 
 @pytest.mark.parametrize(("solver", "univariate"), ABLE)
-@over([0, 2], "context")
+@over([0, 2], "context", quick=[2])
 def test_gradcheck(solver, univariate, context):
     t = stir(cf.Autoregressive(3, context, (4, 3), UNIVARIATES[univariate], (2, 1, 3), "tanh"))
     t.solver = solver
@@ -333,7 +333,7 @@ def test_rows_may_be_solved_in_parts(context, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # caused by torch's own tracer
 @over(UNIVARIATES, "univariate")
-@over([0, 2], "context")
+@over([0, 2], "context", quick=[2])
 def test_torch_compile_sees_one_graph(univariate, context):
     """Compile without a graph break and compare the numbers."""
     t = stir(cf.Autoregressive(3, context, (7, 5), UNIVARIATES[univariate]))
@@ -405,6 +405,7 @@ print(number.item())
 """
 
 
+@pytest.mark.slow
 def test_a_change_in_another_file_of_the_folder_compiles_again(tmp_path):
     """Keep the file of a kernel and change the file of a function that it calls."""
     package = tmp_path / "counterflow"

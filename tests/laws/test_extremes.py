@@ -224,7 +224,7 @@ def test_terms_of_a_vae_are_finite(likelihood, seed, special):
 
 
 @over([1.0, 3.0], "edge")
-@over(ESTIMATORS, "estimator")
+@over(ESTIMATORS, "estimator", quick=["path"])
 @pytest.mark.filterwarnings("ignore:training ended:RuntimeWarning")
 def test_a_target_that_is_no_number_in_a_region(estimator, edge):
     """No NaN reaches the flow, and draws that the verdict trusts keep out of the region."""
