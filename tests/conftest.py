@@ -15,18 +15,22 @@ os.environ.setdefault("MPLBACKEND", "Agg")  # also for the processes that a test
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those only: torch is imported already
 
 HERE = Path(__file__).parent
+SOURCE = HERE.parent / "src" / "counterflow"
 collect_ignore_glob = ["**/conftest.py", "conftest.py"]  # no doctests there, and two files of one name
 TIERS = ("tools", "system", "smoke")  # folders of tests that run on request; see CONTRIBUTING.md
+NEEDS_TOOLS = ("posterior/targets", "posterior/mcmc.py", "posterior/nuts.py")  # whose examples import PyMC, JAX, ...
 MAX_SECONDS = 10.0  # of CPU time in the test's own process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark every test in tests/tools, tests/system and tests/smoke by its folder."""
+    """Mark tests by their folder (tests/tools, tests/system, tests/smoke), and examples that import other tools."""
     for item in items:
         if item.path.is_relative_to(HERE):
             tier = item.path.relative_to(HERE).parts[0]
             if tier in TIERS:
                 item.add_marker(tier)
+        elif any(item.path.is_relative_to(SOURCE / path) for path in NEEDS_TOOLS):
+            item.add_marker("tools")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -193,11 +193,11 @@ def case(**labels: object) -> Iterator[None]:
         raise
 
 
-def over(names: Iterable[object], argument: str = "name", quick: Container[object] | None = None) -> pytest.MarkDecorator:
+def over(
+    names: Iterable[object], argument: str = "name", quick: Container[object] | None = None
+) -> pytest.MarkDecorator:
     """Run a test once for each name; if `quick` is given, the names that are not in it run in the slow tier."""
-    values = [
-        name if quick is None or name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names
-    ]
+    values = [name if quick is None or name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
     return pytest.mark.parametrize(argument, values, ids=str)
 
 

@@ -165,8 +165,9 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("write", "arguments", "shape"), OTHERS.values(), ids=OTHERS)
-def test_vae_on_other_data(write, arguments, shape, here, tmp_path):
+@over(OTHERS, quick=["csv of rows", "folder of images"])
+def test_vae_on_other_data(name, here, tmp_path):
+    write, arguments, shape = OTHERS[name]
     write(tmp_path)
     code, out, err = here("vae", *SMALL_VAE, "--out", "run", *arguments.split())
     run = tmp_path / "run"
@@ -242,6 +243,7 @@ def listens_to_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_best_weights(tmp_path, listens_to_ctrl_c):
     run = tmp_path / "a folder with a name that is longer than the line" / "run"
     command = [*COMMAND, "vae", *SMALL_VAE, "--epochs", "100000", "--out", str(run)]
@@ -390,6 +392,7 @@ def test_bad_input_ends_in_one_line(line, message, material, here):
     assert everything(material) == before
 
 
+@pytest.mark.slow
 def test_bad_input_of_a_real_process(material):
     before = everything(material)
     ran = real(material, "vae", *SMALL_VAE, "--data", "bytes.npy")

@@ -107,6 +107,7 @@ def test_a_normal_table_is_found_at_once():
     np.testing.assert_allclose(density.flow_().log_prob(x).detach(), density.score_samples(ROWS), rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_repeated_numbers_do_not_let_the_density_diverge():
     x = np.where(RNG.random((800, 2)) < 0.3, 0.0, RNG.normal(size=(800, 2)))
     density = cf.FlowDensity(**SMALL).fit(x)
@@ -157,6 +158,7 @@ def test_context_of_numbers_in_an_array():
     assert abs(density.sample(200, [[1.0]], random_state=0).mean() - 2) < 0.2
 
 
+@pytest.mark.slow
 def test_a_weight_counts_as_so_many_rows():
     x = np.concatenate([RNG.normal(0, 1, (300, 1)), RNG.normal(20, 1, (300, 1))])
     weights = np.repeat([1.0, 0.0], 300)
@@ -204,6 +206,7 @@ def test_scores_do_not_depend_on_the_rows_beside(mixed):
     np.testing.assert_allclose(density.score_samples(table.iloc[::-1])[::-1], together, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_in_a_pipeline_and_a_search():
     search = GridSearchCV(cf.FlowDensity(**TINY), {"layers": [1, 2], "flow": ["maf"]}, cv=2).fit(ROWS)
     assert search.best_params_["layers"] in (1, 2) and np.isfinite(search.best_score_)
@@ -289,6 +292,7 @@ def test_samples_that_cannot_be_drawn():
         density.score_samples(ROWS, context=ROWS)
 
 
+@pytest.mark.slow
 def test_wide_and_short_tables():
     wide = RNG.normal(size=(40, 300))
     density = cf.FlowDensity(**TINY).fit(wide)
@@ -320,6 +324,7 @@ def repeated():
     return twice, cf.FlowDensity(**SMALL | {"members": 2}).fit(twice)
 
 
+@pytest.mark.slow
 def test_rows_that_come_twice_are_kept_as_kernels_unless_forbidden(repeated, tmp_path):
     twice, density = repeated
     other = cf.FlowDensity(**SMALL | {"epochs": 5}, kernels=False).fit(twice)
@@ -331,6 +336,7 @@ def test_rows_that_come_twice_are_kept_as_kernels_unless_forbidden(repeated, tmp
     assert not cf.FlowDensity(**TINY).fit(ROWS).holds_rows_
 
 
+@pytest.mark.slow
 def test_the_noise_of_a_mixture_with_kernels_is_normal(repeated):
     _, density = repeated
     assert density.holds_rows_ and len(density.flow_.flows) == 2

@@ -47,7 +47,7 @@ def draws(vae):
     return {"x": torch.rand(7, *vae.data_shape).round(), "eps": torch.randn(7, vae.latent)}
 
 
-@over(ARCHIVED)
+@over(ARCHIVED, quick=["IAF gated", "student"])
 def test_an_archive_gives_the_same_numbers(name, tmp_path):
     flow = FLOWS[name]()
     path = cf.export(flow, tmp_path / "flow.pt2")
@@ -75,9 +75,7 @@ def test_the_graph_is_the_flow(name):
             assert eps.shape == inputs["x"].shape
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.slow if name == "IAF of a table" else ()) for name in IN_ONNX]
-)
+@over(IN_ONNX, quick=["IAF context", "MAF float64"])
 def test_onnx_gives_the_same_numbers(name, tmp_path):
     flow = IN_ONNX[name]()
     path = cf.export(flow, tmp_path / "flow.onnx")
@@ -90,8 +88,8 @@ def test_onnx_gives_the_same_numbers(name, tmp_path):
     ("name", "file", "direction"),
     [
         ("conv", "vae.onnx", "encode"),
-        ("mlp logistic", "vae.onnx", "decode"),
-        ("conv", "vae.pt2", "decode"),
+        pytest.param("mlp logistic", "vae.onnx", "decode", marks=pytest.mark.slow),
+        pytest.param("conv", "vae.pt2", "decode", marks=pytest.mark.slow),
         ("rows gaussian", "vae.pt2", "encode"),
     ],
 )

@@ -71,7 +71,7 @@ def test_centered_eight_schools():
     assert rows["theta[8]"].mean == pytest.approx(4.4, abs=0.4)  # mu
 
 
-@over(ESTIMATORS)
+@over(ESTIMATORS, quick=["path"])
 def test_every_estimator_fits(name):
     posterior = cf.fit_posterior(gaussian(2)[0], replace(QUICK, estimator=name), dim=2)
     assert posterior.stages[0].estimator == name and posterior.ess > 1_000 and posterior.k_hat < 0.7

@@ -103,7 +103,7 @@ def test_a_region_that_is_not_finite_affects_neither_terms_nor_gradients(name, e
     assert terms.isfinite().all() and all(p.grad.isfinite().all() for p in flow.parameters())
 
 
-@over(REGIONS)
+@over(REGIONS, quick=["nan", "nan gradient"])
 def test_a_region_that_is_not_finite_affects_no_weight_of_a_fit(name):
     posterior = cf.fit_posterior(broken(name), replace(QUICK, seed=1), dim=2)
     assert all(p.isfinite().all() for p in posterior.flow.parameters()) and posterior.stages[0].skipped == 0
