@@ -78,7 +78,7 @@ def zuko_nsf(D: int, layers: int, hidden: Sequence[int], bins: int) -> Scored:
 
 
 def nflows_maf(D: int, layers: int, hidden: Sequence[int]) -> Scored:
-    """Its recipe, of one width; after a first layer without an activation, len(hidden) layers with one.
+    """The library's recipe: one width; a first layer without an activation, then len(hidden) layers with one.
 
     Batch normalisation stays off, as it is by default; the blocks are plain ones, which are of the others' size.
     """
@@ -88,7 +88,7 @@ def nflows_maf(D: int, layers: int, hidden: Sequence[int]) -> Scored:
 
 
 def nflows_nsf(D: int, layers: int, hidden: Sequence[int], bins: int) -> Scored:
-    """It has no recipe of this name for autoregressive layers: its splines, linear outside [-5, 5], as in its examples.
+    """Splines in autoregressive layers, for which the library has no recipe: linear outside [-5, 5] as in its examples.
 
     Its blocks are as in `nflows_maf`.
     """

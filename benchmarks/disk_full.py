@@ -69,7 +69,7 @@ def complaints(errors: str) -> list[str]:
 
 
 def wrong(code: int, errors: str, out: Path) -> str:
-    """What is not as it should be of a command whose disk was full."""
+    """List the faults of a command whose disk was full."""
     told = complaints(errors)
     if code != 2 or "Traceback" in errors or len(told) != 1 or "expected free space on the disk" not in told[0]:
         return f"exit code {code}, {errors[-600:]}"

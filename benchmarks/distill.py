@@ -1,4 +1,4 @@
-"""How near does a distilled student come to its teacher? A MAF of image patches, and an IAF that learns from it.
+"""Distance of a distilled student from its teacher: a MAF of image patches, and an IAF that learns from it.
 
     python benchmarks/distill.py --data /path/to/bsds300_patches8x8_uint8.npz --work /tmp/distill
 

@@ -44,7 +44,7 @@ class Hang(BaseException):
 
 
 def child(name: str, count: int) -> dict[str, Any]:
-    """What came of so many broken files of one reader."""
+    """Results of one reader over many broken files."""
     reader, said, failures, slowest = READERS[name], Counter[str](), list[str](), 0.0
     with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as place:
         folder = Path(place)
@@ -101,7 +101,7 @@ def _peak() -> int:
 
 
 def _within(read: Any) -> str:
-    """What it returns, within the seconds; where native code does not come back, the process ends."""
+    """Call a function with a limit in seconds; if native code does not return in time, the process ends."""
 
     def stop(number: int, frame: Any) -> None:
         raise Hang(f"more than {SECONDS:g} s")

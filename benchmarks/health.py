@@ -118,7 +118,7 @@ def banana(theta: Tensor) -> Tensor:
 
 
 def train_vae(steps: int, watch: Callable[[int], None]) -> None:
-    """As `counterflow vae` does."""
+    """Train a VAE as `counterflow vae` does."""
     digits = split(to_likelihood_scale(load("digits"), "bernoulli"), seed=0)
     torch.manual_seed(0)
     vae = cf.VAE((1, 8, 8), 4, "iaf", hidden=(32,), context=16, posterior_layers=2, posterior_hidden=(16,))
@@ -153,7 +153,7 @@ def fit_with_states(
 
 
 def train_flow(recipe: Callable[..., cf.Flow], steps: int, watch: Callable[[int], None]) -> None:
-    """By its log-likelihood, which an IAF has to solve for."""
+    """Train by the log-likelihood, for which an IAF has to be solved."""
     config = cf.FitConfig(epochs=math.ceil(steps / 50), batch_size=10)
     fit_with_states(flow(recipe), cf.log_likelihood, rows(500), rows(100), config, watch)
 

@@ -96,7 +96,7 @@ def _timeless(value: Any) -> Any:
 
 
 def survive(words: list[str], out: Path, seconds: float, rng: random.Random) -> tuple[dict[str, Any] | None, str, int]:
-    """What a run that is killed comes to, where it stood when it was first killed, and how often it was killed."""
+    """Run a command and kill it repeatedly: its results, progress at the first kill and number of kills."""
     kills, stage, killing = 0, "", True
     while True:
         begun = (out / "config.json").is_file()
@@ -113,7 +113,7 @@ def survive(words: list[str], out: Path, seconds: float, rng: random.Random) -> 
 
 
 def where(out: Path) -> str:
-    """How far a killed run had come."""
+    """Return the progress of a killed run."""
     if not (out / "config.json").is_file():
         return "before the run folder"
     if not any((out / "checkpoints").rglob("*.safetensors")):

@@ -1,4 +1,4 @@
-"""How well are posteriors fitted? 19 posteriors of posteriordb with 10,000 reference draws each, and several seeds.
+"""Accuracy of fitted posteriors: 19 posteriors of posteriordb with 10,000 reference draws each, and several seeds.
 
     python benchmarks/posteriordb.py --data PATH/TO/posteriordb
 
@@ -73,7 +73,7 @@ def errors(draws: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> Ru
 
 
 def importance_resampled(draws: dict[str, np.ndarray], log_weights: np.ndarray, seed: int) -> dict[str, np.ndarray]:
-    """As many draws again, picked in proportion to their weights; those with no weight never."""
+    """Resample as many draws in proportion to their weights; draws of weight zero are never picked."""
     log_weights = np.where(np.isnan(log_weights), -np.inf, log_weights)
     weights = np.exp(log_weights - log_weights.max())
     picked = np.random.default_rng(seed).choice(len(weights), len(weights), p=weights / weights.sum())
@@ -137,12 +137,12 @@ def head(runs: list[Run]) -> Iterator[str]:
 
 
 def flagged(run: Run) -> bool:
-    """Whether the library warns of the result; a failed run is a warning too."""
+    """Return true if the library warns of the result, or if the run failed."""
     return not run.get("trusted", False)
 
 
 def marks(runs: list[Run]) -> Iterator[str]:
-    """How many posteriors pass, where a posterior passes when all of its seeds do."""
+    """Count the posteriors that pass; a posterior passes if all its seeds do."""
     by_name = [[run for run in runs if run["posterior"] == name] for name in NAMES]
     by_name = [group for group in by_name if group]
     n, seeds = len(by_name), ", ".join(map(str, sorted({run["seed"] for run in runs})))

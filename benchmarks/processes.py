@@ -112,7 +112,7 @@ def work(rank: int, name: str, processes: int, together: bool, folder: str) -> N
 
 
 def epochs(name: str, processes: int, together: bool = True) -> list[list[tuple[float, float]]]:
-    """Of each process: the training objective and the rows a second of each epoch."""
+    """Return the training objective and the rows per second of each epoch, for each process."""
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(work, (name, processes, together and processes > 1, folder), nprocs=processes)
         return [torch.load(Path(folder, f"epochs-{rank}.pt"), weights_only=True) for rank in range(processes)]

@@ -29,7 +29,7 @@ def _sections() -> dict[str, str]:
 
 
 def machine() -> str:
-    """What it ran on."""
+    """Describe the machine and the versions."""
     return (
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, Python {platform.python_version()}"
     )

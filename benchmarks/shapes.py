@@ -1,4 +1,4 @@
-"""Which shapes are fitted? Synthetic targets with exact draws: funnel, banana, ill-conditioned Gaussian, t, two modes.
+"""Accuracy on synthetic targets with exact draws: funnel, banana, ill-conditioned Gaussian, t, two modes.
 
     python benchmarks/shapes.py
 

@@ -1,4 +1,4 @@
-"""How much faster do two processes score and draw than one, in what memory, and what does a restart do again.
+"""Speed-up and memory of scoring and drawing with two processes instead of one, and the work that a restart repeats.
 
     python benchmarks/shards.py --rounds 3
 
@@ -58,7 +58,7 @@ def prepare(folder: Path, rows: int) -> None:
 
 @dataclass
 class Watched:
-    """What was seen of a folder while a command wrote it."""
+    """Observations of a folder while a command writes to it."""
 
     begun: float = 0.0  # seconds from the start to the first file
     work: float = 0.0  # and from there to the last part

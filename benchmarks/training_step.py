@@ -1,4 +1,4 @@
-"""What does a training step cost beyond the model's own work? `cf.fit` against the model's forward and backward passes.
+"""Time of a training step beyond the model's own work: `cf.fit` against the model's forward and backward passes.
 
     python benchmarks/training_step.py
 

@@ -1,4 +1,4 @@
-"""What does the library cost? One VAE training step against the same step written by hand in plain torch.
+"""Overhead of the library: one VAE training step against the same step written by hand in plain torch.
 
     python benchmarks/vae_step.py
 

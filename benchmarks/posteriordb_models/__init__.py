@@ -32,7 +32,7 @@ NAMES = (
 
 
 def load_data(folder: Path, name: str) -> dict[str, Any]:
-    """What the model conditions on: numbers as they are, lists as arrays."""
+    """Return the data of a model: numbers unchanged, lists as arrays."""
     data = json.loads((folder / f"{name}.data.json").read_text("utf-8"))
     return {key: np.array(value) if isinstance(value, list) else value for key, value in data.items()}
 

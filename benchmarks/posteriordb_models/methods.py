@@ -1,6 +1,6 @@
-"""What is compared: each method takes a PyMC model and a seed, and returns draws, its own verdict and its seconds.
+"""Methods that are compared: each takes a PyMC model and a seed, and returns draws, its own verdict and its seconds.
 
-Pareto k-hat of the peers is that of log p - log q over their draws before any resampling, by ArviZ's psislw.
+Pareto k-hat of the peers is that of log p - log q over their draws before any resampling, by `cf.diagnostics.k_hat`.
 """
 
 from __future__ import annotations
@@ -136,9 +136,11 @@ METHODS: dict[str, Callable[[pm.Model, int], Fit]] = {
 
 def k_hat(log_weights: np.ndarray) -> float:
     """Pareto k-hat of the importance weights, infinity where they are not numbers."""
-    import arviz
+    import torch
 
-    return float(arviz.psislw(log_weights)[1]) if np.isfinite(log_weights).all() else np.inf
+    import counterflow as cf
+
+    return cf.diagnostics.k_hat(torch.from_numpy(log_weights)) if np.isfinite(log_weights).all() else np.inf
 
 
 def jaxified(model: pm.Model) -> tuple[Callable, Callable]:

@@ -80,7 +80,7 @@ def test_the_sequential_direction_is_the_inverse_of_the_parallel_one(name, layer
 def test_the_layer_is_autoregressive_and_its_log_det_is_true(name):
     flow, x = flow_of(name, 1), torch.randn(B, D)
     jacobian = torch.autograd.functional.jacobian(lambda x: flow.parallel(x)[0].sum(0), x).movedim(1, 0)  # (B, D, D)
-    somewhere = jacobian.abs().amax(0) > 0  # a relu may be shut in one row
+    somewhere = jacobian.abs().amax(0) > 0  # a relu may be zero in one row
     assert torch.equal(somewhere, torch.ones(D, D).tril().bool())
     assert (torch.linalg.slogdet(jacobian).logabsdet - flow.parallel(x)[1]).abs().max() < 1e-4
 
@@ -127,7 +127,7 @@ def test_what_is_called_is_what_is_named(name, measurement):
 @pytest.mark.slow
 @over(JAX)
 def test_the_layer_on_jax(name):
-    """In a process of its own, as it is measured: JAX minds forks, and warns of much."""
+    """Run JAX in a process of its own, as the benchmark does: it does not survive a fork, and it warns."""
     contestant(name)
     size, worker = Size(48, 64, 32), Worker(name, Settings(threads=1, memory=2**32))
     try:
@@ -154,7 +154,7 @@ def test_peak_memory_is_what_a_call_takes_at_most():
             torch.ones(8 * MIB)
         return torch.ones(4 * MIB), torch.ones(8 * MIB).sum()
 
-    twice()  # what a first call brings into memory of torch itself is no part of it
+    twice()  # a first call loads parts of torch, which do not count
     request = Request(Size(1, 1, 1), "parallel", 1, watched=True)
     peaks = [answer(Prepared(twice, 0, None), request).peak for _ in range(3)]
     assert all(47 * MIB < peak < 52 * MIB for peak in peaks), peaks  # each time: what was freed had been handed back

@@ -109,7 +109,7 @@ def test_k_hat_of_pareto_weights(k):
 
 
 def test_k_hat_of_a_normal_that_is_too_narrow():
-    """Its weights have a tail of shape 1 - std^2, up to logarithms; a normal that is too wide has bounded weights."""
+    """Compare with theory: a tail of shape 1 - std^2, up to logarithms; of a normal that is too wide, bounded."""
     found = {std: k_hat(normal(std, 100_000)[1]) for std in (0.4, 0.6, 0.8, 0.95, 1.3)}
     assert list(found.values()) == sorted(found.values(), reverse=True)
     assert all(abs(found[std] - (1 - std**2)) < 0.2 for std in (0.4, 0.6, 0.8, 0.95)) and found[1.3] < 0.1

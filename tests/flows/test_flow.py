@@ -1,4 +1,4 @@
-"""What every flow of the registry obeys as a distribution."""
+"""Laws that every flow of the registry obeys as a distribution."""
 
 from copy import deepcopy
 from itertools import product

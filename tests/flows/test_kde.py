@@ -1,4 +1,4 @@
-"""What densities of tables are put together from: curves through quantiles, kernels at rows, averages of flows."""
+"""Parts of the densities of tables: curves through quantiles, kernels at rows, averages of flows."""
 
 import math
 

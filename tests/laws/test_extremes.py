@@ -34,7 +34,7 @@ RECIPES = {
 @laws(10)
 @given(st.data(), dtypes)
 def test_gradients_of_small_and_repeated_numbers_are_finite(name, data, dtype):
-    """Of log q for x and for all weights: no denormal divides, no repeated number is told apart."""
+    """Gradients of log q for x and all weights: denormal numbers and repeated numbers are no problem."""
     flow = RECIPES[name]().to(dtype)
     x = data.draw(rows((6, 3), dtype, MODERATE[:10] + SMALLEST[dtype] + REPEATED)).requires_grad_()
     log_q = flow().log_prob(x)
@@ -46,7 +46,7 @@ def test_gradients_of_small_and_repeated_numbers_are_finite(name, data, dtype):
 @over(RECIPES)
 @over(DTYPES, "dtype")
 def test_denormals_are_next_to_zero(name, dtype):
-    """They come back as what is next to them, and have its density."""
+    """Denormal numbers behave like zero, within rounding."""
     flow = RECIPES[name]().to(dtype)
     x = torch.tensor(SMALLEST[dtype], dtype=dtype)[:, None].expand(-1, 3)
     eps = torch.finfo(dtype).eps

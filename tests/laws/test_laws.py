@@ -1,4 +1,4 @@
-"""What every transform of the registry obeys."""
+"""Laws that every transform of the registry obeys."""
 
 from copy import deepcopy
 from functools import cache

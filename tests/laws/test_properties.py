@@ -78,7 +78,7 @@ def rows(draw, shape, dtype, special=MODERATE, width=2.0):
 
 
 def spread_of(g, params):
-    """What the map adds: the size of its shift, or of its box."""
+    """Return the size of what the map adds: its shift, or its box."""
     if isinstance(g, cf.RationalQuadraticSpline):
         return torch.full_like(params[..., 0], g.bound)
     if isinstance(g, cf.transforms.SinhArcsinh):
@@ -95,7 +95,7 @@ def bound_of(g, x, y, log_slope, params):
 
 
 def bend_of(g, direction, x, y, again, params):
-    """How fast the log-slope changes along x: the larger of what it is before and after."""
+    """Return the rate at which the log-slope changes along x: the larger of the rates on both sides."""
     if direction == "inverse":  # along y of the map, whose log-slope is minus that of the inverse
         x, again = y, g.inverse(again, params)[0]
     steep = [g.partials(v.double(), params.double()) for v in (x, again)]
@@ -169,7 +169,7 @@ def test_a_spline_at_its_knots_and_bounds(name, seed, dtype, scale):
 
 @st.composite
 def transforms(draw, univariates=UNIVARIATES):
-    """What the recipes make, and single layers: every map, activation and architecture, D from 1 to 9; float64."""
+    """Draw a flow of a recipe or a single layer: every map, activation and architecture, D from 1 to 9; float64."""
     D, context = draw(st.integers(1, 9)), draw(st.sampled_from([0, 0, 1, 3]))
     more = {"activation": draw(st.sampled_from(list(ACTIVATIONS)))}
     univariate = draw(st.sampled_from(list(univariates.values())))
@@ -220,7 +220,7 @@ def univariates_of(t):
 
 
 def needed(t, direction, y, c, draws=4):
-    """What rounding of weights and arguments does to f(y) and log_det: the largest change, by coordinate."""
+    """Return the largest change of f(y) and log_det, by coordinate, when weights and arguments are rounded."""
     eps = torch.finfo(y.dtype).eps
     generator = torch.Generator().manual_seed(0)
     box = max((u.bound for u in univariates_of(t) if isinstance(u, cf.RationalQuadraticSpline)), default=0.0)
@@ -336,7 +336,7 @@ def test_every_body_agrees_with_the_definition(question, data):
 
 
 def gradient(t, y, c, v, w):
-    """That of the inverse and its log_det for y, with cotangents v and w."""
+    """Gradient of the inverse and its log_det for y, with cotangents v and w."""
     y = y.clone().requires_grad_()
     x, log_det = t.inverse(y, c)
     return torch.autograd.grad((x * v).sum() + (log_det * w).sum(), y)[0]

@@ -68,7 +68,7 @@ def test_what_a_forbidden_weight_holds_does_not_matter():
 
 
 def test_weights_of_a_fresh_network_vary_by_how_many_inputs_their_row_sees():
-    """So that early features are not drowned. The last layer is a thousand times smaller, or more."""
+    """Early features have enough weight; the last layer is a thousand times smaller, or more."""
     made = MADE(range(1, 65), 2, (512, 512), "relu", 3)
     for layer, context in zip(made.layers[:-1], (3, 0), strict=True):
         seen = layer.mask.sum(1, keepdim=True) + context

@@ -50,7 +50,7 @@ def always_cut(monkeypatch):
 
 @pytest.fixture(params=SHAPES, ids=str)
 def layer(request, always_cut):
-    """In float64, with numbers where none has an effect."""
+    """Compute in float64, with numbers in places that must have no effect."""
     layer = stir(MaskedLinear(mask_of(*SHAPES[request.param])))
     assert layer.staircase.steps
     with torch.no_grad():

@@ -292,7 +292,7 @@ def test_renyi_elbo_of_zero_is_iw_elbo_and_it_decreases_with_alpha():
 
 
 def test_forward_kl_takes_no_gradient_of_the_target_in_z():
-    """Its gradient is that of the weighted log q, plus that of the weighted log p if p has parameters."""
+    """Compare the gradient with that of the weighted log q, plus the weighted log p if p has parameters."""
     model = vae()
     parameters = list(model.parameters())
     came = torch.autograd.grad(
@@ -326,7 +326,7 @@ def test_terms_are_the_same_without_gradients(objective):
 
 @over([*BY_FEATURE, "diagonal context", "NSF context"])
 def test_the_path_gradient_omits_the_score_of_q(name):
-    """Its gradient is that of log p(x, z) - log q(z) through z, with q's own parameters fixed."""
+    """Compare the gradient with that of log p(x, z) - log q(z) through z, with q's own parameters fixed."""
     model, x = Exact(FLOWS[name](), stir(FLOWS[name](), seed=4)), inputs(FLOWS[name](), 5)[1]
     torch.manual_seed(2)
     came = gradient(cf.objectives.path_elbo, model, x, 3)

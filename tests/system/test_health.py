@@ -56,7 +56,7 @@ def count() -> Count:
 
 
 def differs(before: Count, now: Count) -> bool:
-    """Whether anything differs, but for threads that have ended: a pool may shrink."""
+    """Return true if anything differs, except for threads that have ended: a pool may shrink."""
     return now.threads > before.threads or now != before._replace(threads=now.threads)
 
 
@@ -71,7 +71,7 @@ def comes_to(before: Count) -> bool:
 
 
 def leaves_nothing(act, times: int) -> None:
-    """As many tensors, threads and files after twice as many calls as after so many."""
+    """Expect no more tensors, threads and files after twice as many calls."""
     for _ in range(times):
         act()
     first = count()
@@ -116,7 +116,7 @@ def test_batches_of_other_sizes_and_dtypes(solver):
 
 
 def test_layers_that_come_and_go():
-    """Of a few shapes: what is kept for a shape is kept once."""
+    """Cache each shape once."""
     leaves_nothing(lambda: [both(layer(D=D, H=H)) for D in (1, 3, 4) for H in (6, 9)], 3)
 
 
@@ -329,7 +329,7 @@ def same(a: dict, b: dict) -> bool:
 
 
 def strike_and_go_on(folder: str) -> None:
-    """In a process of its own: whatever a step is at, Ctrl-C ends with the best weights, and the training goes on."""
+    """Press Ctrl-C at any point of a step, in a process of its own: the best weights are kept; training resumes."""
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     whole, expected, _ = course(Path(folder) / "whole")

@@ -253,7 +253,7 @@ def test_parts_of_every_format(table, folder, expected, here, tmp_path, monkeypa
 
 
 def test_a_folder_of_parquet_files_is_one_table(folder, expected, here, tmp_path):
-    """It is scored to a single file, and fitted."""
+    """Score a sharded table to a single file, and fit it."""
     for k in range(4):
         FEW.iloc[25 * k : 25 * k + 25].to_parquet(tmp_path / f"{k}.parquet")
     (tmp_path / "_old").mkdir()
@@ -270,7 +270,7 @@ def test_a_folder_of_parquet_files_is_one_table(folder, expected, here, tmp_path
 
 
 def test_no_two_parts_have_the_same_seed():
-    """Of the 32 bits that the generator takes: at random, two of 100,000 would be alike with a chance of 2 in 3."""
+    """Expect distinct 32-bit seeds: at random, two of 100,000 would be equal with probability 2/3."""
     seeds = {seed_of_part(seed, number) for seed in (0, 1) for number in range(100_000)}
     assert len(seeds) == 200_000 and min(seeds) >= 0 and max(seeds) < 2**32
 

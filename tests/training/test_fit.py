@@ -350,7 +350,7 @@ def test_nothing_but_faults():
 @over([1e15, 1e25, 3e38], "size")
 @over(["IAF", "MAF"], "recipe")
 def test_rows_that_overflow_in_the_model(recipe, size):
-    """They are finite, so they are let in. At 1e15 the gradient's norm overflows, then the loss, then the network."""
+    """Large finite numbers are accepted. At 1e15 the gradient's norm overflows, then the loss, then the network."""
     rows = ROWS.clone()
     rows[::20] = size
     flow = getattr(cf, recipe)(2, layers=2, hidden=(8,), seed=0)

@@ -1,4 +1,4 @@
-"""What a coupling layer, a linear map and a standardized context compute, and what they refuse."""
+"""Results and errors of a coupling layer, a linear map and a standardized context."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What every monotone map of one feature obeys, and what each says of itself."""
+"""Laws that every monotone map of one feature obeys, and its description."""
 
 import math
 
