@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import difflib
 import errno
+import inspect
 import os
 import signal
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
@@ -103,20 +106,26 @@ def help_text() -> str:
 
 
 def _run(name: str, arguments: list[str]) -> int:
+    verbose = False
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _note(f"counterflow: {message}")
         try:
-            command = _parse(name, arguments)
+            command, session = _parse(name, arguments)
+            verbose = session.verbose
             require("rich", "cli", "the command line")
+            from counterflow.commands import console
             from counterflow.commands.signals import sigterm_as_interrupt
             from counterflow.commands.torchrun import joined_processes
 
-            with sigterm_as_interrupt(), joined_processes():
+            console.set_quiet(session.quiet)
+            with sigterm_as_interrupt(), joined_processes(), _threads(getattr(session, "threads", None)):
                 code: int = command.run()
                 return code
         except BrokenPipeError:
             raise
         except (ValueError, OSError, ImportError) as error:
+            if verbose:
+                traceback.print_exc()
             _note(_one_line(f"counterflow: {_message(error)}", error))
             return 2
         except KeyboardInterrupt as error:
@@ -124,18 +133,42 @@ def _run(name: str, arguments: list[str]) -> int:
             return 128 + (error.args[0] if error.args else signal.SIGINT)
 
 
-def _parse(name: str, arguments: list[str]) -> Any:
-    """Return the options of a command as its dataclass; print help and errors of options, and exit, as tyro does."""
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """Compute with this number of threads; with torch's own if None."""
+    if number is None:
+        yield
+    elif "torch" not in sys.modules:  # read when torch is imported: a mistake in a path should not wait for that
+        os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(number)
+        yield
+    else:
+        import torch
+
+        before = torch.get_num_threads()
+        torch.set_num_threads(number)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def _parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
+    """Return the options of a command, and those of every command; print help and errors, and exit, as tyro does."""
     tyro = require("tyro", "cli", "the command line")
     if os.environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False
+    from counterflow.commands.options import with_session
+
     module, _, options = CLASSES[name].partition(":")
-    return tyro.cli(
-        getattr(import_module(module), options),
+    command = getattr(import_module(module), options)
+    invocation = tyro.cli(
+        with_session(command),
         prog=f"counterflow {name}",
+        description=inspect.getdoc(command),
         args=arguments,
         config=(tyro.conf.DisallowNone,),  # shows --key STR, not --key {None}|STR
     )
+    return invocation.command, invocation.session
 
 
 def _message(error: Exception) -> str:
@@ -158,7 +191,7 @@ def _note(text: str) -> None:
     if console is None:
         print(text, file=sys.stderr)
     else:
-        console.note(text)
+        console.warn(text)
 
 
 if __name__ == "__main__":

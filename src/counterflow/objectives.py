@@ -17,6 +17,7 @@ w_s = p(x, z_s) / q(z_s|x).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Literal, NamedTuple, Protocol
 
 import torch
@@ -250,7 +251,13 @@ class Evaluation(NamedTuple):
 
 
 @torch.no_grad()
-def evaluate(model: Variational, x: Tensor, samples: int = 500, draws_at_once: int = 4096) -> Evaluation:
+def evaluate(
+    model: Variational,
+    x: Tensor,
+    samples: int = 500,
+    draws_at_once: int = 4096,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Evaluation:
     """Estimate the ELBO, the log-likelihood (by importance sampling) and the KL of each datum.
 
     Args:
@@ -258,20 +265,26 @@ def evaluate(model: Variational, x: Tensor, samples: int = 500, draws_at_once: i
         x: N data.
         samples: S, draws per datum.
         draws_at_once: maximum of rows times samples in one call of the model, which bounds the memory.
+        on_batch: called as on_batch(done, total) after each call of the model, with numbers of draws.
     """
     _check_samples(samples)
     parts = []
+    done = 0
     rows = max(1, min(len(x), draws_at_once // min(samples, 64)))
     step = max(1, draws_at_once // rows)
     for batch in x.split(rows):
         total, kl = torch.zeros(2, len(batch), device=x.device)
         log_sum = torch.full_like(total, -math.inf)
         for first in range(0, samples, step):
-            d = model.draw(batch, min(step, samples - first))
+            draws = min(step, samples - first)
+            d = model.draw(batch, draws)
             weights = _log_weights(d)
             total = total + weights.sum(0)
             kl = kl + (d.log_q - d.log_prior).sum(0)
             log_sum = torch.logaddexp(log_sum, torch.logsumexp(weights, 0))
+            done += len(batch) * draws
+            if on_batch is not None:
+                on_batch(done, len(x) * samples)
         parts.append((total / samples, log_sum - math.log(samples), kl / samples))
     return Evaluation(*(torch.cat(part) for part in zip(*parts, strict=True)))
 

@@ -3,12 +3,14 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
 
+import numpy as np
 import pytest
-from command_line import COMMAND, ENVIRONMENT, everything, real
+from command_line import COMMAND, ENVIRONMENT, ONE_FLOW, everything, real
 from registry import over
 
 import counterflow as cf
@@ -104,7 +106,7 @@ def test_all_missing_packages_are_named_at_once(here, tmp_path, monkeypatch):
     for package in ("pyarrow", "matplotlib"):
         monkeypatch.setitem(sys.modules, package, None)
     assert here("density", "--help")[0] == 0
-    code, out, err = here("density", "table.csv")
+    code, out, err = here("density")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.search("expected pyarrow for tables.*; expected matplotlib for plots", err)
     assert err.endswith("; pip install 'counterflow[data,plots]'\n") and not everything(tmp_path)
@@ -127,12 +129,72 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("number", "path", "message"), ERRORS.values(), ids=ERRORS)
-def test_errors_of_the_system_are_put_in_words(number, path, message, here, monkeypatch):
+def test_errors_of_the_system_are_put_in_words(number, path, message, here, tmp_path, monkeypatch):
     def fail(run):
         raise OSError(number, os.strerror(number), path)
 
+    (tmp_path / "run").mkdir()
     monkeypatch.setattr("counterflow.commands.trained.kind_of_run", fail)
     assert here("sample", "run") == (2, "", f"counterflow: {message}\n")
+
+
+PATHS = {
+    "folder in a file": ("density --out file/run", "expected a folder for file/run, got .*file, which is a file; give"),
+    "old folder": ("vae --out old", "expected a new folder for the run, got old, which exists; give another --out"),
+    "nothing to resume": ("vae --resume runs", "expected a run folder to resume, got runs, which does not exist"),
+    "misspelt data": ("density tabel.csv", "got tabel.csv, which does not exist; did you mean table.csv?"),
+    "data in no folder": ("vae --data no/where/x.npy", r"got no/where/x.npy, which does not exist \(nor does no\)"),
+    "misspelt run": ("sample odl", "got odl, which does not exist; did you mean old?"),
+    "old file": ("score old table.csv --out file", "expected a new file, got file, which exists; give another --out"),
+    "old export": ("export old file", "expected a new file, got file, which exists"),
+    "misspelt teacher": ("distill odl", "got odl, which does not exist; did you mean old?"),
+    "misspelt name": (
+        "posterior model.py:schols",
+        "a name in model.py, got schols, .* it holds schools, other$",
+    ),
+    "no name": ("posterior model.py", "expected model.py:NAME, got no name; it holds schools, other"),
+    "misspelt model": ("posterior modl.py:schools", "got modl.py, which does not exist; did you mean model.py?"),
+    "misspelt json": ("posterior model.py:schools --data dta.json", "got dta.json, .* did you mean data.json?"),
+    "no threads": ("vae --threads 0", "expected --threads to be at least 1, got 0"),
+}
+
+
+@pytest.mark.parametrize(("line", "message"), PATHS.values(), ids=PATHS)
+def test_paths_and_names_are_checked_before_torch_is_imported(line, message, here, tmp_path):
+    (tmp_path / "old").mkdir()
+    for name in ("old/config.json", "file", "table.csv", "data.json"):
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "model.py").write_text("import pymc\n\ndef schools(): ...\n\nother = pymc.Model()\n")
+    before = everything(tmp_path)
+    code, out, err = here(*line.split())
+    assert (code, out, err.count("\n")) == (2, "", 1) and re.search(message, err.strip()), err
+    assert everything(tmp_path) == before
+
+
+def test_a_mistake_in_a_path_does_not_wait_for_torch(tmp_path):
+    code = "import sys; from counterflow.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
+    for line in ("density no.csv", "vae --data no.npy", "posterior no.py:model", "sample no", "distill no"):
+        command = [sys.executable, "-c", code, *line.split()]
+        ran = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
+        assert (ran.stdout, "which does not exist" in ran.stderr) == ("False\n", True), ran.stderr
+
+
+def test_no_permission_and_a_full_disk(here, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr("os.access", lambda *_: False)  # the superuser may write everywhere
+        assert "expected permission to write to" in here("density", "--out", "run")[2]
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage._replace(free=1_000_000))
+    assert "expected at least 10 MB of free disk space for" in here("vae")[2]
+    assert not everything(tmp_path)
+
+
+def test_quiet_verbose_and_threads(here):
+    np.save("rows.npy", np.random.default_rng(0).normal(size=(60, 2)))
+    code, out, err = here("density", "rows.npy", *ONE_FLOW, "-q", "--threads", 1, "--out", "run")
+    assert (code, err) == (0, "") and "run folder: run" in out
+    _, _, err = here("score", "run", "rows.npy", "-v", "--device", "toaster")
+    assert err.startswith("Traceback") and err.splitlines()[-1].startswith("counterflow: expected device to be")
 
 
 @over(["--help", "vae --help", "--version"], "line")

@@ -18,7 +18,8 @@ from pyarrow import parquet
 import counterflow as cf
 from counterflow import plots
 from counterflow.cli import main
-from counterflow.commands.model_file import load_target, split_name
+from counterflow.commands.model_file import load_target
+from counterflow.commands.model_names import split_name
 from counterflow.commands.posterior_plots import discrepancy, expected_discrepancy
 
 QUICK = shlex.split("--stages 1 --steps 30 --layers 1 --samples 32 --verdict-samples 1000 --starts 2")
@@ -161,8 +162,8 @@ def write_models(folder):
         "schools.stan": STAN,
         "syntax.py": "def model(:\n    pass\n",
         "divides.py": "\nx = 1 / 0\n",
-        "lacks.py": "import a_package_that_nobody_has\n",
-        "exits.py": "raise SystemExit('usage: model.py')\n",
+        "lacks.py": "import a_package_that_nobody_has\nx = a_package_that_nobody_has.Model()\n",
+        "exits.py": "raise SystemExit('usage: model.py')\ndef x(): ...\n",
         "schools.json": json.dumps({"y": Y, "sigma": SIGMA}),
         "stan.json": json.dumps({"J": 4, "y": Y, "sigma": SIGMA}),
         "unequal.json": json.dumps({"y": Y, "sigma": SIGMA[1:]}),
@@ -507,6 +508,7 @@ def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):
     def full(path):
         return SimpleNamespace(free=1000)
 
+    monkeypatch.setattr("counterflow.commands.preflight.check_space", lambda folder: None)
     monkeypatch.setattr("shutil.disk_usage", full)
     code, _, err = here(*QUICK, "--out", "run")
     assert code == 2 and "expected free space on the disk to write run, got none; free some" in " ".join(err.split()), (
@@ -520,5 +522,5 @@ def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):
 
 def test_a_package_that_writes_the_results_is_checked_before_the_fit(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    code, _, err = here("posterior", *QUICK, "--out", "run")
+    code, _, err = here(*QUICK, "--out", "run")
     assert code == 2 and "expected h5py for posterior.nc, got: " in err and not Path("run").exists()

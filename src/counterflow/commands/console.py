@@ -1,14 +1,24 @@
-"""Output of the commands: results on stdout, progress and errors on stderr."""
+"""Output of the commands: results on stdout; progress, notes, warnings and errors on stderr."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 out = Console()
 err = Console(stderr=True)
+_silent = {"notes": False}
+
+
+def set_quiet(quiet: bool) -> None:
+    """Leave out notes and progress, as -q asks for, or show them."""
+    _silent["notes"] = quiet
+
+
+def is_quiet() -> bool:
+    """Return True if notes and progress are left out."""
+    return _silent["notes"] or err.quiet
 
 
 def say(text: str) -> None:
@@ -17,7 +27,13 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Print progress or an error to stderr, neither coloured nor wrapped."""
+    """Print a remark on the progress to stderr, unless -q leaves them out."""
+    if not is_quiet():
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Print a warning or an error to stderr, neither coloured nor wrapped."""
     err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -30,16 +46,3 @@ def new_file(path: Path) -> Path:
     if path.exists():
         raise FileExistsError(f"expected a new file, got {path}, which exists; give another --out")
     return path
-
-
-def progress(unit: str, objective: str = "ELBO") -> Progress:
-    """Return a progress bar over training steps: task, epoch, objective, units per second, time left."""
-    numbers = "epoch {task.fields[epoch]}  " + objective + " {task.fields[elbo]}  {task.fields[rate]} " + unit + "/s"
-    return Progress(
-        TextColumn("[bold]{task.description:<9}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn(numbers),
-        TimeRemainingColumn(compact=True),
-        console=err,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -37,6 +38,12 @@ class Density:
     """columns to condition on, numbers or categories"""
     drop: Annotated[tuple[str, ...], optional("COLUMN [COLUMN ...]")] = ()
     """columns to leave out"""
+    drop_missing: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
+    """leave out rows with a missing cell"""
+    ordinal: Annotated[tuple[str, ...], optional("COLUMN [COLUMN ...]")] = ()
+    """columns of ordered grades, at most a few dozen numbers; by default found from the data"""
+    bounds: Annotated[tuple[str, ...], optional("COLUMN=LOW:HIGH [..]")] = ()
+    """bounds of columns, such as share=0:1 or income=0:; the density is zero outside"""
     test: float = 0.2
     """fraction of the rows that is set apart for the test"""
     seed: int = 0
@@ -46,8 +53,12 @@ class Density:
 
     def run(self) -> int:
         """Fit, test and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
+        from counterflow.commands.preflight import check_readable, check_run_folder
         from counterflow.commands.requirements import require_packages
 
+        check_run_folder(self.folder)
+        if self.data != BUNDLED and self.folder.resume is None:
+            check_readable(Path(self.data), "a table, .csv, .parquet, .npy or .npz")
         require_packages("sklearn", "pyarrow", "matplotlib")
         from counterflow.commands.density_run import run
 

@@ -180,7 +180,7 @@ def _sample(density: TableDensity, batches: Iterable[Any], write: Callable[[Any]
     drawn = 0
     for size, context, carried in batches:
         rows = density.sample(size, context)
-        write(pyarrow.record_batch({**carried, **_by_name(density, rows)}))
+        write(pyarrow.RecordBatch.from_pydict({**carried, **_by_name(density, rows)}))
         drawn += size
         report(f"{drawn:,} rows")
     return drawn

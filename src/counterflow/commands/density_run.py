@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,17 @@ from rich.table import Table
 from counterflow.commands import console, density_plots
 from counterflow.commands.density import BUNDLED, Density
 from counterflow.commands.gaussian_mixture import mixture_log_density
-from counterflow.commands.run_folder import check_new, checkpoints, mark_done, metrics, resolve_run, running
+from counterflow.commands.progress import Tracker, announce_duration
+from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
 from counterflow.density.context import ContextEncoder
+from counterflow.density.detection import Bounds
 from counterflow.density.fitting import DensityTrainer
 from counterflow.density.model import TableDensity
 from counterflow.density.split import split_rows
+from counterflow.density.validation import degenerate_columns
+from counterflow.io.data.cells import is_number
+from counterflow.io.data.faults import TableFaultsError
 from counterflow.io.data.tables import open_table, read_table
 from counterflow.io.json import write_json
 from counterflow.training.distributed import Workers
@@ -48,14 +54,20 @@ def run(command: Density) -> int:
     options, resumed = resolve_run(command, "density")
     if not 0 < options.test < 1:
         raise ValueError(f"expected --test to be in (0, 1), got {options.test}")
-    if resumed is None:
-        check_new(options.folder.out)
     with console.err.status("reading the table"):
         table = _read(options)
     if table.context is not None:  # errors should come before there is a run folder
         ContextEncoder.from_table(table.context)
     train, test = map(table.take, split_rows(len(table.x), options.test, options.seed, table.context))
-    trainer = DensityTrainer(train.x, train.names, train.context, config=options.fit, seed=options.seed)
+    trainer = DensityTrainer(
+        train.x,
+        train.names,
+        train.context,
+        config=options.fit,
+        kinds=dict.fromkeys(options.ordinal, "ordinal") or "auto",
+        bounds=_bounds(options.bounds) or None,
+        seed=options.seed,
+    )
     with running(options, resumed, "density") as (folder, stop):
         given = f", given {', '.join(table.context)}" if table.context else ""
         console.note(
@@ -66,11 +78,11 @@ def run(command: Density) -> int:
         if Workers.current().rank:  # rank 0 tests and plots
             return 0
         density.save(folder)  # now: an error in the test must not lose the training
-        with console.err.status("testing, beside Gaussian mixtures"):
-            summary = _summary(options, density, trainer.histories, train, test)
-        density_plots.plot_run(folder / "plots", density, trainer, test, options.seed)
-        write_json(folder / "summary.json", summary)  # last, as it marks the run as complete
         interrupted = trainer.histories[-1].stopped == "interrupted"
+        with stop.at_once(handled=interrupted), Tracker("testing", "Gaussian mixtures") as tracker:
+            summary = _summary(options, density, trainer.histories, train, test, tracker)
+            density_plots.plot_run(folder / "plots", density, trainer, test, options.seed)
+        write_json(folder / "summary.json", summary)  # last, as it marks the run as complete
         if not interrupted:
             mark_done(folder)
         _print(summary, folder, interrupted)
@@ -90,7 +102,10 @@ def _read(options: Density) -> Rows:
     else:
         source = open_table(Path(options.data), options.key)
         names = _column_names(options, source.names)
-        table, context = read_table(source, names, options.context)
+        try:
+            table, context = read_table(source, names, options.context, options.drop_missing)
+        except TableFaultsError as faults:
+            raise ValueError(f"{faults}; {_advice(faults)}") from None
         x = np.stack([column.to_numpy() for column in table.columns], 1)
     if len(x) < MIN_ROWS:
         raise ValueError(f"expected at least {MIN_ROWS} rows in {options.data}, got {len(x)}; provide more data")
@@ -99,7 +114,8 @@ def _read(options: Density) -> Rows:
 
 def _column_names(options: Density, names: Sequence[str]) -> list[str]:
     """Return the names of the columns that are neither dropped nor conditioned on."""
-    unknown = [name for name in (*options.context, *options.drop) if name not in names]
+    stated = (*options.context, *options.drop, *options.ordinal, *_bounds(options.bounds))
+    unknown = [name for name in stated if name not in names]
     if unknown:
         raise ValueError(f"expected names of columns ({', '.join(names)}), got {', '.join(unknown)}")
     kept = [name for name in names if name not in (*options.context, *options.drop)]
@@ -108,21 +124,49 @@ def _column_names(options: Density, names: Sequence[str]) -> list[str]:
     return kept
 
 
+def _bounds(texts: Sequence[str]) -> dict[str, Bounds]:
+    """Return the bounds by column of texts like share=0:1 and income=0:."""
+    bounds: dict[str, Bounds] = {}
+    for text in texts:
+        name, _, ends = text.rpartition("=")
+        low, colon, high = ends.partition(":")
+        if not name or not colon or not all(end == "" or is_number(end) for end in (low, high)):
+            raise ValueError(f"expected --bounds COLUMN=LOW:HIGH, such as share=0:1 or income=0:, got {text}")
+        bounds[name] = (float(low) if low else None, float(high) if high else None)
+    return bounds
+
+
+def _advice(faults: TableFaultsError) -> str:
+    """Return the options that settle all faults of a table, those of its columns of numbers included."""
+    numeric = [k for k, name in enumerate(faults.names) if name not in {*faults.text, *faults.infinite}]
+    rows = faults.x[:, numeric]
+    rows = rows[~np.isnan(rows).any(1)]
+    degenerate = {}
+    if len(rows) >= MIN_ROWS:
+        degenerate = degenerate_columns(rows, [faults.names[k] for k in numeric])
+    dropped = [*faults.text, *faults.infinite, *degenerate]
+    parts = [f"also, {', '.join(degenerate.values())}"] if degenerate else []
+    if faults.text:
+        parts.append(f"give columns of text as --context, to condition on them, or --drop ({', '.join(faults.text)})")
+    if faults.incomplete:
+        parts.append(f"--drop-missing leaves out {faults.incomplete:,} of {faults.rows:,} rows")
+    flags = [f"--drop {shlex.join(dropped)}"] if dropped else []
+    flags += ["--drop-missing"] if faults.incomplete else []
+    return "; ".join([*parts, f"try {' '.join(flags)}"])
+
+
 def _fit(options: Density, trainer: DensityTrainer, folder: Path, stop: Stop) -> TableDensity:
-    with console.progress("rows", "log density") as bar, metrics(folder) as write:
-        epochs = options.fit.epochs
-        line = bar.add_task("member 1", total=len(trainer.tasks) * epochs, epoch="1", elbo="...", rate="...")
+    epochs = options.fit.epochs
+    total = len(trainer.tasks) * epochs
+    with Tracker("member 1", "epochs") as tracker, metrics(folder) as write:
+        tracker.update(0, total)
 
         def on_epoch(task: str, epoch: Epoch) -> None:
             write({"task": task, **dataclasses.asdict(epoch)})
-            bar.update(
-                line,
-                description=task,
-                completed=trainer.tasks.index(task) * epochs + epoch.epoch,
-                epoch=f"{epoch.epoch}/{epochs}",
-                elbo=f"{epoch.validation:.2f}",
-                rate=f"{epoch.rows_per_second:,.0f}",
-            )
+            facts = f"log density {epoch.validation:.2f}, {epoch.rows_per_second:,.0f} rows/s"
+            tracker.update(trainer.tasks.index(task) * epochs + epoch.epoch, total, task, facts)
+            if task == trainer.tasks[0] and epoch.epoch == 1:
+                announce_duration(epoch.seconds, epochs, len(trainer.tasks))
 
         density = trainer.fit(
             on_epoch=on_epoch,
@@ -138,7 +182,12 @@ def _fit(options: Density, trainer: DensityTrainer, folder: Path, stop: Stop) ->
 
 
 def _summary(
-    options: Density, density: TableDensity, histories: Sequence[History], train: Rows, test: Rows
+    options: Density,
+    density: TableDensity,
+    histories: Sequence[History],
+    train: Rows,
+    test: Rows,
+    tracker: Tracker,
 ) -> dict[str, Any]:
     scores = density.score(test.x, density.encode(test.context))
     summary: dict[str, Any] = {
@@ -155,7 +204,9 @@ def _summary(
     }
     if not test.context:
         cell_points = options.fit.cell_points
-        others, components = mixture_log_density(density.columns, train.x, test.x, cell_points, options.seed)
+        others, components = mixture_log_density(
+            density.columns, train.x, test.x, cell_points, options.seed, tracker.update
+        )
         summary["gaussian_mixture"] = {"components": components, **_mean_and_error(others, "test_log_density")}
         summary["difference"] = _mean_and_error(scores - others, "log_density")
     return summary
@@ -187,5 +238,5 @@ def _print(summary: dict[str, Any], folder: Path, interrupted: bool) -> None:
             "--no-kernels"
         )
     if interrupted:
-        console.note(f"interrupted; these are the best weights so far; continue with --resume {folder}")
+        console.warn(f"interrupted; these are the best weights so far; continue with --resume {folder}")
     console.say(f"run folder: {folder}  (plots in {folder / 'plots'})")

@@ -31,8 +31,12 @@ class Distill:
 
     def run(self) -> int:
         """Distil, compare and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
+        from counterflow.commands.preflight import check_readable, check_run_folder
         from counterflow.commands.requirements import require_packages
 
+        check_run_folder(self.folder)
+        if self.run_folder is not None:
+            check_readable(self.run_folder, "a run folder of counterflow density, or a .safetensors file")
         require_packages("matplotlib")
         from counterflow.commands.distill_run import run
 

@@ -47,7 +47,7 @@ def run(command: Distill) -> int:
         if any(history.best is None for history in made.histories.values()):
             if interrupted:
                 raise KeyboardInterrupt
-            console.note("training ended before its first epoch: no weights are kept")
+            console.warn("training ended before its first epoch: no weights are kept")
             return 1
         if Workers.current().rank:  # rank 0 compares and plots
             return 0
@@ -127,5 +127,5 @@ def _print(options: Distill, found: Agreement, folder: Path, interrupted: bool) 
         f"of the student are worth {found.ess:,.0f} of the teacher; p-value of a difference {found.p_value:.3g}"
     )
     if interrupted:
-        console.note(f"interrupted; these are the best weights so far; continue with --resume {folder}")
+        console.warn(f"interrupted; these are the best weights so far; continue with --resume {folder}")
     console.say(f"run folder: {folder}  (plots in {folder / 'plots'})")

@@ -38,8 +38,11 @@ class Export:
 
     def run(self) -> int:
         """Write the file and compare; return the exit code, 1 if the results differ."""
+        from counterflow.commands.preflight import check_new_file, check_readable
         from counterflow.commands.requirements import require_packages
 
+        check_readable(self.run_folder, "a run folder, or a .safetensors file")
+        check_new_file(self.path)
         if self.path.suffix == ".onnx":
             require_packages("onnx", "onnxscript")
         import torch
@@ -60,14 +63,14 @@ class Export:
         try:
             difference = largest_difference(model, path, self.direction, self.batch or 64)
         except ImportError as error:
-            console.note(f"not compared: {error}")
+            console.warn(f"not compared: {error}")
             return 0
         except ValueError as error:
-            console.note(f"not compared: {error}")
+            console.warn(f"not compared: {error}")
             return 1
         console.say(f"largest difference to the model on random input: {difference:.1e}, relative to the largest value")
         if not difference <= TOLERANCE:
-            console.note(
+            console.warn(
                 f"expected a difference of at most {TOLERANCE:g}; the file is kept, but differs from the model"
             )
             return 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,12 @@ MAX_ROWS = 20_000  # to fit the mixtures to
 
 
 def mixture_log_density(
-    columns: TableTransform, train: Array, test: Array, cell_points: int, seed: int
+    columns: TableTransform,
+    train: Array,
+    test: Array,
+    cell_points: int,
+    seed: int,
+    on_fit: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Array, str]:
     """Fit Gaussian mixtures to training rows and return the log density of test rows under the best one by BIC.
 
@@ -31,6 +37,7 @@ def mixture_log_density(
         test: (M, D).
         cell_points: points per cell over which the density of a test row is averaged.
         seed: of the points and the mixtures.
+        on_fit: called as on_fit(done, total) after each of the mixtures that BIC chooses from.
 
     Returns:
         The log density in nats (M,), and a description of the mixture, such as "3 full".
@@ -48,14 +55,18 @@ def mixture_log_density(
     mean = rows.mean(0)
     std = rows.std(0)
     rows = (rows - mean) / std
+    candidates = [
+        GaussianMixture(k, covariance_type=kind, random_state=seed)
+        for kind, rows_per_component in (("full", rows.shape[1] + 3), ("diag", 4))
+        for k in COMPONENTS
+        if k * rows_per_component <= len(rows)
+    ]
+    fitted = []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        fitted = [
-            GaussianMixture(k, covariance_type=kind, random_state=seed).fit(rows)
-            for kind, rows_per_component in (("full", rows.shape[1] + 3), ("diag", 4))
-            for k in COMPONENTS
-            if k * rows_per_component <= len(rows)
-        ]
+        for candidate in candidates:
+            fitted.append(candidate.fit(rows))
+            on_fit(len(fitted), len(candidates))
     best = min(fitted, key=lambda mixture: mixture.bic(rows))
     points = cell_points if columns.quantized else 1
     drawn = [dequantised(test) for _ in range(points)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,8 +16,8 @@ import torch
 
 from counterflow.commands.eight_schools import eight_schools
 from counterflow.commands.model_errors import errors_of_file
+from counterflow.commands.model_names import DEFAULT_MODEL, missing_name, read_object, split_name
 from counterflow.commands.model_tool import Tool, find_tool
-from counterflow.commands.posterior import DEFAULT_MODEL
 from counterflow.posterior import targets
 from counterflow.posterior.targets.target import Target
 
@@ -51,50 +50,9 @@ def load_target(model: str, data: Path | None, tool: Tool | None, dim: int | Non
         return _make_target(_lookup(_import_file(file), name, file), f"{file}:{name}", values, tool, dim)
 
 
-def split_name(model: str) -> tuple[Path, str]:
-    """Return FILE and NAME of FILE.py:NAME; a Stan file has no name.
-
-    Raises:
-        ValueError: neither FILE.py:NAME nor FILE.stan.
-        FileNotFoundError: there is no such file.
-    """
-    text, colon, name = model.rpartition(":")
-    if not colon or not name.isidentifier():
-        text = model
-        name = ""
-    file = Path(text)
-    if file.suffix not in (".py", ".stan") or (file.suffix == ".stan" and name):
-        raise ValueError(
-            f"expected a model as FILE.py:NAME or FILE.stan, got {model}; without a model, the {DEFAULT_MODEL} model "
-            "is fitted"
-        )
-    if not file.is_file():
-        raise FileNotFoundError(f"expected a file with a model, got {file}, which {_what_is_wrong(file)}")
-    return file, name
-
-
 def read_data(file: Path) -> dict[str, Any]:
-    """Return a model's data by name from a JSON file that holds one object. Lists of numbers become arrays.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it does not hold a JSON object.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f"expected a JSON file after --data, got {file}, which {_what_is_wrong(file)}")
-    try:
-        values = json.loads(file.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError also for text that is not UTF-8
-        raise ValueError(f"expected {file} to be JSON, but it does not read as JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(
-            f'expected an object like {{"y": [1, 2]}} in {file}, got {type(values).__name__}; name the data'
-        )
-    return {name: _to_array(value) for name, value in values.items()}
-
-
-def _what_is_wrong(file: Path) -> str:
-    return "is a folder" if file.is_dir() else "does not exist"
+    """Return a model's data by name, as `read_object` does. Lists of numbers become arrays."""
+    return {name: _to_array(value) for name, value in read_object(file).items()}
 
 
 def _to_array(value: Any) -> Any:
@@ -132,11 +90,8 @@ def _lookup(module: ModuleType, name: str, file: Path) -> Any:
     candidates = [
         other for other, value in vars(module).items() if not other.startswith("_") and _may_be_model(value, module)
     ]
-    listed = f"it holds {', '.join(candidates)}" if candidates else "it holds no model"
-    if not name:
-        raise ValueError(f"expected {file}:NAME, got no name; {listed}")
     if name not in vars(module):
-        raise ValueError(f"expected a name in {file}, got {name}, which is not there; {listed}")
+        raise missing_name(file, name, candidates)
     return getattr(module, name)
 
 

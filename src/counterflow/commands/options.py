@@ -38,6 +38,39 @@ class RunFolder:
             raise ValueError(f"expected --save-every to be at least 0 seconds, got {self.save_every}")
 
 
+@dataclasses.dataclass(frozen=True)
+class Messages:
+    """Options of every command: how much it prints."""
+
+    quiet: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-q"], help_behavior_hint="")] = False
+    """print results, warnings and errors only, without notes and progress"""
+    verbose: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(aliases=["-v"], help_behavior_hint="")] = False
+    """print the traceback of an error"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Session(Messages):
+    """Options of every command but bench, which has threads of its own."""
+
+    threads: Annotated[int | None, optional("INT")] = None
+    """threads of the CPU; by default as many as torch uses"""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"expected --threads to be at least 1, got {self.threads}")
+
+
+def with_session(command: type[Command]) -> Any:
+    """Return a dataclass with the options of a command as `command`, and those of every command as `session`."""
+    has_threads = any(field.name == "threads" for field in dataclasses.fields(typing.cast(Any, command)))
+    session = Messages if has_threads else Session
+    fields: list[Any] = [
+        ("command", Annotated[command, FLAT]),
+        ("session", Annotated[session, FLAT], dataclasses.field(default=session())),
+    ]
+    return dataclasses.make_dataclass("Invocation", fields, frozen=True)
+
+
 def run_folder_of(command: Any) -> RunFolder:
     """Return the run folder options of a command that trains; every such command has them."""
     options: RunFolder = command.folder

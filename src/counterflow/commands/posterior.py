@@ -8,11 +8,10 @@ from typing import Annotated
 
 import tyro
 
+from counterflow.commands.model_names import DEFAULT_MODEL, check_model
 from counterflow.commands.model_tool import Tool
 from counterflow.commands.options import FLAT, RunFolder, optional
 from counterflow.posterior.config import PosteriorConfig
-
-DEFAULT_MODEL = "eight-schools"
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,12 @@ class Posterior:
 
     def run(self) -> int:
         """Fit, write and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
+        from counterflow.commands.preflight import check_run_folder
         from counterflow.commands.requirements import require_packages
+
+        check_run_folder(self.folder)
+        if self.model != DEFAULT_MODEL and self.folder.resume is None:
+            check_model(self.model, self.data)
         from counterflow.diagnostics.arviz import netcdf_modules
 
         require_packages(*netcdf_modules(), "pyarrow", "matplotlib")

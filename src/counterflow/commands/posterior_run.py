@@ -19,7 +19,7 @@ from counterflow.commands.model_errors import errors_of_file
 from counterflow.commands.model_file import load_target
 from counterflow.commands.posterior import Posterior
 from counterflow.commands.posterior_plots import columns_of
-from counterflow.commands.run_folder import check_new, checkpoints, mark_done, metrics, resolve_run, running
+from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
 from counterflow.io.atomic import atomic_write, check_free_space
 from counterflow.io.json import read_json, write_json
@@ -38,8 +38,6 @@ def run(command: Posterior) -> int:
     options, resumed = resolve_run(command, "posterior")
     if options.n < 1:
         raise ValueError(f"expected -n to be at least 1, got {options.n}")
-    if resumed is None:
-        check_new(options.folder.out)
     file = Path(options.model.rpartition(":")[0] or options.model)
     with console.err.status("reading the model"):
         target = load_target(options.model, options.data, options.tool, options.dim)
@@ -186,9 +184,9 @@ def _print(fitted: posterior.Posterior, folder: Path, interrupted: bool) -> None
         console.say(fitted.sentence)
     if not fitted.trusted:
         note = "" if fitted.verdict.usable_weights else " The draws are those of the approximation, not corrected."
-        console.note(f"counterflow: {fitted.sentence}{note}")
+        console.warn(f"counterflow: {fitted.sentence}{note}")
     if interrupted:
-        console.note(f"interrupted; this is the best stage so far; continue with --resume {folder}")
+        console.warn(f"interrupted; this is the best stage so far; continue with --resume {folder}")
     console.say(f"run folder: {folder}  (plots in {folder / 'plots'})")
 
 

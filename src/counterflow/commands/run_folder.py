@@ -23,8 +23,9 @@ from typing import Any
 
 from counterflow import __version__
 from counterflow.commands import console
-from counterflow.commands.folder_lock import LOCK, locked
+from counterflow.commands.folder_lock import locked
 from counterflow.commands.options import Command, RunFolder, from_config, given_options, run_folder_of
+from counterflow.commands.preflight import CHECKPOINTS, PARTIAL, check_new
 from counterflow.commands.signals import Stop, stopping
 from counterflow.commands.torchrun import is_restarted, is_torchrun
 from counterflow.io.json import read_json, write_json
@@ -32,8 +33,6 @@ from counterflow.training.checkpoints import Checkpoint, Checkpoints
 from counterflow.training.distributed import Workers
 
 FORMAT = 1  # of the run folder
-CHECKPOINTS = "checkpoints"  # the folder within the run folder
-PARTIAL = ".part"  # suffix of files and folders that are not complete
 
 
 def resolve_run(command: Command, name: str) -> tuple[Command, Path | None]:
@@ -130,16 +129,6 @@ def _claim(folder: Path, locks: ExitStack) -> Path:
     locks.enter_context(locked(folder))
     check_new(folder)  # again: another process may have written a run before the lock was free
     return folder
-
-
-def check_new(folder: Path | None) -> None:
-    """Raise FileExistsError if a run folder exists and is not empty."""
-    if folder is None or not folder.exists():
-        return
-    if folder.is_dir() and all(path.suffix == PARTIAL or path.name == LOCK for path in folder.iterdir()):
-        return  # only leftovers of a process that was killed
-    resume = f", or continue the run with --resume {folder}" if (folder / CHECKPOINTS).is_dir() else ""
-    raise FileExistsError(f"expected a new folder for the run, got {folder}, which exists; give another --out{resume}")
 
 
 def mark_done(run: Path) -> None:

@@ -18,6 +18,7 @@ class Stop:
     """The signal that asked a run to end, if any."""
 
     signal: int | None = None
+    holds: bool = True  # a signal waits for the end of a step
 
     @property
     def code(self) -> int:
@@ -28,6 +29,21 @@ class Stop:
         """Raise KeyboardInterrupt if a signal asked for an end. Called between two steps."""
         if self.signal is not None:
             raise KeyboardInterrupt
+
+    @contextmanager
+    def at_once(self, handled: bool = False) -> Iterator[None]:
+        """Let a signal interrupt at once, in work that has no steps, such as the test after a training.
+
+        Args:
+            handled: whether a signal that came before has ended the training already, and does not end this work.
+        """
+        if not handled:
+            self.check()
+        self.holds = False
+        try:
+            yield
+        finally:
+            self.holds = True
 
     def after_step(self, on_step: Callable[..., None]) -> Callable[..., None]:
         """Return a callback that calls `on_step`, and then ends the training if a signal asked for it."""
@@ -45,10 +61,10 @@ def stopping() -> Iterator[Stop]:
     stop = Stop()
 
     def handle(number: int, frame: types.FrameType | None) -> None:
-        if stop.signal is not None:
+        if stop.signal is not None or not stop.holds:
             raise KeyboardInterrupt(number)
         stop.signal = number
-        console.note("stopping after this step; interrupt again to stop at once, without a checkpoint")
+        console.warn("stopping after this step; interrupt again to stop at once, without a checkpoint")
 
     if threading.current_thread() is not threading.main_thread():  # Python delivers signals to the main thread only
         yield stop

@@ -72,4 +72,4 @@ def _ending_with_torchrun() -> Iterator[None]:
         ended.set()
         watcher.join()
         if os.getppid() != torchrun:  # rank 0 reports it even if another process saw it first
-            console.note("torchrun was killed: ending this process as well")
+            console.warn("torchrun was killed: ending this process as well")

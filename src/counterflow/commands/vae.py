@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from counterflow.commands.options import FLAT, RunFolder, optional
@@ -57,11 +58,18 @@ class Vae:
     """draws of z per row in training"""
     test_samples: int = 500
     """draws of z per test row, for the importance-sampled log-likelihood"""
+    test_rows: Annotated[int | None, optional("INT")] = None
+    """rows of the test, drawn at random; by default all, or as many as a tenth of the training's time allows"""
     folder: Annotated[RunFolder, FLAT] = RunFolder()
     fit: Annotated[FitConfig, FLAT] = FitConfig(epochs=150, batch_size=64, learning_rate=5e-3, ema=0.995)
 
     def run(self) -> int:
         """Train, test and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
+        from counterflow.commands.preflight import check_readable, check_run_folder
+
+        check_run_folder(self.folder)
+        if self.data != "digits" and self.folder.resume is None:
+            check_readable(Path(self.data).expanduser(), "digits, a folder or a file of data")
         from counterflow.commands.vae_run import run
 
         return run(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from counterflow.commands import console, vae_plots
+from counterflow.commands.progress import Tracker, announce_duration
 from counterflow.commands.requirements import require_packages
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
@@ -22,6 +24,7 @@ from counterflow.io.data import Dataset, Splits, load, split
 from counterflow.io.json import write_json
 from counterflow.io.serialization import save
 from counterflow.objectives import Evaluation, elbo, evaluate, iw_elbo, path_elbo, warm_up
+from counterflow.random import seeded
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
@@ -32,6 +35,11 @@ from counterflow.univariate.spline import RationalQuadraticSpline
 from counterflow.vae.vae import VAE
 
 MAPS: dict[str, Univariate] = {"gated": Gated(), "affine": Affine(), "spline": RationalQuadraticSpline()}
+TEST_SHARE = 0.1  # of the training's time, for the test
+MIN_TEST_SECONDS = 10.0  # for the test of a model, however short its training was
+MIN_TEST_ROWS = 100  # a smaller test would say little
+PROBE_ROWS = 8  # rows and draws from which the duration of the test is estimated
+PROBE_DRAWS = 64
 OBJECTIVES = {"iw_elbo": iw_elbo, "path_elbo": path_elbo}
 
 
@@ -64,6 +72,8 @@ def run(command: Vae) -> int:
 def _check(options: Vae) -> None:
     if options.test_samples < 1:
         raise ValueError(f"expected --test-samples to be at least 1, got {options.test_samples}")
+    if options.test_rows is not None and options.test_rows < 1:
+        raise ValueError(f"expected --test-rows to be at least 1, got {options.test_rows}")
     if not options.warm_up >= 0:
         raise ValueError(f"expected --warm-up to be at least 0, got {options.warm_up}")
     if options.free_bits and options.objective != "elbo":
@@ -97,25 +107,50 @@ def _compare(
         saved = checkpoints(folder, options.folder, write)
         for name, model in models.items():
             file = folder / ("model.safetensors" if name == list(models)[-1] else f"model-{name}.safetensors")
-            histories[name] = _train(options, name, model, parts, saved.for_task(name), write, stop)
+            histories[name] = _train(options, name, model, parts, saved.for_task(name), write, stop, not histories)
             if histories[name].best is not None and Workers.current().rank == 0:
                 save(model, file)
             if histories[name].stopped == "interrupted":
                 raise KeyboardInterrupt
             if histories[name].best is None:
-                console.note(f"training of {name} ended before its first epoch: no weights are kept")
+                console.warn(f"training of {name} ended before its first epoch: no weights are kept")
                 return 1
     if Workers.current().rank:  # rank 0 tests and plots
         return 0
-    for name, model in models.items():
-        with console.err.status(f"testing {name} with {options.test_samples} samples per row"):
-            evaluation = evaluate(model, test, options.test_samples)
-        summary["results"].append(_result(options, name, model, histories[name], evaluation))
-    vae_plots.plot_run(folder / "plots", models, histories, test[:64], options.fit.seed)
+    with stop.at_once():
+        tested = _rows_to_test(options, models, histories, test)
+        summary["rows"]["tested"] = len(tested)
+        for name, model in models.items():
+            with Tracker(f"testing {name}", "draws") as tracker:
+                evaluation = evaluate(model, tested, options.test_samples, on_batch=tracker.update)
+            summary["results"].append(_result(options, name, model, histories[name], evaluation))
+        vae_plots.plot_run(folder / "plots", models, histories, test[:64], options.fit.seed)
     write_json(folder / "summary.json", summary)  # last, as it marks the run as complete
-    console.out.print(_table(summary["results"]))
+    console.out.print(_table(summary))
+    if len(tested) < len(test) and options.test_rows is None:
+        console.say(f"to test all rows: --test-rows {len(test)}")
     console.say(f"run folder: {folder}  (plots in {folder / 'plots'})")
     return 0
+
+
+def _rows_to_test(options: Vae, models: Mapping[str, VAE], histories: Mapping[str, History], test: Tensor) -> Tensor:
+    """Return the rows of the test, drawn at random; by default as many as a tenth of the training's time allows."""
+    rows = options.test_rows
+    if rows is None:
+        rows = len(test)
+        for name, model in models.items():
+            probe = test[:PROBE_ROWS]
+            draws = min(PROBE_DRAWS, options.test_samples)
+            started = time.perf_counter()
+            with seeded(options.fit.seed):  # the test itself draws the same numbers with a probe and without
+                evaluate(model, probe, draws)
+            seconds_per_row = (time.perf_counter() - started) / len(probe) * options.test_samples / draws
+            budget = max(MIN_TEST_SECONDS, TEST_SHARE * histories[name].seconds)
+            rows = min(rows, max(MIN_TEST_ROWS, int(budget / seconds_per_row)))
+    if rows >= len(test):
+        return test
+    order = torch.randperm(len(test), generator=torch.Generator().manual_seed(options.fit.seed))
+    return test[order[:rows].sort().values.to(test.device)]
 
 
 def _model(options: Vae, posterior: str, dataset: Dataset) -> VAE:
@@ -157,20 +192,31 @@ def _train(
     saved: Checkpoints,
     write: Callable[[dict[str, Any]], None],
     stop: Stop,
+    is_first: bool,
 ) -> History:
     def validate(model: VAE, x: Tensor) -> Tensor:
         return elbo(model, model.likelihood.observe(x))
 
-    with console.progress("images" if parts.train.dim() == 4 else "rows") as bar:
-        line = bar.add_task(name, total=None, epoch="1", elbo="...", rate="...")
+    unit = "images" if parts.train.dim() == 4 else "rows"
+    facts = ""
+    first_done = None
+
+    with Tracker(name, "steps") as tracker:
 
         def on_step(task: str, done: int, total: int) -> None:
-            bar.update(line, completed=done, total=total)
+            nonlocal first_done
+            if first_done is None:
+                first_done = done - 1
+                tracker.start_at(first_done)
+            tracker.update(done, total, task, facts)
 
         def on_epoch(task: str, epoch: Epoch) -> None:
             write({"task": task, **dataclasses.asdict(epoch)})
-            number = f"{epoch.epoch}/{options.fit.epochs}"
-            bar.update(line, epoch=number, elbo=f"{epoch.validation:.2f}", rate=f"{epoch.rows_per_second:,.0f}")
+            nonlocal facts
+            number = f"epoch {epoch.epoch} of {options.fit.epochs}"
+            facts = f"{number}, ELBO {epoch.validation:.2f}, {epoch.rows_per_second:,.0f} {unit}/s"
+            if is_first and epoch.epoch == 1:
+                announce_duration(epoch.seconds, options.fit.epochs, 1 if options.posterior else 2)
 
         return fit(
             model,
@@ -191,7 +237,9 @@ def _result(options: Vae, name: str, model: VAE, history: History, evaluation: E
     result: dict[str, Any] = {
         "posterior": name,
         "test_elbo": evaluation.elbo.mean().item(),
+        "test_elbo_error": _standard_error(evaluation.elbo),
         "test_log_likelihood": evaluation.log_likelihood.mean().item(),
+        "test_log_likelihood_error": _standard_error(evaluation.log_likelihood),
         "samples": options.test_samples,
         "kl": evaluation.kl.mean().item(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -204,12 +252,27 @@ def _result(options: Vae, name: str, model: VAE, history: History, evaluation: E
     return result
 
 
-def _table(results: list[dict[str, Any]]) -> Table:
-    table = Table(title="test part, nats per row")
+def _standard_error(values: Tensor) -> float | None:
+    """Return the standard error of a mean over test rows."""
+    return values.std().item() / math.sqrt(len(values)) if len(values) > 1 else None
+
+
+def _with_error(value: float, error: float | None) -> str:
+    return f"{value:.2f}" + ("" if error is None else f" ± {error:.2f}")
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    results = summary["results"]
+    tested, rows = summary["rows"]["tested"], summary["rows"]["test"]
+    some = "" if tested == rows else f"{tested:,} rows of the "
+    table = Table(title=f"{some}test part, nats per row, ± standard error")
     columns: list[tuple[str, Callable[[dict[str, Any]], str]]] = [
         ("posterior", lambda result: result["posterior"]),
-        ("test ELBO", lambda result: f"{result['test_elbo']:.2f}"),
-        (f"log-likelihood ({results[0]['samples']} samples)", lambda result: f"{result['test_log_likelihood']:.2f}"),
+        ("test ELBO", lambda result: _with_error(result["test_elbo"], result["test_elbo_error"])),
+        (
+            f"log-likelihood ({results[0]['samples']} samples)",
+            lambda result: _with_error(result["test_log_likelihood"], result["test_log_likelihood_error"]),
+        ),
         ("KL", lambda result: f"{result['kl']:.2f}"),
         ("parameters", lambda result: f"{result['parameters']:,}"),
         ("seconds", lambda result: f"{result['seconds']:.0f}"),

@@ -54,25 +54,37 @@ def check_columns(x: Array, names: Sequence[str], quantized: Sequence[int] = ())
         ...
         ValueError: expected distinct, non-constant columns; 'c' is constant and 'b' is an affine copy of 'a'; drop them
     """
+    found = list(degenerate_columns(x, names, quantized).values())
+    if found:
+        last = found[-1] if len(found) <= MAX_LISTED else f"{len(found) - MAX_LISTED} more such columns"
+        text = " and ".join(filter(None, [", ".join(found[: min(len(found) - 1, MAX_LISTED)]), last]))
+        raise ValueError(f"expected distinct, non-constant columns; {text}; drop them")
+
+
+def degenerate_columns(x: Array, names: Sequence[str], quantized: Sequence[int] = ()) -> dict[str, str]:
+    """Return what is wrong with the columns that `check_columns` refuses: name of one to drop -> description.
+
+    Example:
+        >>> a = np.arange(12.0) ** 2
+        >>> degenerate_columns(np.stack([a, 3 - 2 * a, np.ones(12)], 1), ["a", "b", "c"])
+        {'c': "'c' is constant", 'b': "'b' is an affine copy of 'a'"}
+    """
     spread = x.std(0)
     constant = spread <= 1e-14 * np.abs(x).max(0, initial=0)
-    found = []
-    if constant.any():
-        found.append(f"{listed(names, np.flatnonzero(constant))} {'is' if constant.sum() == 1 else 'are'} constant")
+    found = {names[i]: f"{names[i]!r} is constant" for i in np.flatnonzero(constant).tolist()}
     kept = np.flatnonzero(~constant)
     if len(x) > 3 and len(kept) > 1:
         z = (x[:, kept] - x[:, kept].mean(0)) / spread[kept]
         correlation = z.T @ z / len(z)
         originals = _copies(correlation)
-        found += [f"{names[kept[i]]!r} is an affine copy of {names[kept[k]]!r}" for i, k in sorted(originals.items())]
+        for i, k in sorted(originals.items()):
+            found[names[kept[i]]] = f"{names[kept[i]]!r} is an affine copy of {names[kept[k]]!r}"
         rest = [i for i in range(len(kept)) if i not in originals and kept[i] not in quantized]
         if rest and len(x) > len(rest) + 1:
             for related in _linear_relations(correlation[np.ix_(rest, rest)]):
                 columns = kept[np.array(rest)[related]]
-                found.append(f"one of {listed(names, columns)} is a linear function of the others")
-    if found:
-        text = " and ".join(filter(None, [", ".join(found[:-1]), found[-1]]))
-        raise ValueError(f"expected distinct, non-constant columns; {text}; drop them")
+                found[names[columns[-1]]] = f"one of {listed(names, columns)} is a linear function of the others"
+    return found
 
 
 def _copies(correlation: Array) -> dict[int, int]:

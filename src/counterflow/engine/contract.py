@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,10 @@ from counterflow.made.activations import Activation
 from counterflow.made.architecture import Links
 from counterflow.univariate.base import Univariate
 
+LAYOUTS: dict[str, Layout] = {}  # by name: the operators that torch.compile sees take no Python objects
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(unsafe_hash=True)  # not frozen, for walkers that set attributes; no slots, for torch.compile of torch 2.4
 class Layout:
     """The part of a layer that is the same in every call.
 
@@ -22,12 +24,24 @@ class Layout:
         activation: the activation of the hidden layers.
         univariate: the map of one feature.
         links: skip connections of the network.
+
+    Attributes:
+        name: the same in every process; `LAYOUTS` holds the layout under it.
     """
 
     ends: tuple[tuple[int, ...], ...]
     activation: Activation
     univariate: Univariate
     links: Links
+    name: str = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        f = self.activation.f
+        self.name = f"{f.__module__}.{f.__qualname__} {self.univariate!r} {self.ends} {self.links}"
+        LAYOUTS[self.name] = self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Layout, (self.ends, self.activation, self.univariate, self.links)  # a copy has its name in LAYOUTS
 
     @property
     def groups(self) -> int:

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from counterflow.engine.contract import Adjoints, Layout, Solution, System
+from counterflow.engine.contract import LAYOUTS, Adjoints, Solution, System
 from counterflow.engine.solve import body_for
-
-LAYOUTS: dict[str, Layout] = {}  # operators take no Python objects, so they look their layout up by name
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Traced:
     def forward_substitution(self, system: System, y: Tensor, *, keep: bool = True) -> Solution:
         """Solve f(x) = y; see `Body`."""
         x, log_det, *kept = torch.ops.counterflow.forward_substitution(
-            self.solver, _name(system.layout), y, list(system.biases), list(system.weights), keep
+            self.solver, system.layout.name, y, list(system.biases), list(system.weights), keep
         )
         return Solution(x, log_det, kept[0], tuple(kept[1:])) if keep else Solution(x, log_det, x, ())
 
@@ -35,18 +33,9 @@ class Traced:
         """Solve J^T u = v - w dlog_det/dx; see `Body`."""
         known = [solution.x, solution.log_det, solution.params, *solution.hidden]
         u, params, *hidden = torch.ops.counterflow.back_substitution(
-            self.solver, _name(system.layout), known, list(system.biases), list(system.weights), v, w
+            self.solver, system.layout.name, known, list(system.biases), list(system.weights), v, w
         )
         return Adjoints(u, params, tuple(hidden))
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch leaves it untyped
-def _name(layout: Layout) -> str:
-    """Return a name for the layout that is the same in every process."""
-    f = layout.activation.f
-    name = f"{f.__module__}.{f.__qualname__} {layout.univariate!r} {layout.ends} {layout.links}"
-    LAYOUTS[name] = layout
-    return name
 
 
 def _contiguous_copies(tensors: Sequence[Tensor]) -> list[Tensor]:

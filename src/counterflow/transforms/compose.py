@@ -52,7 +52,11 @@ class Compose(Transform):
         self.forward_cost, self.inverse_cost = _joint_costs(costs)
 
     def __iter__(self) -> Iterator[Transform]:
-        return iter(self.transforms)  # type: ignore[arg-type]  # a ModuleList does not state the type of its entries
+        return iter(self._parts())
+
+    def _parts(self) -> list[Transform]:
+        """Return the transforms; unlike list(self), torch.compile of torch 2.4 follows it."""
+        return list(self.transforms)  # type: ignore[arg-type]  # a ModuleList does not state the type of its entries
 
     def __len__(self) -> int:
         return len(self.transforms)
@@ -76,7 +80,7 @@ class Compose(Transform):
         """Return y and log|det dy/dx|."""
         x = prepare(self, x, c)
         total = x.new_zeros(x.shape[:-1])
-        for t in self:
+        for t in self._parts():
             x, log_det = t(x, c if t.context else None)
             total = total + log_det
         return x, total
@@ -85,7 +89,7 @@ class Compose(Transform):
         """Return x and log|det dx/dy|, undoing the transforms from the last to the first."""
         y = prepare(self, y, c, "y")
         total = y.new_zeros(y.shape[:-1])
-        for t in reversed(list(self)):
+        for t in reversed(self._parts()):
             y, log_det = t.inverse(y, c if t.context else None)
             total = total + log_det
         return y, total
@@ -93,7 +97,7 @@ class Compose(Transform):
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Transform.forward_by_feature`."""
         x = prepare(self, x, c)
-        for t in self:
+        for t in self._parts():
             x, total = t.forward_by_feature(x, total, c if t.context else None)
         return x, total
 
@@ -101,7 +105,7 @@ class Compose(Transform):
         """See `Transform.push_score`; one back substitution per layer."""
         x = prepare(self, x, c)
         total = x.new_zeros(x.shape[:-1])
-        for t in self:
+        for t in self._parts():
             x, log_det, score = t.push_score(x, score, c if t.context else None)
             total = total + log_det
         return x, total, score
@@ -110,7 +114,7 @@ class Compose(Transform):
         """See `Transform.pull_score`."""
         y = prepare(self, y, c, "y")
         total = y.new_zeros(y.shape[:-1])
-        for t in reversed(list(self)):
+        for t in reversed(self._parts()):
             y, log_det, score = t.pull_score(y, score, c if t.context else None)
             total = total + log_det
         return y, total, score

@@ -162,7 +162,7 @@ def _report(folder: Path, about: dict[str, Any], runner: Runner) -> None:
     for table in printed:
         console.out.print(_printed(table))
     for name, failure in runner.failed.items():
-        console.note(f"{name} was left out: {failure}")
+        console.warn(f"{name} was left out: {failure}")
     _plot(folder / "plots", growth)
     console.say(f"run folder: {folder}  (all figures in {folder / 'bench.md'}, plots in {folder / 'plots'})")
 

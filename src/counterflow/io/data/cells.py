@@ -23,6 +23,23 @@ MISSING = {
 MAX_LISTED = 3  # cells that an error names
 
 
+class NotANumberError(ValueError):
+    """A cell that is neither missing nor a number.
+
+    Attributes:
+        cell: the content.
+        row: the number of its row.
+    """
+
+    def __init__(self, cell: Any, name: str, where: object, row: int) -> None:
+        super().__init__(
+            f"expected numbers in column {name!r:.100} of {where}, got {cell!r:.100} in row {row} (counted from 0); "
+            "drop the column, encode it as numbers or, for a density, name it as context"
+        )
+        self.cell = cell
+        self.row = row
+
+
 def is_number(text: str) -> bool:
     """Return True if a text is a number as files write them.
 
@@ -59,7 +76,7 @@ def to_numbers(column: Any, name: str, where: object, first: int = 0) -> Array:
         first: the number of the column's first row in the table, for errors.
 
     Raises:
-        ValueError: a cell is neither missing nor a number.
+        NotANumberError: a cell is neither missing nor a number.
 
     Example:
         >>> to_numbers(np.array(["1.5", "NA"], dtype=object), "a", "table.csv")
@@ -67,7 +84,8 @@ def to_numbers(column: Any, name: str, where: object, first: int = 0) -> Array:
         >>> to_numbers(np.array([1, "high"], dtype=object), "a", "table.csv", first=100)
         Traceback (most recent call last):
         ...
-        ValueError: expected numbers in column 'a' of table.csv, got 'high' in row 101 (counted from 0); drop the \
+        counterflow.io.data.cells.NotANumberError: expected numbers in column 'a' of table.csv, got 'high' in row 101 \
+(counted from 0); drop the \
 column, encode it as numbers or, for a density, name it as context
     """
     converted = _arrow_numbers(column) if hasattr(column, "null_count") else _numpy_numbers(column)
@@ -76,15 +94,12 @@ column, encode it as numbers or, for a density, name it as context
     numbers = np.empty(len(column))
     for row, cell in enumerate(column.to_pylist() if hasattr(column, "null_count") else np.asarray(column).tolist()):
         value = cell.strip() if isinstance(cell, str) else cell
-        if _is_missing(value) or (isinstance(value, str) and value in MISSING):
+        if is_missing(value) or (isinstance(value, str) and value in MISSING):
             numbers[row] = np.nan
         elif isinstance(value, int | float | np.number) or (isinstance(value, str) and is_number(value)):
             numbers[row] = float(value)
         else:
-            raise ValueError(
-                f"expected numbers in column {name!r:.100} of {where}, got {cell!r:.100} in row {first + row} (counted "
-                "from 0); drop the column, encode it as numbers or, for a density, name it as context"
-            )
+            raise NotANumberError(cell, name, where, first + row)
     return numbers
 
 
@@ -143,7 +158,7 @@ them, for example by sklearn.impute, or drop 1 of 2 rows
             return
         missing, infinite, kind = np.isnan(x), np.isinf(x), "missing (NaN)"
     else:
-        missing = np.array([[_is_missing(cell) for cell in row] for row in x], dtype=bool).reshape(x.shape)
+        missing = np.array([[is_missing(cell) for cell in row] for row in x], dtype=bool).reshape(x.shape)
         infinite, kind = np.zeros_like(missing), "missing"
     if missing.any():
         wish = f"a value in every cell{f' of {where}' if where else ''}"
@@ -182,5 +197,6 @@ def _numpy_numbers(column: Any) -> Array | None:
         return None
 
 
-def _is_missing(cell: Any) -> bool:
+def is_missing(cell: Any) -> bool:
+    """Return True for None, NaN and pandas.NA."""
     return cell is None or type(cell).__name__ == "NAType" or bool(cell != cell)  # pandas.NA has no truth value

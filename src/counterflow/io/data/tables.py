@@ -12,9 +12,10 @@ import numpy as np
 from counterflow.checks import require
 from counterflow.io.data.arrays import open_npy, open_npz
 from counterflow.io.data.arrow import decoded_bytes
-from counterflow.io.data.cells import Array, check_cells, numbers, to_numbers, to_numbers_or_texts
+from counterflow.io.data.cells import Array, check_cells, to_numbers, to_numbers_or_texts
 from counterflow.io.data.conversion import narrow
 from counterflow.io.data.csv import open_csv
+from counterflow.io.data.faults import Faults, TableFaultsError, missing_cells
 from counterflow.io.data.parquet import open_parquet, parquet_files
 from counterflow.io.data.source import TableSource, located_batches
 from counterflow.io.limits import check_memory
@@ -60,39 +61,59 @@ def _open(path: Path, key: str | None = None) -> TableSource:
     return {".csv": open_csv, ".parquet": open_parquet, ".npy": open_npy}[suffix](path)
 
 
-def read_table(source: TableSource, names: Sequence[str], others: Sequence[str]) -> tuple[Any, dict[str, Array]]:
+def read_table(
+    source: TableSource, names: Sequence[str], others: Sequence[str], drop_missing: bool = False
+) -> tuple[Any, dict[str, Array]]:
     """Read all rows of some columns.
 
     Args:
         source: the table.
         names: columns of numbers.
         others: columns of numbers or texts.
+        drop_missing: leave out rows with a missing cell.
 
     Returns:
         An Arrow table of the columns `names` in float64, and the columns `others` by name.
 
     Raises:
-        ValueError: a cell of the columns `names` is missing, not a number or not finite, or the rows take more memory
-            than the file's bytes account for.
+        TableFaultsError: a cell is missing, or a cell of the columns `names` is not a finite number; it names every
+            such column.
+        ValueError: the rows take more memory than the file's bytes account for.
     """
     arrow = require("pyarrow", "data", "a table")
     stored = sum(file.stat().st_size for file in parquet_files(source.path))
     row_bytes = 8 * len(names) + BYTES_PER_TEXT * len(others)
     check_memory(source.path, "its rows", (source.rows or 0) * row_bytes, stored, TODO)
     held = 0
+    faults = Faults()
     blocks: list[Array] = [np.empty((0, len(names)))]
     rest: list[Any] = []
     for path, first, batch in located_batches(source.parts(None), ROWS):
-        blocks.append(numbers(batch, names, path, first))
+        blocks.append(faults.numbers(batch, names, path, first))
         rest.append(arrow.Table.from_batches([batch.select(list(others))]))
         held += sum(decoded_bytes(batch.column(name)) for name in others)
         check_memory(source.path, "its context", held, stored, TODO)
-    table = arrow.table(dict(zip(names, np.concatenate(blocks).T, strict=True)))
-    if not (others and rest):
-        return table, {}
-    every = arrow.concat_tables(rest, promote_options="permissive")  # the files of a folder may differ in their types
+    x = np.concatenate(blocks)
+    context = _joined(rest, others) if others and rest else {}
+    incomplete = np.isnan(x[:, [name not in faults.text for name in names]]).any(1)
+    for name, column in context.items():
+        missing = missing_cells(column)
+        faults.add_missing(name, missing)
+        incomplete |= missing
+    if faults.text or faults.infinite or (faults.missing and not drop_missing):
+        raise TableFaultsError(faults.describe(source.path), faults, names, x, int(incomplete.sum()))
+    if faults.missing:
+        x = x[~incomplete]
+        context = {name: column[~incomplete] for name, column in context.items()}
+    return arrow.table(dict(zip(names, x.T, strict=True))), context
+
+
+def _joined(parts: Sequence[Any], names: Sequence[str]) -> dict[str, Array]:
+    """Return columns of numbers or texts of Arrow tables by name."""
+    arrow = require("pyarrow", "data", "a table")
+    every = arrow.concat_tables(parts, promote_options="permissive")  # the files of a folder may differ in their types
     joined = every.combine_chunks().to_batches()[0]
-    return table, {name: to_numbers_or_texts(joined.column(name)) for name in others}
+    return {name: to_numbers_or_texts(joined.column(name)) for name in names}
 
 
 def read_rows(path: Path) -> Array:

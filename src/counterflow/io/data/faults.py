@@ -1,0 +1,89 @@
+"""Cells of a table that are no finite numbers, collected over all columns and batches for one error."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from counterflow.io.data.cells import Array, NotANumberError, is_missing, to_numbers
+
+MAX_LISTED = 20  # columns that an error names
+
+
+class TableFaultsError(ValueError):
+    """Cells that are no finite numbers.
+
+    Attributes:
+        text: the columns with text.
+        infinite: the columns with infinite numbers.
+        incomplete: the number of rows with a missing cell.
+        rows: the number of rows.
+        names: the columns of numbers.
+        x: all rows (rows, len(names)), with NaN for missing cells and for texts.
+    """
+
+    def __init__(self, message: str, faults: Faults, names: Sequence[str], x: Array, incomplete: int) -> None:
+        super().__init__(message)
+        self.text = list(faults.text)
+        self.infinite = list(faults.infinite)
+        self.incomplete = incomplete
+        self.rows = len(x)
+        self.names = list(names)
+        self.x = x
+
+
+class Faults:
+    """Faults of the columns of a table, found batch by batch."""
+
+    def __init__(self) -> None:
+        self.text: dict[str, str] = {}  # column -> its first text, and where it is
+        self.infinite: dict[str, str] = {}
+        self.missing: dict[str, tuple[int, str]] = {}  # column -> the number of missing cells, and the first one
+
+    def numbers(self, batch: Any, names: Sequence[str], path: Path, first: int) -> Array:
+        """Convert columns of an Arrow record batch to float64 (N, D), with NaN for missing cells and for texts."""
+        x = np.full((batch.num_rows, len(names)), np.nan)
+        for k, name in enumerate(names):
+            try:
+                x[:, k] = to_numbers(batch.column(name), name, path, first)
+            except NotANumberError as error:
+                self.text.setdefault(name, f"{error.cell!r:.50} in row {error.row}")
+                continue
+            infinite = np.flatnonzero(np.isinf(x[:, k]))
+            if len(infinite):
+                self.infinite.setdefault(name, f"row {first + infinite[0]}")
+            if name not in self.text:
+                self.add_missing(name, np.isnan(x[:, k]), first)
+        return x
+
+    def add_missing(self, name: str, missing: Array, first: int = 0) -> None:
+        """Add missing cells of a column (N,), whose first row has the number `first`."""
+        found = np.flatnonzero(missing)
+        if len(found):
+            count, where = self.missing.get(name, (0, f"row {first + found[0]}"))
+            self.missing[name] = count + len(found), where
+
+    def describe(self, path: Path) -> str:
+        """Return the message of the error, on one line."""
+        parts = [
+            ("text", [f"{name!r} ({where})" for name, where in self.text.items()]),
+            ("missing cells", [f"{name!r} ({count:,}, the first in {w})" for name, (count, w) in self.missing.items()]),
+            ("infinite numbers", [f"{name!r} (the first in {where})" for name, where in self.infinite.items()]),
+        ]
+        listed = [
+            f"{kind} in {', '.join(found[:MAX_LISTED])}"
+            + (f" and {len(found) - MAX_LISTED} more columns" if len(found) > MAX_LISTED else "")
+            for kind, found in parts
+            if found
+        ]
+        return f"expected a finite number in every cell of {path}, got {'; '.join(listed)}; rows are counted from 0"
+
+
+def missing_cells(column: Array) -> Array:
+    """Return True for each missing cell of a column (N,) of numbers or texts."""
+    if column.dtype.kind == "f":
+        return np.isnan(column)
+    return np.array([is_missing(cell) for cell in column], dtype=bool)
