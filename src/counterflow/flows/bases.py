@@ -13,6 +13,7 @@ from torch.distributions import Distribution, Independent, Normal, constraints
 from torch.distributions import StudentT as StudentTDistribution
 
 from counterflow.checks import positive
+from counterflow.made.derived import Derived
 
 
 class Base(nn.Module, ABC):
@@ -39,7 +40,7 @@ def _normal(mean: Tensor, std: Tensor) -> Distribution:
     return Independent(Normal(mean, std, validate_args=False), 1, validate_args=False)
 
 
-class StandardNormal(Base):
+class StandardNormal(Derived, Base):
     """Standard normal N(0, I) in D dimensions.
 
     Args:
@@ -57,8 +58,12 @@ class StandardNormal(Base):
     def __init__(self, features: int) -> None:
         super().__init__()
         self.features = positive(features, "features")
-        self.register_buffer("mean", torch.zeros(features), persistent=False)
-        self.register_buffer("std", torch.ones(features), persistent=False)
+        self.register_derived()
+
+    def derived(self) -> dict[str, Tensor]:
+        """See `Derived`."""
+        mean = torch.zeros(self.features, device="cpu")
+        return {"mean": mean, "std": torch.ones_like(mean)}
 
     def forward(self, c: Tensor | None = None) -> Distribution:
         """Return the distribution, the same for every context."""

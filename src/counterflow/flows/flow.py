@@ -70,11 +70,12 @@ class FlowDistribution(Distribution):
             ValueError: a wrong number of features, a batch shape that does not broadcast, or a NaN.
         """
         value = prepare(self.transform, value, self.context, "value", "flow")
-        if self._validate_args and value.numel():
+        validate = self._validate_args and not value.is_meta
+        if validate and value.numel():
             self._validate_sample(value)
         eps, log_det = self.transform.inverse(value, self.context)
         log_q = self._log_base(eps) + log_det
-        if self._validate_args and log_q.isnan().any() and self._has_finite_weights():
+        if validate and log_q.isnan().any() and self._has_finite_weights():
             finite = True if self.context is None else self.context.isfinite().all(-1)
             log_q = log_q.masked_fill(log_q.isnan() & finite, -math.inf)
         return log_q

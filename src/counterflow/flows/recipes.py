@@ -58,8 +58,8 @@ def stack(
     with nullcontext() if seed is None else seeded(seed):
         for k in range(positive(layers, "layers")):
             if k and order != "same":
-                backwards = torch.arange(features - 1, -1, -1)
-                transforms.append(Permute(backwards if order == "reversed" else torch.randperm(features)))
+                backwards = torch.arange(features - 1, -1, -1, device="cpu")
+                transforms.append(Permute(backwards if order == "reversed" else torch.randperm(features, device="cpu")))
             transforms.append(Autoregressive(features, context, hidden, univariate, degrees, activation))
     return Compose(transforms)
 

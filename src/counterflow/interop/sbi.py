@@ -60,7 +60,7 @@ def estimator(
         embedding_net: network of the condition, before the flow; none when not given.
         z_score: standardization of the modelled variable: of each dimension, of all together, or none.
         z_score_condition: standardization of the condition.
-        settings: further arguments of the flow, such as activation or bins.
+        settings: further arguments of the flow, such as bins; activation is "tanh", as in sbi, unless it is given.
 
     Returns:
         A function (theta, x) -> `sbi.neural_nets.estimators.ZukoFlow`.
@@ -81,7 +81,7 @@ def estimator(
     _one_of("of", of, ("posterior", "likelihood"))
     _one_of("z_score", z_score, ("none", "independent", "structured"))
     _one_of("z_score_condition", z_score_condition, ("none", "independent", "structured"))
-    make = partial(_RECIPES[kind], layers=layers, hidden=tuple(hidden), **settings)
+    make = partial(_RECIPES[kind], layers=layers, hidden=tuple(hidden), **{"activation": "tanh", **settings})
     return partial(_estimator, make, of, embedding_net or nn.Identity(), z_score, z_score_condition)
 
 

@@ -26,8 +26,9 @@ class MaskedLinear(nn.Linear):
         self.out_features, self.in_features = mask.shape
         self.staircase = Staircase(mask)
         # Uniform with variance gain^2 / (inputs of the row): rows with few inputs get as large an output as the others.
-        spread = gain * torch.sqrt(3.0 / (mask.sum(1, keepdim=True) + more_inputs).clamp_min(1))
-        self.weight = nn.Parameter(torch.empty(mask.shape).uniform_(-1, 1) * spread * mask)
+        spread = gain * torch.sqrt(3.0 / (mask.sum(1, keepdim=True) + more_inputs).clamp_min(1)) * mask
+        weight = torch.empty(mask.shape).uniform_(-1, 1)
+        self.weight = nn.Parameter(weight * spread.to(weight.device))
         self.bias = nn.Parameter(torch.zeros(self.out_features))
 
     @property

@@ -74,7 +74,7 @@ class MADE(nn.Module):
         levels = [list(degrees), *hidden_levels]
         self.ends = tuple(tuple(bisect_right(level, g) for g in range(G + 1)) for level in levels)
 
-        d = [torch.tensor(level) for level in levels]
+        d = [torch.tensor(level, device="cpu") for level in levels]
         masks = [after[:, None] >= before[None, :] for before, after in pairwise(d)]
         outputs = [(d[0][:, None] > seen[None, :]).repeat_interleave(parameters, dim=0) for seen in (d[-1], d[0])]
         contexts = architecture.contexts if context else ()

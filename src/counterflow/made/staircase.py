@@ -20,12 +20,14 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 # Private in torch. Its public alternative, a vmap rule, costs 50 us more per layer (one core of an EPYC 9004).
 from torch._C import _are_functorch_transforms_active as functions_are_transformed
 from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
+
+from counterflow.made.derived import Derived
 
 # Overheads, as the number of weights that are multiplied in the same time; measured in benchmarks/results/staircase.md.
 STEP = 1 << 13  # overhead of one step: its calls, and the lower speed of narrow products
@@ -89,7 +91,7 @@ def step(reach: Sequence[int], columns: int, first: int, last: int) -> Step:
     return Step(first, last, full, seen)
 
 
-class Staircase(nn.Module):
+class Staircase(Derived):
     """Mask of a weight (out, in) and the steps into which it is cut. Nothing in it is saved or trained.
 
     Args:
@@ -108,11 +110,21 @@ class Staircase(nn.Module):
 
     def __init__(self, mask: Tensor, steps: Sequence[Step] | None = None) -> None:
         super().__init__()
-        self.steps = cut(tuple(mask.sum(1).tolist()), mask.shape[1]) if steps is None else tuple(steps)
+        self.reach = tuple(mask.sum(1).tolist())
+        self.columns = mask.shape[1]
+        self.steps = cut(self.reach, self.columns) if steps is None else tuple(steps)
+        self.register_derived()
+
+    def derived(self) -> dict[str, Tensor]:
+        """See `Derived`."""
+        reach = torch.tensor(self.reach, device="cpu")
+        mask = torch.arange(self.columns, device="cpu") < reach[:, None]
         numbers = mask.to(torch.get_default_dtype())
         parts = [numbers[first:last, full:seen].flatten() for first, last, full, seen in self.steps]
-        self.register_buffer("mask", mask if parts else numbers, persistent=False)
-        self.register_buffer("diagonals", torch.cat(parts) if parts else numbers.new_empty(0), persistent=False)
+        return {
+            "mask": mask if parts else numbers,
+            "diagonals": torch.cat(parts) if parts else numbers.new_empty(0),
+        }
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, staircase: Staircase) -> Tensor:

@@ -12,6 +12,7 @@ from counterflow.checks import positive
 from counterflow.engine.contract import Body, Layout, Solution, System
 from counterflow.engine.solve import body_for, check_solver, is_transformed, solve, without_autocast
 from counterflow.made.architecture import Architecture
+from counterflow.made.derived import Derived
 from counterflow.made.network import MADE
 from counterflow.made.staircase import Staircase
 from counterflow.transforms.base import Transform, prepare
@@ -19,7 +20,7 @@ from counterflow.univariate.affine import Affine
 from counterflow.univariate.base import Univariate
 
 
-class Autoregressive(Transform):
+class Autoregressive(Derived, Transform):
     """Invertible map with a triangular Jacobian, y_i = g(x_i; params_i(x_j with d_j < d_i, c)).
 
     `forward` is one pass through a masked network, with log_det = sum_i log dy_i/dx_i. `inverse` is forward
@@ -85,15 +86,18 @@ class Autoregressive(Transform):
         self.degrees = _check_degrees(degrees, features)
         self.activation = activation
         # The network and the solver use the features sorted by degree; x and y keep their order.
-        order = torch.argsort(torch.tensor(self.degrees), stable=True)
-        self.register_buffer("order", order, persistent=False)
-        self.register_buffer("places", torch.argsort(order), persistent=False)
-        self._sorted = order.tolist() == list(range(features))
+        self._sorted = sorted(self.degrees) == list(self.degrees)
+        self.register_derived()
         ascending = sorted(self.degrees)
         self.made = MADE(ascending, self.univariate.parameters, hidden, activation, self.context, architecture)
         self.hidden, self.architecture = tuple(hidden), architecture
         self._layout = Layout(self.made.ends, self.made.activation, self.univariate, self.made.links)
         self.solver = "auto"
+
+    def derived(self) -> dict[str, Tensor]:
+        """See `Derived`."""
+        order = torch.argsort(torch.tensor(self.degrees, device="cpu"), stable=True)
+        return {"order": order, "places": torch.argsort(order)}
 
     @property
     def solver(self) -> str:

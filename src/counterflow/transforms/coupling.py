@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from counterflow.checks import positive
 from counterflow.made.activations import activation_named
 from counterflow.made.architecture import check_links
+from counterflow.made.derived import Derived
 from counterflow.transforms.base import Transform, prepare
 from counterflow.univariate.affine import Affine
 from counterflow.univariate.base import Univariate
 
 
-class CouplingLayer(Transform):
+class CouplingLayer(Derived, Transform):
     """Coupling layer of RealNVP: it keeps some features and moves the others, y_i = g(x_i; params_i(kept, c)).
 
     Both directions are one pass through a dense network:
@@ -91,8 +92,8 @@ class CouplingLayer(Transform):
         self.gates = tuple(sorted(gates))
         self._check(len(kept) + self.context)
         self._links = check_links(self.hidden, self.skips, self.linear, alike="size")
-        self.register_buffer("moves", torch.tensor(self.moved), persistent=False)
-        self.register_buffer("stays", torch.tensor(kept, dtype=torch.long), persistent=False)
+        self._kept = tuple(kept)
+        self.register_derived()
         self._f = activation_named(activation).f
 
         sizes = [len(kept) + self.context, *self.hidden]
@@ -104,6 +105,11 @@ class CouplingLayer(Transform):
         if self.last is not None:  # parameters start near zero, as in MADE
             nn.init.normal_(self.last.weight, std=3e-4 / sizes[-1] ** 0.5)
             nn.init.zeros_(self.last.bias)
+
+    def derived(self) -> dict[str, Tensor]:
+        """See `Derived`."""
+        moves, stays = (torch.tensor(v, dtype=torch.long, device="cpu") for v in (self.moved, self._kept))
+        return {"moves": moves, "stays": stays}
 
     def _check(self, inputs: int) -> None:
         activation_named(self.activation)

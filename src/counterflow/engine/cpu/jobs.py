@@ -74,15 +74,15 @@ def plan_for(layout: Layout, dtype: torch.dtype) -> _Plan:
     """Return the plan of a layout."""
     P = layout.univariate.parameters
     G = layout.groups
-    features, *hidden = (torch.tensor(ends) for ends in layout.ends)
+    features, *hidden = (torch.tensor(ends, device="cpu") for ends in layout.ends)
     below = F.pad(torch.stack([features, *hidden, features * P]), (1, 0))
     sizes = below[:, -1].tolist()
-    starts = torch.tensor([sum(sizes[1:]), *(sum(sizes[1:k]) for k in range(1, len(sizes)))])
-    blocks = torch.tensor([*range(0, G + 1, max(1, BLOCK_UNITS * (G + 1) // max(sizes))), G + 1])
-    constants = torch.tensor([_constants(layout.univariate)], dtype=dtype)
+    starts = torch.tensor([sum(sizes[1:]), *(sum(sizes[1:k]) for k in range(1, len(sizes)))], device="cpu")
+    blocks = torch.tensor([*range(0, G + 1, max(1, BLOCK_UNITS * (G + 1) // max(sizes))), G + 1], device="cpu")
+    constants = torch.tensor([_constants(layout.univariate)], dtype=dtype, device="cpu")
     added = [0, *(0 if skip is None else skip + 1 for skip in layout.links.skips)]
     linear = [k in layout.links.linear for k in range(len(hidden))]
-    links = torch.tensor([added, [0, *linear]])
+    links = torch.tensor([added, [0, *linear]], device="cpu")
     tables = (below, starts[None], blocks[None], constants, links)
     return _Plan(
         tables,
