@@ -292,6 +292,13 @@ def test_data_reach_the_model(here, tmp_path):
     assert means == pytest.approx([1, 2, 3], abs=0.15)
 
 
+def test_chains_through_the_flow_are_reported(here, tmp_path):
+    code, out, _ = here("mine.py:banana", *QUICK, "--refine", "imh", "-n", 400, "--out", "run")
+    refined = summary(tmp_path / "run")["refined"]
+    assert code == 0 and refined["sentence"] in out and (tmp_path / "run" / "refined.nc").exists()
+    assert refined["r_hat"] < 1.1 and refined["divergences"] == 0 and refined["evaluations"] > 400
+
+
 def test_the_same_seed_the_same_draws(here, tmp_path, monkeypatch):
     monkeypatch.setattr("counterflow.commands.posterior_plots.plot_run", lambda *_: None)  # only time
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):

@@ -169,12 +169,12 @@ def test_sizes_of_chains(sizes):
 
 def test_the_sentence():
     mixed = Convergence(torch.tensor([1.001, 1.0042]), torch.tensor([1234.0, 900.0]), torch.tensor([800.4, 950.0]))
-    assert Chains(torch.zeros(4, 1000, 2), 0.876, 3, mixed).sentence == (
+    assert Chains(torch.zeros(4, 1000, 2), 0.876, 3, mixed, 9).sentence == (
         "4 chains of 1,000 draws have mixed; R-hat is at most 1.004, the effective sample size at least 800, 88% were "
         "accepted and 3 diverged."
     )
     stuck = mixed._replace(r_hat=torch.tensor([1.0, 1.02]))
-    assert "have not mixed: draw more, or train" in Chains(torch.zeros(4, 9, 2), 0.1, 0, stuck).sentence
+    assert "have not mixed: draw more, or train" in Chains(torch.zeros(4, 9, 2), 0.1, 0, stuck, 9).sentence
 
 
 CONDITIONAL = cf.IAF(2, 3, layers=1, hidden=(4,))

@@ -149,12 +149,12 @@ def test_arviz(named):
 
 
 def test_refined_by_metropolis(named):
-    refined = named.refine("metropolis", chains=8, samples=300)
+    refined = named.refine("imh", chains=8, samples=300)
     assert refined.values["effects"].shape == (8, 300, 3) and (refined.values["tau"] > 0).all()
     assert refined.values["mu"].mean() == pytest.approx(named.summary().rows["mu"].mean, abs=0.1)
     assert refined.chains.sentence in repr(refined)
     assert refined.to_arviz()["posterior"]["effects"].shape == (8, 300, 3)
-    with pytest.raises(ValueError, match="expected method to be one of metropolis, neutra, got 'gibbs'"):
+    with pytest.raises(ValueError, match="expected method to be one of nuts, neutra, imh, got 'gibbs'"):
         named.refine("gibbs")
 
 

@@ -11,7 +11,7 @@ import tyro
 from counterflow.commands.model_names import DEFAULT_MODEL, check_model
 from counterflow.commands.model_tool import Tool
 from counterflow.commands.options import FLAT, RunFolder, optional
-from counterflow.posterior.config import PosteriorConfig
+from counterflow.posterior.config import PosteriorConfig, Refiner
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,9 @@ class Posterior:
     example is fitted.
 
         counterflow posterior model.py:schools --data schools.json
+
+    With --refine, refined.nc holds 4 chains of n / 4 draws, and summary.json their R-hat, effective sample sizes and
+    divergences.
 
     The run folder holds posterior.nc (for ArviZ), draws.parquet, summary.json, metrics.jsonl, plots/ and the files of
     counterflow.Posterior.load. A bad verdict is also printed to stderr; the exit code is 0 all the same.
@@ -41,6 +44,8 @@ class Posterior:
     """D, for a log density in torch without an attribute dim"""
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 4000
     """number of draws in posterior.nc and draws.parquet"""
+    refine: Annotated[Refiner | None, optional("{nuts,neutra,imh}")] = None
+    """Markov chains through the flow after the fit: NUTS by nutpie or by NumPyro, or independence Metropolis"""
     folder: Annotated[RunFolder, FLAT] = RunFolder()
     fit: Annotated[PosteriorConfig, FLAT] = PosteriorConfig()  # frozen
 
@@ -54,7 +59,8 @@ class Posterior:
             check_model(self.model, self.data)
         from counterflow.diagnostics.arviz import netcdf_modules
 
-        require_packages(*netcdf_modules(), "pyarrow", "matplotlib")
+        sampler = {"nuts": ("nutpie",), "neutra": ("numpyro",)}.get(self.refine or "", ())
+        require_packages(*netcdf_modules(), "pyarrow", "matplotlib", *sampler)
         from counterflow.commands.posterior_run import run
 
         return run(self)

@@ -23,6 +23,7 @@ from counterflow.commands.run_folder import checkpoints, mark_done, metrics, res
 from counterflow.commands.signals import Stop
 from counterflow.io.atomic import atomic_write, check_free_space
 from counterflow.io.json import read_json, write_json
+from counterflow.posterior.config import Refiner
 from counterflow.posterior.propriety import check_proper
 from counterflow.posterior.starts import starting_points
 from counterflow.posterior.targets.target import Target
@@ -30,6 +31,8 @@ from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch
 
 MAX_PRINTED = 40  # rows of the printed table; summary.json holds all
+CHAINS = 4  # of --refine
+MIN_CHAIN = 100  # fewest draws of each chain
 MAX_LISTED = 6  # parameters named before the fit
 
 
@@ -51,11 +54,12 @@ def run(command: Posterior) -> int:
             fitted = _fit(options, target, starts, folder, stop)
         if Workers.current().rank:  # rank 0 writes and plots
             return 0
-        _write(options, fitted, target, folder)
         interrupted = fitted.stages[-1].stopped == "interrupted"
+        refined = None if interrupted or options.refine is None else _refine(options.refine, options, fitted)
+        _write(options, fitted, refined, target, folder)
         if not interrupted:
             mark_done(folder)
-        _print(fitted, folder, interrupted)
+        _print(fitted, refined, folder, interrupted)
     return stop.code if interrupted else 0
 
 
@@ -94,6 +98,13 @@ def _fit(
         )
 
 
+def _refine(method: Refiner, options: Posterior, fitted: posterior.Posterior) -> posterior.Refined:
+    """Run the Markov chains, with as many draws in total as are written of the fit."""
+    with console.err.status(f"drawing by {method}"):
+        samples = max(MIN_CHAIN, options.n // CHAINS)
+        return fitted.refine(method, chains=CHAINS, samples=samples, seed=options.fit.seed)
+
+
 def _progress() -> Progress:
     return Progress(
         TextColumn("[bold]{task.description:<9}"),
@@ -115,7 +126,9 @@ def _stage_line(stage: posterior.Stage) -> str:
     )
 
 
-def _write(options: Posterior, fitted: posterior.Posterior, target: Target, folder: Path) -> None:
+def _write(
+    options: Posterior, fitted: posterior.Posterior, refined: posterior.Refined | None, target: Target, folder: Path
+) -> None:
     """Write all results; summary.json comes last, as it marks the run as complete."""
     torch.manual_seed(options.fit.seed)
     fitted.save(folder)
@@ -123,10 +136,13 @@ def _write(options: Posterior, fitted: posterior.Posterior, target: Target, fold
     check_free_space(folder, 2 * _size(data) + (1 << 20))  # HDF5 ends the process if it cannot close a file
     with atomic_write(folder / "posterior.nc") as path:
         data.to_netcdf(str(path))
+    if refined is not None:
+        with atomic_write(folder / "refined.nc") as path:
+            refined.to_arviz().to_netcdf(str(path))
     with atomic_write(folder / "draws.parquet") as path:
         _write_parquet(path, data, fitted.values)
     posterior_plots.plot_run(folder / "plots", fitted, target)
-    write_json(folder / "summary.json", _finite(_summary(fitted, options.model)))
+    write_json(folder / "summary.json", _finite(_summary(fitted, refined, options.model)))
 
 
 def _finite(value: Any) -> Any:
@@ -153,7 +169,7 @@ def _write_parquet(path: Path, data: Any, names: Iterable[str]) -> None:
     pyarrow.parquet.write_table(pyarrow.table(columns), path)
 
 
-def _summary(fitted: posterior.Posterior, model: str) -> dict[str, Any]:
+def _summary(fitted: posterior.Posterior, refined: posterior.Refined | None, model: str) -> dict[str, Any]:
     names = {"low": "5%", "high": "95%"}
     return {
         "model": model,
@@ -168,6 +184,7 @@ def _summary(fitted: posterior.Posterior, model: str) -> dict[str, Any]:
         "missed": fitted.missed,
         "unreliable": fitted.verdict.unreliable,
         "seconds": round(fitted.seconds, 2),
+        "refined": None if refined is None else _chains_summary(refined.chains),
         "stages": len(fitted.stages),
         "stopped": fitted.stages[-1].stopped,
         "table": [
@@ -177,7 +194,20 @@ def _summary(fitted: posterior.Posterior, model: str) -> dict[str, Any]:
     }
 
 
-def _print(fitted: posterior.Posterior, folder: Path, interrupted: bool) -> None:
+def _chains_summary(chains: posterior.Chains) -> dict[str, Any]:
+    """Summarise chains by the worst coordinate of unconstrained space."""
+    return {
+        "sentence": chains.sentence,
+        "r_hat": chains.convergence.r_hat.max().item(),
+        "ess_bulk": chains.convergence.ess_bulk.min().item(),
+        "ess_tail": chains.convergence.ess_tail.min().item(),
+        "acceptance": chains.acceptance,
+        "divergences": chains.divergences,
+        "evaluations": chains.evaluations,
+    }
+
+
+def _print(fitted: posterior.Posterior, refined: posterior.Refined | None, folder: Path, interrupted: bool) -> None:
     """Print the table and the verdict; a bad verdict goes to stderr too, unless both are the same terminal."""
     console.out.print(_table(fitted.summary()))
     if fitted.trusted or not (console.out.is_terminal and console.err.is_terminal):
@@ -185,6 +215,8 @@ def _print(fitted: posterior.Posterior, folder: Path, interrupted: bool) -> None
     if not fitted.trusted:
         note = "" if fitted.verdict.usable_weights else " The draws are those of the approximation, not corrected."
         console.warn(f"counterflow: {fitted.sentence}{note}")
+    if refined is not None:
+        console.say(refined.chains.sentence)
     if interrupted:
         console.warn(f"interrupted; this is the best stage so far; continue with --resume {folder}")
     console.say(f"run folder: {folder}  (plots in {folder / 'plots'})")

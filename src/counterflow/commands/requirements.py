@@ -11,6 +11,8 @@ PACKAGES = {  # import name -> the extra that installs it, and its purpose
     "arviz_base": ("posterior", "posterior.nc"),
     "h5netcdf": ("posterior", "posterior.nc"),
     "h5py": ("posterior", "posterior.nc"),
+    "numpyro": ("refine", "--refine neutra"),
+    "nutpie": ("refine", "--refine nuts"),
     "matplotlib": ("plots", "plots"),
     "onnx": ("export", "ONNX files"),
     "onnxscript": ("export", "ONNX files"),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 Estimator = Literal["reparameterised", "path", "dreg", "forward_kl", "renyi"]
+Refiner = Literal["nuts", "neutra", "imh"]  # Markov chains through the flow
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Chains:
     acceptance: float  # share of proposals that were accepted; for NUTS the mean acceptance statistic
     divergences: int  # draws after the warm-up at which NUTS diverged; 0 for Metropolis
     convergence: Convergence  # R-hat and effective sample sizes of each feature
+    evaluations: int  # points at which the target was evaluated, the warm-up's included
 
     @property
     def sentence(self) -> str:
@@ -86,7 +87,7 @@ def independence_metropolis(
         >>> found.draws.shape, found.acceptance > 0.5, found.convergence.r_hat.max().item() < 1.05
         (torch.Size([4, 500, 2]), True, True)
     """
-    flow = _frozen_copy(flow, chains, samples, warm_up)
+    flow = frozen_copy(flow, chains, samples, warm_up)
     steps = warm_up + samples
     with torch.no_grad(), seeded(seed, cuda=True):
         parts = [flow().rsample_and_log_prob((n,)) for n in _chunk_sizes(steps * chains)]
@@ -96,7 +97,7 @@ def independence_metropolis(
     check_log_weights(log_w)
     chosen, accepted = _accept(log_w, log_u)
     draws = z.reshape(steps, chains, -1)[chosen[warm_up:], torch.arange(chains)].transpose(0, 1)
-    return Chains(draws, accepted[warm_up:].double().mean().item(), 0, convergence(draws))
+    return Chains(draws, accepted[warm_up:].double().mean().item(), 0, convergence(draws), len(z))
 
 
 def neutra(
@@ -143,7 +144,7 @@ def neutra(
         >>> found.draws.shape, found.convergence.r_hat.max().item() < 1.05
         (torch.Size([8, 100, 2]), True)
     """
-    flow = _frozen_copy(flow, chains, samples, warm_up)
+    flow = frozen_copy(flow, chains, samples, warm_up)
     if not 0 < target_acceptance < 1:
         raise ValueError(f"expected target_acceptance between 0 and 1, got {target_acceptance}")
     energy = _Energy(flow, target)
@@ -162,10 +163,10 @@ def neutra(
     with torch.no_grad():
         z = torch.cat([flow.transform(part)[0] for part in eps.flatten(0, 1).to(starts.device).split(MAX_POINTS)])
     z = z.reshape(chains, samples, -1)
-    return Chains(z, acceptance, divergences, convergence(z))
+    return Chains(z, acceptance, divergences, convergence(z), energy.evaluations)
 
 
-def _frozen_copy(flow: Flow, chains: int, samples: int, warm_up: int) -> Flow:
+def frozen_copy(flow: Flow, chains: int, samples: int, warm_up: int) -> Flow:
     """Check the arguments and return a float64 copy of the flow whose weights require no gradient."""
     if flow.context:
         raise ValueError(f"expected a flow without a context, got context={flow.context}")
@@ -206,6 +207,7 @@ class _Energy:
         self.flow = flow
         self.target = target
         self.offset = 0.0
+        self.evaluations = 0
         self.device = torch.device("cpu")
         self.failure: BaseException | None = None  # error of the target in the sampler's thread, or an interrupt
 
@@ -226,6 +228,7 @@ class _Energy:
 
     def evaluate(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """Compute values (B,) and gradients (B, D) at eps (B, D)."""
+        self.evaluations += len(eps)
         with torch.enable_grad():
             leaf = eps.clone().requires_grad_()
             z, log_det = self.flow.transform(leaf)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -21,9 +21,10 @@ from counterflow.io.atomic import write_bytes
 from counterflow.io.json import MAX_QUOTED, from_json, read_json, write_json
 from counterflow.io.serialization import load, save
 from counterflow.io.tensors import contiguous_copies, read_tensors
-from counterflow.posterior.config import PosteriorConfig
+from counterflow.posterior.config import PosteriorConfig, Refiner
 from counterflow.posterior.mcmc import Chains, independence_metropolis, neutra
 from counterflow.posterior.modes import missed_mass
+from counterflow.posterior.nuts import nuts
 from counterflow.posterior.propriety import check_proper
 from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws, draw_with_densities, fit_flow
 from counterflow.posterior.starts import initial_gaussians, starting_points
@@ -36,7 +37,7 @@ from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
 from counterflow.training.history import OnEpoch, OnStep
 
-REFINERS: dict[str, Callable[..., Chains]] = {"metropolis": independence_metropolis, "neutra": neutra}
+REFINERS: dict[str, Callable[..., Chains]] = {"nuts": nuts, "neutra": neutra, "imh": independence_metropolis}
 FLOW_FILE, DRAWS_FILE, FACTS_FILE = "model.safetensors", "draws.safetensors", "posterior.json"
 FACTS: dict[str, Any] = {  # the keys of FACTS_FILE and the types of their values
     "config": PosteriorConfig,
@@ -287,21 +288,27 @@ class Posterior:
         )
 
     def refine(
-        self, method: Literal["metropolis", "neutra"] = "neutra", *, chains: int = 16, samples: int = 500, seed: int = 0
+        self,
+        method: Refiner = "neutra",
+        *,
+        chains: int = 16,
+        samples: int = 500,
+        seed: int = 0,
     ) -> Refined:
         """Draw from the posterior by Markov chains that use the flow: see `counterflow.posterior.mcmc`.
 
         The draws are exact in the limit of long chains, but no chain finds a mode that q leaves out.
 
         Args:
-            method: "metropolis", independence Metropolis-Hastings, or "neutra", NUTS in the flow's latent space.
+            method: "nuts", nutpie's NUTS in the flow's latent space, in coordinates that each chain scales;
+                "neutra", NumPyro's NUTS there; or "imh", independence Metropolis-Hastings.
             chains: number of chains.
             samples: draws of each chain after its warm-up.
             seed: seed of the chains.
 
         Raises:
             ValueError: an unknown method, or a posterior that was loaded without its target.
-            ImportError: NumPyro, which "neutra" needs, or ArviZ, which computes R-hat, is not installed.
+            ImportError: nutpie for "nuts", NumPyro for "neutra", or ArviZ, which computes R-hat, is not installed.
         """
         if method not in REFINERS:
             raise ValueError(f"expected method to be one of {', '.join(REFINERS)}, got {method!r}")
