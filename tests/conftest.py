@@ -17,20 +17,29 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those only: torch is import
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src" / "counterflow"
 collect_ignore_glob = ["**/conftest.py", "conftest.py"]  # no doctests there, and two files of one name
-TIERS = ("tools", "system", "smoke")  # folders of tests that run on request; see CONTRIBUTING.md
-NEEDS_TOOLS = ("posterior/targets", "posterior/mcmc.py", "posterior/nuts.py")  # whose examples import PyMC, JAX, ...
+FOLDERS = {  # tier -> folders and modules whose tests belong to it; see CONTRIBUTING.md
+    "tools": (
+        HERE / "tools",
+        *(SOURCE / path for path in ("posterior/targets", "posterior/mcmc.py", "posterior/nuts.py", "interop")),
+    ),
+    "system": (HERE / "system",),
+    "smoke": (HERE / "smoke",),
+}
 MAX_SECONDS = 10.0  # of CPU time in the test's own process
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Do not import what is not run: the tools' modules alone take many seconds in each process."""
+    left_out = [path for tier, paths in FOLDERS.items() for path in paths if f"not {tier}" in config.option.markexpr]
+    config.option.ignore = [*(config.option.ignore or []), *map(str, left_out)]
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder (tests/tools, tests/system, tests/smoke), and examples that import other tools."""
+    """Mark tests by the folders of FOLDERS."""
     for item in items:
-        if item.path.is_relative_to(HERE):
-            tier = item.path.relative_to(HERE).parts[0]
-            if tier in TIERS:
+        for tier, paths in FOLDERS.items():
+            if any(item.path.is_relative_to(path) for path in paths):
                 item.add_marker(tier)
-        elif any(item.path.is_relative_to(SOURCE / path) for path in NEEDS_TOOLS):
-            item.add_marker("tools")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -45,7 +54,7 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     with install_timer("numba:compile", compiling.append):
         result = yield
     seconds = time.process_time() - started
-    exempt = any(item.get_closest_marker(name) for name in ("slow", *TIERS)) or item.path.name == "test_docs.py"
+    exempt = any(item.get_closest_marker(name) for name in ("slow", *FOLDERS)) or item.path.name == "test_docs.py"
     if seconds > MAX_SECONDS and not compiling and not exempt:
         pytest.fail(
             f"expected at most {MAX_SECONDS:.0f} s of CPU time, got {seconds:.1f}; make the test faster or mark it slow"
