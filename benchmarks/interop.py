@@ -1,9 +1,9 @@
 """Figures of the adapters: what our flows save inside zuko, sbi, Pyro, pocoMC and nessai.
 
-    python benchmarks/interop.py [zuko] [sbi] [pyro] [pocomc] [nessai]
+    python benchmarks/interop.py [SECTION ...]       # a section is one of the names in SECTIONS
 
 The library's own flow and ours take turns in one process, with one thread; a time is the median. Each section replaces
-its own in results/interop.md. The extras of the same names install the libraries.
+its own in results/interop.md. The extras `zuko`, `sbi`, `pyro`, `pocomc` and `nessai` install the libraries.
 """
 
 from __future__ import annotations
@@ -146,83 +146,96 @@ class SLCP:
         return theta[(theta.abs() <= 3).all(1)][:n].float()
 
 
-def sbi(simulations: int = 1_000, observations: int = 3, draws: int = 1_000) -> list[str]:
-    """C2ST, training time and draws per second of NPE; steps per second of variational inference."""
+def c2st(task: Any, simulations: int = 1_000, observations: int = 3, draws: int = 1_000) -> list[str]:
+    """C2ST and training time of NPE with sbi's estimators and ours, at equal budget."""
     from sbi.inference import NPE
+    from sbi.utils import metrics
+
+    from counterflow.interop.sbi import estimator
+
+    torch.manual_seed(1)
+    theta = task.prior.sample((simulations,))
+    x = task.simulate(theta)
+    observed = task.simulate(task.prior.sample((observations,)))
+    truth = [task.posterior(x_o, draws) for x_o in observed]
+    rows: list[tuple[object, ...]] = []
+    for name, builder in (
+        ("sbi, maf", "maf"),
+        ("ours, maf", estimator("maf")),
+        ("sbi, nsf", "nsf"),
+        ("ours, nsf", estimator("nsf", bins=10)),
+    ):
+        torch.manual_seed(2)
+        inference = NPE(task.prior, density_estimator=builder, show_progress_bars=False)
+        inference.append_simulations(theta, x)
+        spent = seconds(inference.train)
+        posterior = inference.build_posterior()
+        scores = []
+        for x_o, exact in zip(observed, truth, strict=True):
+            sampled = posterior.sample((len(exact),), x_o[None], show_progress_bars=False)
+            scores.append(metrics.c2st(sampled, exact).item())
+        epochs = inference.summary["epochs_trained"][-1]
+        rows.append((name, f"{statistics.mean(scores):.3f}", f"{spent:.0f}", epochs))
+        print(*rows[-1], flush=True)
+    return [
+        f"NPE with {simulations:,} simulations and sbi's settings of training. C2ST is the mean of {observations} "
+        "observations; 0.5 is best.",
+        "",
+        *table("estimator | C2ST | training, s | epochs", rows),
+    ]
+
+
+def sbi_draws(draws: int = 100_000) -> list[str]:
+    """Draws per second of `posterior.sample`, of sbi's estimators, the same ones converted, and ours."""
+    from sbi.inference.posteriors import DirectPosterior
+    from sbi.neural_nets import posterior_nn
+
+    from counterflow.interop.sbi import convert_posterior, estimator
+
+    rows: list[tuple[object, ...]] = []
+    task = LinearGaussian()
+    theta = task.prior.sample((1_000,))
+    x = task.simulate(theta)
+    for kind in ("maf", "maf_rqs", "nsf"):
+        theirs = DirectPosterior(posterior_nn(kind)(theta, x).eval(), task.prior)
+        ours = DirectPosterior(estimator("maf" if kind == "maf" else "nsf")(theta, x).eval(), task.prior)
+        posteriors = {f"sbi, {kind}": theirs, f"sbi, {kind}, converted": convert_posterior(theirs)}
+        posteriors["ours, " + ("maf" if kind == "maf" else "nsf")] = ours
+        works = [partial(q.sample, (draws,), x[:1], show_progress_bars=False) for q in posteriors.values()]
+        times = medians(works, 1)
+        rows += [(name, f"{draws / t:,.0f}") for name, t in zip(posteriors, times, strict=True)]
+        print(rows[-3:], flush=True)
+    return [
+        f"{draws:,} draws of the posterior of one observation, D = 10:",
+        "",
+        *table("estimator | draws per second", rows),
+    ]
+
+
+def sbi_vi() -> list[str]:
+    """Steps per second of `VIPosterior.train` on a Gaussian target."""
     from sbi.inference.posteriors import VIPosterior
     from sbi.inference.potentials.base_potential import CustomPotentialWrapper
-    from sbi.utils.metrics import c2st
 
-    from counterflow.interop.sbi import convert_posterior, estimator, variational
-
-    found, rates = [], []
-    for task in (TwoMoons(), LinearGaussian(), SLCP()):
-        torch.manual_seed(1)
-        theta = task.prior.sample((simulations,))
-        x = task.simulate(theta)
-        observed = task.simulate(task.prior.sample((observations,)))
-        truth = [task.posterior(x_o, draws) for x_o in observed]
-        estimators: dict[str, Any] = {
-            "sbi, maf": "maf",
-            "ours, maf": estimator("maf"),
-            "sbi, nsf": "nsf",
-            "ours, nsf": estimator("nsf", bins=10),
-        }
-        posteriors = {}
-        row: list[object] = [type(task).__name__]
-        for name, builder in estimators.items():
-            torch.manual_seed(2)
-            inference = NPE(task.prior, density_estimator=builder, show_progress_bars=False)
-            inference.append_simulations(theta, x)
-            spent = seconds(inference.train)
-            posterior = posteriors[name] = inference.build_posterior()
-            scores = []
-            for x_o, exact in zip(observed, truth, strict=True):
-                sampled = posterior.sample((len(exact),), x_o[None], show_progress_bars=False)
-                scores.append(c2st(sampled, exact).item())
-            row.append(f"{statistics.mean(scores):.3f} ({spent:.0f} s)")
-            print(type(task).__name__, name, row[-1], flush=True)
-        found.append(tuple(row))
-        if not isinstance(task, SLCP):  # 100,000 accepted draws of a box take sbi minutes
-            posteriors["sbi, maf, converted"] = convert_posterior(posteriors["sbi, maf"])
-            posteriors["sbi, nsf, converted"] = convert_posterior(posteriors["sbi, nsf"])
-            works = [
-                partial(posterior.sample, (100_000,), observed[:1], show_progress_bars=False)
-                for posterior in posteriors.values()
-            ]
-            times = medians(works, 3)
-            rates += [
-                (type(task).__name__, name, f"{100_000 / t:,.0f}") for name, t in zip(posteriors, times, strict=True)
-            ]
+    from counterflow.interop.sbi import variational
 
     def potential(theta: Tensor, x_o: Tensor) -> Tensor:
         return -(theta - x_o).square().sum(-1) / 0.2
 
-    steps = []
+    rows: list[tuple[object, ...]] = []
+    more = {"quality_control": False, "show_progress_bar": False, "check_for_convergence": False}
     for D in (5, 20):
         prior = torch.distributions.MultivariateNormal(torch.zeros(D), torch.eye(D))
         works = []
         for q in ("maf", variational("iaf"), "nsf", variational("iaf", univariate=cf.RationalQuadraticSpline())):
-            wrapped = CustomPotentialWrapper(potential, prior, torch.zeros(1, D))
-            vi = VIPosterior(wrapped, prior, q=q)
+            vi = VIPosterior(CustomPotentialWrapper(potential, prior, torch.zeros(1, D)), prior, q=q)
             vi.set_default_x(torch.zeros(1, D))
-            more = {"quality_control": False, "show_progress_bar": False, "check_for_convergence": False}
-            works.append(lambda vi=vi, more=more: vi.train(max_num_iters=20, **more))
-        steps.append((D, *(f"{20 / t:.3g}" for t in medians(works, 3))))
-    names = list(estimators)
+            works.append(partial(vi.train, max_num_iters=20, **more))
+        rows.append((D, *(f"{20 / t:.3g}" for t in medians(works, 3))))
     return [
-        f"C2ST of NPE with {simulations:,} simulations, the mean of {observations} observations (0.5 is best), and the",
-        "time of training; sbi's defaults, and ours with five layers of (50, 50) units:",
+        "Steps per second of `VIPosterior.train`, rKL with 256 particles, a Gaussian target of D dimensions:",
         "",
-        *table(f"task | {' | '.join(names)}", found),
-        "",
-        "100,000 draws of the posterior of one observation, in `posterior.sample`:",
-        "",
-        *table("task | estimator | draws per second", rates),
-        "",
-        "Steps per second of `VIPosterior.train` (rKL, 256 particles), a Gaussian target of D dimensions:",
-        "",
-        *table("D | sbi, maf | ours, iaf | sbi, nsf | ours, iaf of splines", steps),
+        *table("D | sbi, maf | ours, iaf | sbi, nsf | ours, iaf of splines", rows),
     ]
 
 
@@ -294,10 +307,9 @@ def normal(x: Any) -> Any:
     return -(x**2).sum(-1) / 2 - total**2 / 2
 
 
-def pocomc() -> list[str]:
-    """Time one step of the chains, and whole runs on two problems."""
+def pocomc_step() -> list[str]:
+    """Time one step of the chains."""
     import pocomc as library
-    import scipy.stats
 
     from counterflow.interop.pocomc import flow
 
@@ -305,6 +317,19 @@ def pocomc() -> list[str]:
     theirs, ours = library.Flow(20, "nsf6"), library.Flow(20, flow(20))
     with torch.no_grad():
         steps = medians([lambda: theirs.inverse(walkers), lambda: ours.inverse(walkers)], 3)
+    return table(
+        "256 walkers, D = 20 | nsf6, ms | ours, ms | ratio",
+        [("from base space to parameters", *(f"{1e3 * t:.0f}" for t in steps), f"{steps[0] / steps[1]:.3g}")],
+    )
+
+
+def pocomc_run() -> list[str]:
+    """Time whole runs on two problems."""
+    import pocomc as library
+    import scipy.stats
+
+    from counterflow.interop.pocomc import flow
+
     rows: list[tuple[object, ...]] = []
     for D, likelihood in ((10, normal), (10, rosenbrock)):
         for name, chosen in (("nsf6", "nsf6"), ("ours", flow(D))):
@@ -315,12 +340,7 @@ def pocomc() -> list[str]:
             log_z, error = sampler.evidence()
             rows.append((f"{likelihood.__name__}, D = {D}", name, f"{log_z:.2f} ± {error:.2f}", f"{spent:.0f}"))
             print(*rows[-1], flush=True)
-    return [
-        "One step of the chains, 256 walkers, D = 20, the flow untrained: "
-        f"nsf6 {1e3 * steps[0]:.0f} ms, ours {1e3 * steps[1]:.0f} ms.",
-        "",
-        *table("problem | flow | log Z | run, s", rows),
-    ]
+    return table("problem | flow | log Z | run, s", rows)
 
 
 def nessai() -> list[str]:
@@ -363,11 +383,16 @@ def nessai() -> list[str]:
     return table("problem | flow | log Z | run, s", rows)
 
 
-SECTIONS = {
+SECTIONS: dict[str, tuple[Callable[[], list[str]], list[str]]] = {
     "zuko": (zuko, ["zuko"]),
-    "sbi": (sbi, ["sbi"]),
+    "sbi-draws": (sbi_draws, ["sbi"]),
+    "sbi-vi": (sbi_vi, ["sbi"]),
+    "sbi-two-moons": (lambda: c2st(TwoMoons()), ["sbi"]),
+    "sbi-linear-gaussian": (lambda: c2st(LinearGaussian()), ["sbi"]),
+    "sbi-slcp": (lambda: c2st(SLCP(), simulations=10_000), ["sbi"]),
     "pyro": (pyro, ["pyro-ppl"]),
-    "pocomc": (pocomc, ["pocomc", "zuko"]),
+    "pocomc-step": (pocomc_step, ["pocomc", "zuko"]),
+    "pocomc-run": (pocomc_run, ["pocomc", "zuko"]),
     "nessai": (nessai, ["nessai"]),
 }
 

@@ -136,15 +136,15 @@ class Autoregressive(Derived, Transform):
         with without_autocast(y.device.type):
             y, c = _at_least_float32(y), None if c is None else c.to(self.made.dtype)
             if is_transformed():
-                x, log_det = self._invert_by_passes(y, c)
+                x, log_det = self.inverse_by_passes(y, c)
                 return x.to(dtype), log_det.to(dtype)
             flat = self._sort(y).reshape(-1, self.features)
             system = self._system(y, c)
             x, log_det = solve(self._body(y, system), system, self._staircases, flat)
         return self._unsort(x.reshape(y.shape)).contiguous().to(dtype), log_det.reshape(y.shape[:-1]).to(dtype)
 
-    def _invert_by_passes(self, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Compute the inverse by one pass per degree, in operations that torch.func can transform repeatedly."""
+    def inverse_by_passes(self, y: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return what `inverse` returns, by one pass per degree: operations that torch.func transforms and exports."""
         target = self._sort(y)
         x = torch.zeros_like(target)
         for _ in range(self._layout.groups):

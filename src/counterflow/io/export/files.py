@@ -33,10 +33,12 @@ def export(module: Flow | VAE, path: str | Path, direction: Direction | None = N
 
     | direction | module | inputs | outputs |
     |---|---|---|---|
-    | "sample" | a flow that samples in one pass, such as an IAF | eps, context | z, log_q |
-    | "log_prob" | a flow that scores in one pass, such as a MAF | x, context | log_prob, eps |
+    | "sample" | a flow | eps, context | z, log_q |
+    | "log_prob" | a flow | x, context | log_prob, eps |
     | "decode" | a VAE | z | mean of p(x given z) |
     | "encode" | a VAE | x, eps | z, log_q: a draw from q(z given x) |
+
+    A direction that is solved, such as sampling from a MAF, becomes one pass per feature.
 
     eps (B, D) are draws of N(0, I), or of a Student t base's own t distributions. context (B, C) is an input only if
     the flow takes one. log_q and log_prob (B,) are in nats. The metadata of the ONNX file, and counterflow.json in the
@@ -53,7 +55,7 @@ def export(module: Flow | VAE, path: str | Path, direction: Direction | None = N
 
     Raises:
         TypeError: the module is neither a flow nor a VAE.
-        ValueError: another suffix, an unknown direction, or one that is not one pass.
+        ValueError: another suffix, an unknown direction, or a solved one of more than 64 features.
         ImportError: onnx or onnxscript is not installed, for .onnx.
 
     Example:

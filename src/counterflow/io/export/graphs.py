@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -14,6 +15,8 @@ from counterflow.flows.bases import Base, DiagonalNormal, StandardNormal, Studen
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
 from counterflow.made.masked_linear import MaskedLinear
+from counterflow.transforms.autoregressive import Autoregressive
+from counterflow.transforms.base import Transform
 from counterflow.transforms.constant import Whiten
 from counterflow.vae.vae import VAE
 
@@ -24,6 +27,7 @@ OUTPUTS: dict[Direction, tuple[str, ...]] = {
     "decode": ("mean",),
     "encode": ("z", "log_q"),
 }
+MAX_SOLVED = 64  # degrees of a solved direction: each is a pass in the graph
 DynamicAxes = dict[str, dict[int, Any]] | None  # by input, the axes that may have any size
 
 
@@ -164,6 +168,8 @@ GRAPHS: dict[Direction, type[Graph]] = {"sample": _Sample, "log_prob": _LogProb,
 def graph_of(module: Flow | VAE, direction: Direction | None = None, fold: bool = True) -> Graph:
     """Return the graph of one direction of a module, on a copy of the module.
 
+    The solved direction is written as one pass per degree of the features, so it is limited to MAX_SOLVED degrees.
+
     Args:
         module: a flow or a VAE.
         direction: see `export`; default: the flow's one-pass direction, or "decode".
@@ -171,7 +177,8 @@ def graph_of(module: Flow | VAE, direction: Direction | None = None, fold: bool 
 
     Raises:
         TypeError: the module is neither a flow nor a VAE.
-        ValueError: an unknown direction, one that is not one pass, a mixture, or a base without a closed form.
+        ValueError: an unknown direction, a solved one of more than MAX_SOLVED degrees, a mixture, or a base without a
+            closed form.
     """
     if isinstance(module, FlowMixture):
         raise ValueError(f"expected one flow, got a mixture of {len(module.flows)}; fit the density with members=1")
@@ -187,7 +194,7 @@ def graph_of(module: Flow | VAE, direction: Direction | None = None, fold: bool 
         raise ValueError(
             f"expected direction to be one of {', '.join(known)} for a {type(module).__name__}, got {direction!r}"
         )
-    _check_one_pass(module, direction)
+    _check_size(module, direction)
     base = module.posterior.base if isinstance(module, VAE) else module.base
     if not isinstance(base, StandardNormal | DiagonalNormal | StudentT):
         raise ValueError(
@@ -197,40 +204,56 @@ def graph_of(module: Flow | VAE, direction: Direction | None = None, fold: bool 
     module = copy.deepcopy(module)
     if fold:
         _fold(module)
+    _replace(module, Autoregressive, _ByPasses)
     graph: Graph = GRAPHS[direction](module).eval()
     return graph
 
 
-def _check_one_pass(module: Flow | VAE, direction: Direction) -> None:
-    """Raise ValueError if the direction is not one pass through the network."""
+def _check_size(module: Flow | VAE, direction: Direction) -> None:
+    """Raise ValueError if the direction is solved, and has too many degrees to be written as passes."""
     if direction == "decode":
         return
     transform = module.posterior.transform if isinstance(module, VAE) else module.transform
-    cost = transform.forward_cost
-    other = transform.inverse_cost
-    if direction == "log_prob":
-        cost, other = other, cost
-    if cost == "one pass":
-        return
-    if other != "one pass":
-        advice = "neither direction is; distil a student that samples in one pass first: cf.distill(flow)"
-    elif direction == "log_prob":
-        advice = "direction='sample' is one pass"
-    else:
-        advice = "direction='log_prob' is one pass; to sample, distil a student first: cf.distill(flow)"
-    raise ValueError(
-        f"expected a direction of one pass, got {direction!r}, which is solved step by step and has no graph; {advice}"
-    )
+    cost = transform.inverse_cost if direction == "log_prob" else transform.forward_cost
+    degrees = max((max(t.degrees) for t in transform.modules() if isinstance(t, Autoregressive)), default=1)
+    if cost != "one pass" and degrees > MAX_SOLVED:
+        raise ValueError(
+            f"expected at most {MAX_SOLVED} features for a direction that is solved, got {degrees} and {direction!r}: "
+            "its graph has one pass for each; distil a student that samples in one pass, cf.distill(flow), or export "
+            "the other direction"
+        )
+
+
+class _ByPasses(Transform):
+    """Autoregressive layer whose inverse is one pass per degree."""
+
+    def __init__(self, layer: Autoregressive) -> None:
+        super().__init__()
+        self.layer = layer
+        self.features, self.context = layer.features, layer.context
+
+    def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.layer(x, c)
+
+    def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.layer.inverse_by_passes(y, c)
+
+    def config(self) -> dict[str, Any]:
+        return self.layer.config()
 
 
 def _fold(module: nn.Module) -> None:
     """Replace every masked layer by a plain one, and every triangular system by a product."""
+    _replace(module, MaskedLinear, _plain)
+    _replace(module, Whiten, _WhitenByProduct)
+
+
+def _replace(module: nn.Module, kind: type[nn.Module], by: Callable[[Any], nn.Module]) -> None:
+    """Replace every module of a kind inside a module."""
     for parent in list(module.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, MaskedLinear):
-                parent.add_module(name, _plain(child))
-            elif isinstance(child, Whiten):
-                parent.add_module(name, _WhitenByProduct(child))
+            if isinstance(child, kind):
+                parent.add_module(name, by(child))
 
 
 def _plain(layer: MaskedLinear) -> nn.Linear:
