@@ -302,7 +302,7 @@ def test_float64_that_onnx_runtime_lacks(here, tmp_path):
 def test_what_the_command_refuses(here, tmp_path):
     (tmp_path / "there.onnx").write_text("")
     for arguments, message in (
-        (["nothing", "flow.onnx"], "expected a run folder of counterflow, got nothing, which does not exist"),
+        (["nothing", "flow.onnx"], "expected a run folder, or a .safetensors file, got nothing, which does not exist"),
         (["run", "there.onnx"], "expected a new file, got there.onnx, which exists"),
         (["run", "flow.onnx", "--direction", "decode"], "sample, log_prob for a Flow, got 'decode'"),
         (["run", "flow.txt"], "expected a path that ends in .onnx or .pt2, got flow.txt"),
