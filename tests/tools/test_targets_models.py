@@ -213,6 +213,16 @@ def gradientless_pymc():
     return from_pymc(model)
 
 
+def labelled_pymc():
+    import pymc.dims as pmd
+    from pymc import Model
+
+    with Model(coords={"row": range(2)}) as model:
+        mu = pmd.Normal("mu", 0, 1)
+        pmd.Normal("y", mu, 1, observed=pmd.as_xtensor(np.ones(2), dims=("row",)))
+    return from_pymc(model)
+
+
 def hopeless_pymc():
     import pymc as pm
 
@@ -685,6 +695,11 @@ ERRORS = {
     "pymc: nothing free": (empty_pymc, ValueError, FREE),
     "pymc: no start": (hopeless_pymc, ValueError, START + r"log p of y is -inf; look for data outside of a support"),
     "pymc: no gradient": (gradientless_pymc, ValueError, r"expected a log density with a gradient, got one without"),
+    "pymc: dims": (
+        labelled_pymc,
+        ValueError,
+        r"expected variables of pymc itself, got mu, y of pymc.dims, whose label",
+    ),
     "pymc: no model": (lambda: from_pymc([1]), TypeError, r"expected a PyMC model, got list; give the object that"),
     "pyro: discrete": (
         lambda: pyro_model("discrete")("pyro", from_pyro),

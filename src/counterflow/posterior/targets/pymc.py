@@ -50,7 +50,7 @@ def from_pymc(model: Model | None = None) -> Target:
         ImportError: PyMC is not installed.
         TypeError: not a PyMC model.
         ValueError: a model with discrete variables, without free ones, without a gradient, or of a part of its data
-            (`pm.Minibatch`, `total_size`).
+            (`pm.Minibatch`, `total_size`), or with variables of `pymc.dims`.
 
     Example:
         >>> import pymc as pm
@@ -71,6 +71,12 @@ def _checked(model: Model | None) -> Model:
     model = pymc.modelcontext(model)
     if not isinstance(model, pymc.Model):
         raise TypeError(f"expected a PyMC model, got {type(model).__name__}; give the object that pm.Model() returned")
+    labelled = [rv.name for rv in model.basic_RVs if type(rv.type).__name__ == "XTensorType"]
+    if labelled:
+        raise ValueError(
+            f"expected variables of pymc itself, got {', '.join(labelled)} of pymc.dims, whose labelled tensors are "
+            "not supported; write them as pm.Normal(..., dims=...) and the like"
+        )
     discrete = [rv.name for rv in model.free_RVs if not rv.dtype.startswith("float")]
     if discrete:
         raise ValueError(
