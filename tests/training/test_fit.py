@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 from types import MappingProxyType
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from registry import over
@@ -582,3 +584,31 @@ def test_the_last_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path)
     other.unlink()
     newest.unlink()
     assert checkpoints.load() is None
+
+
+FOREIGN = {
+    "array": ROWS.double().numpy(),
+    "integers": (4 * ROWS).long().numpy(),
+    "list": ROWS.tolist(),
+    "data frame": pd.DataFrame(ROWS.numpy(), columns=["a", "b"]),
+}
+
+
+@over(FOREIGN)
+def test_data_of_other_libraries_are_converted(name):
+    converted = torch.tensor(np.asarray(FOREIGN[name]), dtype=torch.float32)
+    _, expected = fit(train=converted)
+    _, record = fit(train=FOREIGN[name], validation=HELD_OUT.numpy())
+    assert record.best.validation == expected.best.validation
+
+
+def test_each_part_of_a_tuple_is_converted():
+    flow = cf.MAF(2, context=1, layers=1, hidden=(4,), seed=0)
+    data = (ROWS.numpy(), pd.Series(ROWS[:, 0].numpy()).to_frame())
+    assert len(fit(flow, cf.log_likelihood, data, data)[1].epochs) == 3
+
+
+@over([["a", "b"], {"a": 1}, None, "table.csv"], "data")
+def test_data_that_are_not_numbers_are_refused(data):
+    with pytest.raises(TypeError, match="expected the training data to be a tensor, or an array, a list or a data fra"):
+        fit(train=data)

@@ -231,7 +231,8 @@ def _bounded(
     Args:
         name: the name of the column.
         x: its numbers, dequantized.
-        low, high: the stated bounds. A number at a bound has half of its cell beyond the bound.
+        low: the stated lower bound. A number at a bound has half of its cell beyond the bound.
+        high: the stated upper bound.
         width: the width of a cell; 0 for no cells.
         room: the length by which spikes stretch the column below the upper bound.
     """

@@ -65,7 +65,12 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         members: M, the number of flows; with members=1, `flow_` is a plain `Flow`.
         kernels: whether kernels are tried. They never are for conditional densities, weighted rows or more than
             20,000 rows.
-        epochs, batch_size, learning_rate, weight_decay, ema, patience: the training; see `cf.FitConfig`.
+        epochs: the maximum number of passes over the rows; the cosine schedule ends there.
+        batch_size: the maximum number of rows per step; small tables use a twentieth of their rows.
+        learning_rate: the learning rate of Adam after the warm-up.
+        weight_decay: the L2 penalty.
+        ema: the decay of the averaged weights, which are kept.
+        patience: epochs without a better validation log density that end the training of a member.
         validation_fraction: the share of the rows, drawn at random, that a member validates on.
         columns: "auto", or the kind of columns by name: "auto", "real", "integer" or "ordinal". The columns of an
             array are called x0, x1, ...

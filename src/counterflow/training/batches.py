@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import repeat
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,35 @@ Batch = Any  # a tensor (B, ...), or a tuple of tensors with B rows each; None f
 def tensors_of(data: Batch) -> tuple[Tensor, ...]:
     """Return the tensors of a batch as a tuple."""
     return data if isinstance(data, tuple) else (data,)
+
+
+def as_batch(data: Any, what: str, dtype: torch.dtype) -> Batch | int:
+    """Return training data as tensors: NumPy arrays, lists, data frames and series are converted to a dtype.
+
+    Tensors and numbers of steps are returned unchanged, and a tuple has each of its parts converted.
+
+    Raises:
+        TypeError: data that are not numbers.
+
+    Example:
+        >>> as_batch([[1, 2], [3, 4]], "the training data", torch.float32)
+        tensor([[1., 2.],
+                [3., 4.]])
+    """
+    if isinstance(data, tuple):
+        return tuple(as_batch(part, what, dtype) for part in data)
+    if isinstance(data, Tensor | int):
+        return data
+    try:
+        array = np.asarray(data).astype(np.float64)
+        if not array.ndim:
+            raise TypeError
+        return torch.from_numpy(array).to(dtype)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"expected {what} to be a tensor, or an array, a list or a data frame of numbers, got "
+            f"{type(data).__name__}; convert it to numbers"
+        ) from None
 
 
 def check_rows(data: Batch | int, what: str, min_rows: int) -> int:

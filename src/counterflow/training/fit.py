@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Callable
 from contextlib import closing
 
+import torch
 from torch import nn
 
 from counterflow.random import seeded
-from counterflow.training.batches import Batch, check_rows, fingerprint_of
+from counterflow.training.batches import Batch, as_batch, check_rows, fingerprint_of
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
@@ -44,7 +45,8 @@ def fit(
     Args:
         model: trained in place, and moved to the device of the config.
         objective: (model, batch, **annealed) -> terms in nats; the loss is their negative mean.
-        train: training data, a tensor of N finite rows or a tuple of such tensors (data and context). For an objective
+        train: training data, a tensor of N finite rows or a tuple of such tensors (data and context). NumPy arrays,
+            lists and data frames of numbers are converted to the dtype of the model. For an objective
             without data an int, the steps per epoch; its batch is None.
         validation: validation data of the same form, or for an objective without data an int, the number of
             evaluations.
@@ -75,6 +77,9 @@ def fit(
         >>> len(history.epochs), history.stopped
         (3, 'finished')
     """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    train = as_batch(train, "the training data", dtype)
+    validation = as_batch(validation, "the validation data", dtype)
     steps_per_epoch = check_rows(train, "the training data", config.batch_size) // config.batch_size
     check_rows(validation, "the validation data", 1)
     workers = Workers.current()

@@ -41,7 +41,10 @@ class VAE(nn.Module):
         hidden: sizes of the mlp's hidden layers, mirrored in the decoder.
         channels: of the first convolution; the later ones have twice as many.
         context: the size of h.
-        posterior_layers, posterior_hidden, univariate, activation: of the IAF.
+        posterior_layers: the number of steps of the IAF.
+        posterior_hidden: the hidden sizes of each step's network.
+        univariate: the map of one feature in each step.
+        activation: the activation of each step's network.
 
     Raises:
         ValueError: a shape that is neither rows nor images, an unknown name, a posterior of another size.

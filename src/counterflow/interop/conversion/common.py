@@ -139,7 +139,8 @@ class Layer:
 
         Args:
             rows: (features, P), indices of units of this layer, or -1.
-            factors, terms: P numbers; 1 and 0 if not given.
+            factors: P numbers; 1 if not given.
+            terms: P numbers; 0 if not given.
         """
         weight, bias = F.pad(self.masked(), (0, 0, 0, 1)), F.pad(self.bias, (0, 1))
         features, P = rows.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -266,9 +267,11 @@ def _vectorized(inputs: Sequence[Any], outputs: Sequence[Any], mode: str) -> Com
     from pytensor.graph.traversal import graph_inputs
 
     # Compiling rewrites the inner graph of a Scan in place, which would leave the user's model without a gradient.
-    clones = clone_get_equiv(
-        list(graph_inputs(outputs)), outputs, copy_inputs=False, copy_orphans=False, clone_inner_graphs=True
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTensor 3 has no use for the option
+        clones = clone_get_equiv(
+            list(graph_inputs(outputs)), outputs, copy_inputs=False, copy_orphans=False, clone_inner_graphs=True
+        )
     cloned = [clones[output] for output in outputs]
     batches = {x: pt.tensor(x.name, dtype=x.dtype, shape=(None, *x.type.shape)) for x in inputs}
     batched = vectorize_graph(cloned, batches)

@@ -16,7 +16,8 @@ class LinearColumn(Column):
 
     Args:
         name: the name of the column.
-        center, scale: y = (v - center) / scale; scale is positive.
+        center: the v that is mapped to y = 0.
+        scale: y = (v - center) / scale; positive.
 
     Raises:
         ValueError: scale is not positive.
@@ -47,9 +48,11 @@ class LogColumn(Column):
 
     Args:
         name: the name of the column.
-        low, high: the bound; exactly one of them.
+        low: the lower bound; None if there is an upper one.
+        high: the upper bound; None if there is a lower one.
         min_distance: numbers nearer to the bound are mapped as if they had this distance.
-        center, scale: y = (v - center) / scale; scale is positive.
+        center: the v that is mapped to y = 0.
+        scale: y = (v - center) / scale; positive.
 
     Raises:
         ValueError: none or both of low and high, or a scale that is not positive.
@@ -116,9 +119,11 @@ class LogitColumn(Column):
 
     Args:
         name: the name of the column.
-        low, high: the bounds, low < high.
+        low: the lower bound.
+        high: the upper bound, above low.
         min_distance: numbers nearer to a bound are mapped as if they had this distance.
-        center, scale: y = (v - center) / scale; scale is positive.
+        center: the v that is mapped to y = 0.
+        scale: y = (v - center) / scale; positive.
 
     Raises:
         ValueError: low is not below high, or scale is not positive.
@@ -187,7 +192,8 @@ class AsinhColumn(Column):
         name: the name of the column.
         middle: the point around which the map is linear.
         unit: the distance from the middle at which the map bends; positive.
-        center, scale: y = (v - center) / scale; scale is positive.
+        center: the v that is mapped to y = 0.
+        scale: y = (v - center) / scale; positive.
 
     Raises:
         ValueError: unit or scale is not positive.

@@ -116,7 +116,8 @@ class GridColumn(Column):
         step: the width of a cell; positive.
         offset: a number of the grid.
         mass: whether the density of a row counts the mass of the cell, as for whole numbers, or its mean density.
-        minimum, maximum: range that samples are clamped to; None for no limit.
+        minimum: lower limit that samples are clamped to; None for no limit.
+        maximum: upper limit that samples are clamped to; None for no limit.
 
     Raises:
         ValueError: step is not positive.
@@ -195,7 +196,8 @@ class SpikedColumn(Column):
         spikes: the values that repeat, ascending; their cells must not overlap.
         room: the length that is added to the cell of each spike, at least 0.
         width: the width of a cell before stretching; positive.
-        minimum, maximum: range that samples are clamped to; None for no limit.
+        minimum: lower limit that samples are clamped to; None for no limit.
+        maximum: upper limit that samples are clamped to; None for no limit.
 
     Raises:
         ValueError: no spikes, a number of rooms that differs from theirs, or a width that is not positive.
