@@ -15,7 +15,7 @@ def use() -> None:
     assert_type(q, cf.flows.flow.FlowDistribution)
     assert_type(flow(context=c), cf.flows.flow.FlowDistribution)
     draws, log_q = q.rsample_and_log_prob((7,))
-    assert_type(draws, Tensor)
+    assert_type((draws, log_q), tuple[Tensor, Tensor])
     assert_type(q.log_prob(draws), Tensor)
 
     y, log_det = flow.transform(draws, c)
@@ -24,7 +24,7 @@ def use() -> None:
     assert_type(x, Tensor)
 
     history = cf.fit(flow, cf.log_likelihood, (draws, c), (draws, c), cf.FitConfig(epochs=1))
-    epochs: int = len(history.epochs)
+    assert_type(len(history.epochs), int)
     again = cf.load("flow.safetensors", kind=cf.Flow)
     assert_type(again, cf.Flow)
     density = cf.FlowDensity(epochs=3).fit(draws.numpy())
