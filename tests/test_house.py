@@ -41,6 +41,7 @@ LAZY = [
     "PIL",
     "arviz",
     "flowjax",
+    "huggingface_hub",
     "jax",
     "matplotlib",
     "nessai",
