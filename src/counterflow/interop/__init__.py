@@ -1,7 +1,8 @@
 """Flows of other libraries converted to ours (`convert`), and ours inside other libraries.
 
 The submodules `zuko`, `sbi`, `pyro`, `pocomc` and `nessai` adapt our flows to the library of that name, `hub` saves
-them for the Hugging Face Hub.
+them for the Hugging Face Hub. `pymc`
+fits its models.
 """
 
 from __future__ import annotations

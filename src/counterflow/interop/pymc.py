@@ -1,0 +1,58 @@
+"""Posterior fits in a PyMC workflow: a model goes in, ArviZ's data with the groups of `pm.sample` come out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from counterflow.checks import require
+from counterflow.posterior.config import PosteriorConfig
+from counterflow.posterior.posterior import fit_posterior
+from counterflow.posterior.targets.pymc import from_pymc
+
+if TYPE_CHECKING:
+    from pymc import Model
+
+
+def fit(
+    model: Model | None = None,
+    config: PosteriorConfig = PosteriorConfig(),
+    *,
+    samples: int = 4000,
+    starts: Mapping[str, Any] | None = None,
+    log_likelihood: bool = True,
+) -> Any:
+    """Fit the posterior of a PyMC model and return draws as ArviZ's data, where `pm.sample` would be called.
+
+        with model:
+            data = counterflow.interop.pymc.fit()
+        az.summary(data), az.loo(data), pm.sample_posterior_predictive(data, model)
+
+    The groups are those of `Posterior.to_arviz`: posterior with the model's dims and coords and its deterministic
+    variables, sample_stats with the log weights, posterior_predictive, observed_data; and log_likelihood. The
+    attributes of posterior hold the verdict; a bad one is also a warning.
+
+    Args:
+        model: the model; None takes that of the `with` block.
+        config: configuration of the fit.
+        samples: number of draws, as one chain.
+        starts: values of variables at which to start as well: see `counterflow.fit_posterior`.
+        log_likelihood: compute the log likelihood of each observation, which `az.loo` needs.
+
+    Raises:
+        ImportError: PyMC or ArviZ is not installed.
+        TypeError, ValueError: as `counterflow.targets.from_pymc` and `counterflow.fit_posterior` do.
+
+    Warns:
+        RuntimeWarning: the approximation cannot be trusted.
+    """
+    pymc = require("pymc", "pymc", "its models")
+    model = pymc.modelcontext(model)
+    posterior = fit_posterior(from_pymc(model), config, starts=starts)
+    if not posterior.trusted:
+        warnings.warn(posterior.sentence, RuntimeWarning, stacklevel=2)
+    data = posterior.to_arviz(samples)
+    if log_likelihood and model.observed_RVs:
+        pymc.compute_log_likelihood(data, model=model, progressbar=False)
+    return data
