@@ -1,8 +1,7 @@
 """Flows of other libraries converted to ours (`convert`), and ours inside other libraries.
 
 The submodules `zuko`, `sbi`, `pyro`, `pocomc` and `nessai` adapt our flows to the library of that name, `hub` saves
-them for the Hugging Face Hub. `pymc`
-fits its models.
+them for the Hugging Face Hub. `pymc` fits models of PyMC.
 """
 
 from __future__ import annotations
