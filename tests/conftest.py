@@ -12,6 +12,7 @@ from numba.core.event import install_timer
 from counterflow.cli import main
 
 os.environ.setdefault("MPLBACKEND", "Agg")  # also for the processes that a test starts
+os.environ["COUNTERFLOW_COMPILE"] = "foreground"  # the same bits in the first run as in later ones
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those only: torch is imported already
 
 HERE = Path(__file__).parent

@@ -55,7 +55,7 @@ def has_memory(*tensors: Tensor) -> bool:
 
 
 def body_for(solver: str, layout: Layout, *tensors: Tensor) -> Body:
-    """Return the body of a solver's name; "auto" is `cpu` if it supports layout and tensors, else `sliced`.
+    """Return the body of a solver's name; "auto" is `cpu` if it supports both and is compiled, else `sliced`.
 
     At the sizes of benchmarks/results/bench.md `sliced` takes 2.6 to 9 times as long as `cpu` (EPYC 9004, two cores).
     """
@@ -74,6 +74,8 @@ def body_for(solver: str, layout: Layout, *tensors: Tensor) -> Body:
                 "expected Affine, Gated, RationalQuadraticSpline or ForeignAffine on the CPU for solver='cpu', "
                 f"got {came}; use solver='auto'"
             )
+        if solver == "auto" and supported:  # "cpu" waits for the compiler
+            supported = import_module("counterflow.engine.cpu").is_ready(tensors[0].dtype)
         solver = "cpu" if supported else "sliced"
     return import_module(f"counterflow.engine.{solver}")
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from counterflow.checks import positive
+from counterflow.engine.chain import Pass, Stage, supports
 from counterflow.engine.contract import Body, Layout, Solution, System
 from counterflow.engine.solve import body_for, check_solver, is_transformed, solve, without_autocast
 from counterflow.made.architecture import Architecture
@@ -16,6 +18,7 @@ from counterflow.made.derived import Derived
 from counterflow.made.network import MADE
 from counterflow.made.staircase import Staircase
 from counterflow.transforms.base import Transform, prepare
+from counterflow.transforms.chain import joined
 from counterflow.univariate.affine import Affine
 from counterflow.univariate.base import Univariate
 
@@ -92,6 +95,7 @@ class Autoregressive(Derived, Transform):
         self.made = MADE(ascending, self.univariate.parameters, hidden, activation, self.context, architecture)
         self.hidden, self.architecture = tuple(hidden), architecture
         self._layout = Layout(self.made.ends, self.made.activation, self.univariate, self.made.links)
+        self._pass = Pass(self._layout, tuple(self.derived()["order"].tolist()), self.context)
         self.solver = "auto"
 
     def derived(self) -> dict[str, Tensor]:
@@ -117,12 +121,43 @@ class Autoregressive(Derived, Transform):
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y (..., D) and log|det dy/dx| (...). One pass."""
-        y, log_slope = self._forward(self._prepare(x, c, "x"), c)
+        x = self._prepare(x, c, "x")
+        compiled = joined(self, x, c)
+        if compiled is not None:
+            return compiled.forward(x, c)
+        y, log_slope = self._forward(x, c)
         return y, log_slope.sum(-1)
+
+    def stages(self, inverse: bool) -> tuple[list[Stage], list[Tensor]] | None:
+        """See `Transform.stages`."""
+        modules = (self, self.made, *self.made.masked_layers(), *self.made.contexts.values())
+        if (
+            inverse
+            or self._solver not in ("auto", "cpu")
+            or type(self) is not Autoregressive
+            or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+            or not self._is_compiled
+        ):
+            return None
+        tensors: list[Any] = [layer.weight for layer in self.made.contexts.values()]
+        for layer in self.made.masked_layers():
+            tensors += [layer.weight, layer.bias]
+        return [self._pass], tensors
+
+    @cached_property
+    def _is_compiled(self) -> bool:
+        """True if `engine.chain` can run this layer: a plain network, with the context in its first layer."""
+        architecture = self.architecture or Architecture()
+        usual = tuple(architecture.contexts) == (0,) and not architecture.activated_contexts
+        return (usual or not self.context) and supports(self._pass)
 
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Transform.forward_by_feature`."""
-        y, log_slope = self._forward(self._prepare(x, c, "x"), c)
+        x = self._prepare(x, c, "x")
+        compiled = joined(self, x, c)
+        if compiled is not None:
+            return compiled.by_feature(x, total, c)
+        y, log_slope = self._forward(x, c)
         return y, total + self._unsort(log_slope)
 
     def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -154,6 +189,9 @@ class Autoregressive(Derived, Transform):
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Transform.push_score`; one pass, then one back substitution."""
         x = self._prepare(x, c, "x")
+        compiled = joined(self, x, c)
+        if compiled is not None:
+            return compiled.push_score(x, score, c)
         flat = self._sort(x).reshape(-1, self.features)
         rows = None if c is None else c.expand(*x.shape[:-1], self.context).reshape(-1, self.context)
         params, hidden = self.made.run(flat, rows)

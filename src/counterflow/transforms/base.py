@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 from torch.distributions.transforms import Transform as TorchTransform
 
+from counterflow.engine.chain import Stage
+
 Cost = Literal["one pass", "forward substitution", "mixed"]
 
 
@@ -59,6 +61,10 @@ class Transform(nn.Module, ABC):
         The inverse of a composition becomes the inverses of its transforms.
         """
         return [self]
+
+    def stages(self, inverse: bool) -> tuple[list[Stage], list[Tensor]] | None:
+        """Return the stages of one direction and their tensors, as `engine.chain` takes them; None if it cannot."""
+        return None
 
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y, and `total` plus the log-determinant split into one term per feature, both (..., D).

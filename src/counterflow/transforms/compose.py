@@ -7,6 +7,8 @@ from typing import Any, overload
 
 from torch import Tensor, nn
 
+from counterflow.engine.chain import Stage
+from counterflow.transforms import chain
 from counterflow.transforms.base import Cost, Transform, prepare
 from counterflow.transforms.constant import Permute
 
@@ -78,46 +80,44 @@ class Compose(Transform):
 
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y and log|det dy/dx|."""
-        x = prepare(self, x, c)
-        total = x.new_zeros(x.shape[:-1])
-        for t in self._parts():
-            x, log_det = t(x, c if t.context else None)
-            total = total + log_det
-        return x, total
+        return chain.forward(self._steps(False), prepare(self, x, c), c)
 
     def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return x and log|det dx/dy|, undoing the transforms from the last to the first."""
-        y = prepare(self, y, c, "y")
-        total = y.new_zeros(y.shape[:-1])
-        for t in reversed(self._parts()):
-            y, log_det = t.inverse(y, c if t.context else None)
-            total = total + log_det
-        return y, total
+        return chain.forward(self._steps(True), prepare(self, y, c, "y"), c)
+
+    def _steps(self, inverse: bool) -> list[chain.Step]:
+        """Return the transforms in the order in which a direction runs them."""
+        transforms = self._parts()
+        return [(t, inverse) for t in (reversed(transforms) if inverse else transforms)]
+
+    def stages(self, inverse: bool) -> tuple[list[Stage], list[Tensor]] | None:
+        """See `Transform.stages`."""
+        stages: list[Stage] = []
+        tensors: list[Tensor] = []
+        for t, inverted in self._steps(inverse):
+            described = t.stages(inverted)
+            if described is None:
+                return None
+            stages += described[0]
+            tensors += described[1]
+        return stages, tensors
 
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Transform.forward_by_feature`."""
-        x = prepare(self, x, c)
-        for t in self._parts():
-            x, total = t.forward_by_feature(x, total, c if t.context else None)
-        return x, total
+        return chain.by_feature(self._steps(False), prepare(self, x, c), total, c)
+
+    def inverse_by_feature(self, y: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Transform.inverse_by_feature`."""
+        return chain.by_feature(self._steps(True), prepare(self, y, c, "y"), total, c)
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Transform.push_score`; one back substitution per layer."""
-        x = prepare(self, x, c)
-        total = x.new_zeros(x.shape[:-1])
-        for t in self._parts():
-            x, log_det, score = t.push_score(x, score, c if t.context else None)
-            total = total + log_det
-        return x, total, score
+        return chain.push_score(self._steps(False), prepare(self, x, c), score, c)
 
     def pull_score(self, y: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Transform.pull_score`."""
-        y = prepare(self, y, c, "y")
-        total = y.new_zeros(y.shape[:-1])
-        for t in reversed(self._parts()):
-            y, log_det, score = t.pull_score(y, score, c if t.context else None)
-            total = total + log_det
-        return y, total, score
+        return chain.push_score(self._steps(True), prepare(self, y, c, "y"), score, c)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -160,6 +160,10 @@ class Inverse(Transform):
         """See `Transform.flattened`."""
         return [_inverse_of(t) for t in reversed(self.transform.flattened())]
 
+    def stages(self, inverse: bool) -> tuple[list[Stage], list[Tensor]] | None:
+        """See `Transform.stages`."""
+        return self.transform.stages(not inverse)
+
     def forward(self, x: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return t^-1(x) and its log-determinant."""
         return self.transform.inverse(x, c)
@@ -171,6 +175,10 @@ class Inverse(Transform):
     def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Transform.forward_by_feature`."""
         return self.transform.inverse_by_feature(x, total, c)
+
+    def inverse_by_feature(self, y: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Transform.inverse_by_feature`."""
+        return self.transform.forward_by_feature(y, total, c)
 
     def push_score(self, x: Tensor, score: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """See `Transform.push_score`."""

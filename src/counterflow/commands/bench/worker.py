@@ -137,6 +137,7 @@ def _serve(pipe: Connection, name: str, settings: Settings) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C and then ends this process
     _discard_output()
     os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ["COUNTERFLOW_COMPILE"] = "foreground"
     if settings.compiled is not None:
         os.environ["NUMBA_CACHE_DIR"] = settings.compiled
     if sys.platform == "linux":  # JAX starts a thread for each core that it may run on

@@ -16,13 +16,25 @@ The files of this folder:
     affine        affine and gated maps
     spline        rational-quadratic splines
     substitution  the two kernels
+
+and for the one-pass direction of a chain of layers:
+
+    fields        named positions in the job of a chain
+    chain         the job of a chain
+    panels        products of packed weights
+    maps          the affine maps and splines of all features, by address
+    passes        the three kernels: value, pullback, push of a score
+
+    background    compiles kernels in another process
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from counterflow.engine.contract import Adjoints, Layout, Solution, System
+from counterflow.engine.cpu.background import SOLVE_KERNELS, ready
 from counterflow.engine.cpu.elementary import ACTIVATION_CODES
 from counterflow.engine.cpu.jobs import MAP_TYPES, padded_rows, plan_for, run
 from counterflow.engine.cpu.substitution import back_kernel, forward_kernel
@@ -31,6 +43,11 @@ from counterflow.engine.cpu.substitution import back_kernel, forward_kernel
 def supports(layout: Layout) -> bool:
     """Return True if the activation and the univariate map are compiled."""
     return layout.activation in ACTIVATION_CODES and type(layout.univariate) in MAP_TYPES
+
+
+def is_ready(dtype: torch.dtype) -> bool:
+    """Return True if both substitutions can run at once; False while another process compiles them."""
+    return ready(SOLVE_KERNELS, dtype)
 
 
 def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:

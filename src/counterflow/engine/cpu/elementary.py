@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir  # type: ignore[import-untyped]
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -77,6 +78,35 @@ def log1p(x):
     for odd in (15, 13, 11, 9, 7, 5, 3, 1):
         total = total * square + real(1 / odd)
     return real(2) * z * total
+
+
+@intrinsic
+def _split_exponent(typing: Any, x: Any) -> Any:
+    """Return k and m with x = 2^k m and m in 0.70..1.42, for a positive normal x."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        bits, mantissa, root_half = (32, 23, 0x3F3504F3) if x.bitwidth == 32 else (64, 52, 0x3FE6A09E667F3BCD)
+        word = ir.IntType(bits)
+        number = builder.bitcast(args[0], word)
+        k = builder.ashr(builder.sub(number, word(root_half)), word(mantissa))
+        m = builder.bitcast(builder.sub(number, builder.shl(k, word(mantissa))), args[0].type)
+        return context.make_tuple(builder, signature.return_type, [builder.sitofp(k, args[0].type), m])
+
+    return types.UniTuple(x, 2)(x), codegen
+
+
+@compiled
+def log(x):
+    """Return log(x) for x >= 0 that is not subnormal: k log 2 + 2 (z + z^3 / 3 + ... + z^21 / 21), |z| <= 0.172."""
+    real = type(x)
+    k, m = _split_exponent(x)
+    z = (m - real(1)) / (m + real(1))
+    square, total = z * z, real(1 / 21)
+    for odd in (19, 17, 15, 13, 11, 9, 7, 5, 3, 1):
+        total = total * square + real(1 / odd)
+    value = k * real(0.693359375) + (real(2) * z * total - k * real(2.1219444005469058e-4))
+    value = value if x < real(np.inf) else x  # infinity and NaN
+    return value if x != real(0) else real(-np.inf)
 
 
 @compiled
@@ -172,3 +202,37 @@ def _adjoint_loop(name: str, df: Any) -> Any:
 
 activate = _by_code("activate", [_activation_loop(name, f) for name, (f, _) in FUNCTIONS.items()])
 take_back = _by_code("take_back", [_adjoint_loop(name, df) for name, (_, df) in FUNCTIONS.items()])
+
+
+# The derivative of each activation as a function of its output, and for silu of its input.
+SLOPES = {
+    "relu": lambda a: type(a)(a > 0),
+    "leaky_relu": lambda a: type(a)(1 if a > 0 else 0.01),
+    "elu": lambda a: min(a, type(a)(0)) + type(a)(1),
+    "tanh": lambda a: type(a)(1) - a * a,
+    "sigmoid": lambda a: a * (type(a)(1) - a),
+    "silu": lambda x: _df_silu(x),
+    "softplus": lambda a: -expm1(-a),
+}
+
+
+def slope_loop(name: str) -> Any:
+    """Make the function that multiplies a row of adjoints by the slope of an activation."""
+    slope = named(f"slope_{name}", SLOPES[name])
+
+    def loop(adjoint, value):
+        for r in range(len(adjoint)):
+            adjoint[r] *= slope(value[r])
+
+    return named(f"slope_{name}_loop", loop)
+
+
+def in_place_loop(name: str) -> Any:
+    """Make the function that applies an activation to a row."""
+    f = named(f"{name}_of_one", FUNCTIONS[name][0])
+
+    def loop(values):
+        for r in range(len(values)):
+            values[r] = f(values[r])
+
+    return named(f"{name}_in_place_loop", loop)

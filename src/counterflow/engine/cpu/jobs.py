@@ -69,17 +69,28 @@ class _Plan(NamedTuple):
         return params.unflatten(1, (-1, self.parameters)), tuple(hidden)
 
 
+def degree_ends(layout: Layout) -> Tensor:
+    """Return (levels, G + 2): how many features, hidden units and parameters have a degree below g."""
+    features, *hidden = (torch.tensor(ends, device="cpu") for ends in layout.ends)
+    return F.pad(torch.stack([features, *hidden, features * layout.univariate.parameters]), (1, 0))
+
+
+def block_starts(below: Tensor) -> Tensor:
+    """Return the degree at which each block of degrees begins, and G + 1."""
+    degrees = below.shape[1] - 1
+    step = max(1, BLOCK_UNITS * degrees // int(below[:, -1].max()))
+    return torch.tensor([*range(0, degrees, step), degrees], device="cpu")
+
+
 @lru_cache(maxsize=256)
 def plan_for(layout: Layout, dtype: torch.dtype) -> _Plan:
     """Return the plan of a layout."""
-    P = layout.univariate.parameters
-    G = layout.groups
-    features, *hidden = (torch.tensor(ends, device="cpu") for ends in layout.ends)
-    below = F.pad(torch.stack([features, *hidden, features * P]), (1, 0))
+    below = degree_ends(layout)
+    hidden = layout.ends[1:]
     sizes = below[:, -1].tolist()
     starts = torch.tensor([sum(sizes[1:]), *(sum(sizes[1:k]) for k in range(1, len(sizes)))], device="cpu")
-    blocks = torch.tensor([*range(0, G + 1, max(1, BLOCK_UNITS * (G + 1) // max(sizes))), G + 1], device="cpu")
-    constants = torch.tensor([_constants(layout.univariate)], dtype=dtype, device="cpu")
+    blocks = block_starts(below)
+    constants = torch.tensor([map_constants(layout.univariate)], dtype=dtype, device="cpu")
     added = [0, *(0 if skip is None else skip + 1 for skip in layout.links.skips)]
     linear = [k in layout.links.linear for k in range(len(hidden))]
     links = torch.tensor([added, [0, *linear]], device="cpu")
@@ -88,10 +99,10 @@ def plan_for(layout: Layout, dtype: torch.dtype) -> _Plan:
         tables,
         rows=[_describe(table) for table in tables],
         activation=ACTIVATION_CODES[layout.activation],
-        univariate=_map_code(layout.univariate),
+        univariate=map_code(layout.univariate),
         work=sum(before * after for before, after in pairwise(sizes)) // 2,
         sizes=sizes[1:],
-        parameters=P,
+        parameters=layout.univariate.parameters,
     )
 
 
@@ -122,17 +133,18 @@ def run(
     run_on_threads(machine_code(kernel, like.dtype), job.ctypes.data, threads)
 
 
-def _map_code(univariate: Univariate) -> int:
+def map_code(univariate: Univariate) -> int:
+    """Return the code of a map."""
     if isinstance(univariate, ForeignAffine):
         return SCALE_CODES[univariate.scale]
     clipped = isinstance(univariate, RationalQuadraticSpline) and univariate.clipped
     return CLIPPED_SPLINE if clipped else MAP_TYPES[type(univariate)]
 
 
-def _constants(univariate: Univariate) -> list[float]:
+def map_constants(univariate: Univariate) -> list[float]:
     """Return the constants of a map in the order BOUND, LEAST, ...; 0 where the map has no such constant."""
     least = getattr(univariate, "min_slope", getattr(univariate, "min_scale", 0.0))
-    bin_floor = 0.0 if _map_code(univariate) == CLIPPED_SPLINE else least
+    bin_floor = 0.0 if map_code(univariate) == CLIPPED_SPLINE else least
     unit = math.log(math.expm1(1 - least))
     clip = -math.log(least) if least else math.inf
     bound, low, high = (getattr(univariate, name, 0.0) for name in ("bound", "low", "high"))

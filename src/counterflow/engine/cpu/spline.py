@@ -1,16 +1,14 @@
-"""Rational-quadratic splines: the solve of one feature, and the same for its transposed system."""
+"""Rational-quadratic splines of one feature: evaluation, its pullback, the solve, and the transposed solve."""
 
 from __future__ import annotations
 
 # Compiled functions have the types that Numba infers.
 # mypy: allow-untyped-defs, no-check-untyped-defs
-import math
-
 import numpy as np
 
 from counterflow.engine.cpu.arrays import copy, fill
 from counterflow.engine.cpu.compilation import compiled
-from counterflow.engine.cpu.elementary import exp, sigmoid, softplus
+from counterflow.engine.cpu.elementary import exp, log, sigmoid, softplus
 from counterflow.engine.cpu.tables import BIN_FLOOR, BOUND, CLIP, LEAST, UNIT
 
 # The formulas and letters are those of `RationalQuadraticSpline`. The work space `knots` holds the edges of the bins,
@@ -126,16 +124,33 @@ def invert_spline(x, log_det, params, knots, constants, clipped):
         above = d1 * t * t + real(2) * s * t * (real(1) - t) + d0 * (real(1) - t) * (real(1) - t)
         x[r] = found[X0, r] + t * width if inside else x[r]
         slope[r] = s * s * above / (below * below) if inside else real(1)
-    for r in range(len(x)):  # a loop of its own: the library's logarithm is not vectorised
-        log_det[r] -= math.log(slope[r])
+    for r in range(len(x)):
+        log_det[r] -= log(slope[r])
 
 
 @compiled
-def solve_spline(u, bars, returned, v, w, x, params, knots, constants, clipped):
-    """Back substitution through the spline for one feature; arguments as in `affine.solve_affine`, with bars (P, rows).
+def evaluate_spline(y, log_det, x, params, knots, constants, clipped):
+    """Compute the spline for one feature, and add its log slope to log_det."""
+    real = x.dtype.type
+    found = _find_bin(x, True, params, knots, constants, clipped)
+    bound, slope = constants[BOUND], found[MEAN_X]
+    for r in range(len(x)):
+        width, height = found[X1, r] - found[X0, r], found[Y1, r] - found[Y0, r]
+        d0, d1 = found[S0, r], found[S1, r]
+        s, t, inside = height / width, (x[r] - found[X0, r]) / width, abs(x[r]) < bound
+        rest = real(1) - t
+        p = t * rest
+        below = s + (d0 + d1 - real(2) * s) * p
+        above = d1 * t * t + real(2) * s * p + d0 * rest * rest
+        y[r] = found[Y0, r] + height * (s * t * t + d0 * p) / below if inside else x[r]
+        slope[r] = s * s * above / (below * below) if inside else real(1)
+    for r in range(len(x)):
+        log_det[r] += log(slope[r])
 
-    The derivatives are those of `RationalQuadraticSpline.forward`.
-    """
+
+@compiled
+def _fill_adjoints(solving, u, x_bar, bars, returned, v, w, x, params, knots, constants, clipped):
+    """Use the derivatives of `RationalQuadraticSpline.forward` for one feature; see the two functions below."""
     bins, real, bound = (len(params) + 1) // 3, u.dtype.type, constants[BOUND]
     found = _find_bin(x, True, params, knots, constants, clipped)
     xs, ys = knots[: bins + 1], knots[bins + 1 : 2 * bins + 2]
@@ -156,8 +171,11 @@ def solve_spline(u, bars, returned, v, w, x, params, knots, constants, clipped):
         dabove_dt = real(2) * (d1 * t + s * (rest - t) - d0 * rest)
         dbelow_dt = bend * (rest - t)
         dl_dx = (dabove_dt / above - real(2) * dbelow_dt / below) / width
-        given = v[r] - returned[r]
-        u[r] = (given - w[r] * dl_dx) * below * below / (s * s * above) if inside else given
+        if solving:
+            given = v[r] - returned[r]
+            u[r] = (given - w[r] * dl_dx) * below * below / (s * s * above) if inside else given
+        else:
+            x_bar[r] = u[r] * s * s * above / (below * below) + w[r] * dl_dx if inside else u[r]
         to_y, to_l = u[r] if inside else real(0), w[r] if inside else real(0)
 
         to_over, to_above = to_y * height / below, to_l / above
@@ -195,3 +213,15 @@ def solve_spline(u, bars, returned, v, w, x, params, knots, constants, clipped):
         for r in range(len(u)):
             left, right = real(k + 1 == found[PLACE, r]), real(k == found[PLACE, r])
             bars[2 * bins + k, r] = left * found[D0, r] + right * found[D1, r]
+
+
+@compiled
+def solve_spline(u, bars, returned, v, w, x, params, knots, constants, clipped):
+    """Back substitution through the spline for one feature; arguments as in `affine.solve_affine`, bars (P, rows)."""
+    _fill_adjoints(True, u, u, bars, returned, v, w, x, params, knots, constants, clipped)
+
+
+@compiled
+def pull_spline(x_bar, bars, u, w, x, params, knots, constants, clipped):
+    """Pull cotangents u of y and w of log_det back through the spline for one feature, to x_bar and bars (P, rows)."""
+    _fill_adjoints(False, u, x_bar, bars, u, u, w, x, params, knots, constants, clipped)

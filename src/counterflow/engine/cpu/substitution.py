@@ -20,8 +20,6 @@ from __future__ import annotations
 
 # Compiled functions have the types that Numba infers.
 # mypy: allow-untyped-defs, no-check-untyped-defs
-from typing import Any
-
 import numpy as np
 from numba import carray  # type: ignore[attr-defined]
 
@@ -34,7 +32,7 @@ from counterflow.engine.cpu.affine import (
     solve_scaled,
 )
 from counterflow.engine.cpu.arrays import add, add_product, copy, fill, integers, matrix, take_number
-from counterflow.engine.cpu.compilation import SOURCES, VECTOR_BYTES, compiled
+from counterflow.engine.cpu.compilation import VECTOR_BYTES, compiled, entry
 from counterflow.engine.cpu.elementary import activate, take_back
 from counterflow.engine.cpu.spline import invert_spline, solve_spline
 from counterflow.engine.cpu.tables import (
@@ -234,18 +232,4 @@ def _back(pointer):
                 send_back(below, starts, job, k, top, begin, end, 0, begin, adjoint, width)
 
 
-def _closed_over(sources: int) -> tuple[Any, Any]:
-    """Make the entries of both kernels, which compile again when a file of this folder changes; see `compilation`."""
-
-    def forward_kernel(pointer):
-        _ = sources
-        _forward(pointer)
-
-    def back_kernel(pointer):
-        _ = sources
-        _back(pointer)
-
-    return forward_kernel, back_kernel
-
-
-forward_kernel, back_kernel = _closed_over(SOURCES)
+forward_kernel, back_kernel = entry("forward_kernel", _forward), entry("back_kernel", _back)
