@@ -167,3 +167,14 @@ def test_hooks_and_autocast_take_torch(calls):
     handle.remove()
     t[1](x)
     assert len(calls) == 1
+
+
+def test_parametrized_weights_are_those_that_run(calls):
+    t = several(cf.Affine(), "tanh", 3, 0, (7,), None)
+    x, _ = inputs(t, 4)
+    before = t(x)[0]
+    for layer in t[1].made.masked_layers():
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    compare(t, x, None)
+    close(t(x)[0], before)
+    assert calls

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -110,7 +110,8 @@ def forward(steps: Sequence[Step], x: Tensor, c: Tensor | None) -> tuple[Tensor,
     total = x.new_zeros(x.shape[:-1])
     if is_compiling():  # in a form that torch.compile of torch 2.4 follows
         for t, inverse in steps:
-            x, log_det = _One(t, inverse).forward(x, c)
+            own = c if t.context else None
+            x, log_det = t.inverse(x, own) if inverse else t(x, own)
             total = total + log_det
         return x, total
     for group in _groups(steps):
@@ -138,24 +139,26 @@ def push_score(steps: Sequence[Step], x: Tensor, score: Tensor, c: Tensor | None
     return x, total, score
 
 
-def _groups(steps: Sequence[Step]) -> Iterator[tuple[Joined | None, list[_One]]]:
-    """Yield neighbours that can be joined, together and one by one, and each other step alone."""
+def _groups(steps: Sequence[Step]) -> list[tuple[Joined | None, list[_One]]]:
+    """Return neighbours that can be joined, together and one by one, and each other step alone."""
+    groups: list[tuple[Joined | None, list[_One]]] = []
     stages: list[chain.Stage] = []
     tensors: list[Tensor] = []
     members: list[_One] = []
     for t, inverse in steps:
-        described = t.stages(inverse)
-        if described is None:
-            if members:
-                yield _join(stages, tensors, members), members
-            yield None, [_One(t, inverse)]
-            stages, tensors, members = [], [], []
-        else:
+        described = None if is_compiling() else t.stages(inverse)
+        if described is not None:
             stages += described[0]
             tensors += described[1]
             members.append(_One(t, inverse))
+            continue
+        if members:
+            groups.append((_join(stages, tensors, members), members))
+        groups.append((None, [_One(t, inverse)]))
+        stages, tensors, members = [], [], []
     if members:
-        yield _join(stages, tensors, members), members
+        groups.append((_join(stages, tensors, members), members))
+    return groups
 
 
 def _join(stages: list[chain.Stage], tensors: list[Tensor], members: list[_One]) -> Joined:
