@@ -19,6 +19,7 @@ from torch.distributions import (
 import counterflow as cf
 from counterflow.posterior.targets import memory
 from counterflow.posterior.targets.function import as_target, from_torch
+from counterflow.posterior.targets.stan_data import declared_data
 from counterflow.posterior.targets.target import Program, Target, float64_by_default
 
 
@@ -409,3 +410,25 @@ def test_float32_data_are_named_in_a_note():
 def test_the_targets_are_public():
     assert cf.targets.Target is Target
     assert {"from_torch", "from_pymc", "from_pyro", "from_numpyro", "from_stan", "as_target"} <= set(cf.targets.__all__)
+
+
+STAN_BLOCKS = {
+    "none": ("parameters { real mu; }", []),
+    "bounds": ("data { int<lower=0, upper=9> N; vector<lower=0>[N] y; matrix[N, 2 * N] X; }", ["N", "y", "X"]),
+    "arrays": ("data { array[2, 3] real a; real b[2, 3]; array[2] vector[3] c; }", ["a", "b", "c"]),
+    "comments": ("// data { int x; }\ndata { int N; // int z;\n /* int w; */ }", ["N"]),
+    "transformed": ("transformed data { int k = 2; } data{int N;}", ["N"]),
+    "included": ("#include more.stan\ndata { int N; }", []),
+}
+
+
+@pytest.mark.parametrize("name", STAN_BLOCKS)
+def test_the_data_block_of_a_stan_program(name):
+    code, names = STAN_BLOCKS[name]
+    assert list(declared_data(code)) == names
+
+
+def test_missing_data_of_a_stan_program_need_no_compiler(tmp_path, monkeypatch):
+    monkeypatch.setattr("counterflow.posterior.targets.stan.open_library", None)
+    with pytest.raises(ValueError, match="expected data that fit the program, got N, without y, which its data block"):
+        cf.targets.from_stan("data { int N; vector[N] y; } parameters { real mu; }", {"N": 2})

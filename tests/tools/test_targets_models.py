@@ -780,7 +780,7 @@ STAN_ERRORS = {
     "missing data": (
         lambda: from_stan(COUNTING, {"N": 2, "unused": np.zeros((2, 3))}),
         ValueError,
-        r"expected data that fit the program, got N, unused: .*variable name=y; dims declared=\(2\)",
+        r"expected data that fit the program, got N, unused, without y, which its data block declares",
     ),
     "wrong shape": (
         lambda: counting(N=3),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from counterflow.io.json import read_json
 from counterflow.posterior.targets.layout import element_name
+from counterflow.posterior.targets.stan_data import check_data_names
 from counterflow.posterior.targets.stan_library import StanLibrary, open_library
 from counterflow.posterior.targets.target import EMPTY, Array, Program, Target, log_density_with_gradient
 
@@ -57,7 +58,9 @@ def from_stan(
     values = _values(data)
     if not set(observed) <= set(values):
         raise ValueError(f"expected observed to name some of the data {', '.join(values)}, got {', '.join(observed)}")
-    model = _StanProgram(open_library(_code(program), json.dumps(values)))
+    code = _code(program)
+    check_data_names(code, values)  # compiling takes a minute
+    model = _StanProgram(open_library(code, json.dumps(values)))
     model.observed = {name: np.asarray(values[name]) for name in observed}
     model.dims = dims
     model.coords = coords
