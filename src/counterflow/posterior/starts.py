@@ -26,9 +26,9 @@ COMPLETIONS = 20  # random draws, for each radius, of the variables that the use
 def starting_points(target: Target, n: int, seed: int, values: Mapping[str, Any] | None = None) -> Tensor:
     """Find points (K, D) with a finite log density and gradient.
 
-    These are n points that are uniform on (-2, 2)^D, the model's own initial point if it has one, and the user's. If
-    the uniform points are not finite, smaller radii are tried, then the origin, then draws of the prior, then the
-    surroundings of a point that is finite; there may be fewer than n points then.
+    These are n points that are uniform on (-2, 2)^D, and the user's. If the uniform points are not finite, the model's
+    own initial point is tried, smaller radii, the origin, draws of the prior, and the surroundings of a point that is
+    finite; there may be fewer than n points then.
 
     Args:
         target: the target.
@@ -44,11 +44,10 @@ def starting_points(target: Target, n: int, seed: int, values: Mapping[str, Any]
         given = torch.empty(0, target.dim, dtype=torch.float64)
         if values is not None:
             given = points_of_values(target, values, generator)
-        own = _finite(target, _initial_points(target, 1, generator))
-        known = torch.cat([given, own])
         try:
-            return torch.cat([target.initial(n, seed), known])
+            return torch.cat([target.initial(n, seed), given])
         except NoStartingPointError as error:
+            known = torch.cat([given, _finite(target, _initial_points(target, 1, generator))])
             found = _harder(target, n, seed, known, generator)
             if not len(found):
                 raise ValueError(f"{error}; or pass starts=, values of variables at which it is finite") from None

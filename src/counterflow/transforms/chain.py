@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.nn.modules.module import _has_any_global_hook as global_hooks_exist
+from torch.nn.modules import module as torch_module
 
 from counterflow.engine import chain
 from counterflow.transforms.base import Transform
@@ -55,7 +55,7 @@ class Joined:
         return (
             any(isinstance(stage, chain.Pass) for stage in self.stages)
             and chain.accepts(x, c if self.context else None, self.tensors)
-            and not global_hooks_exist()
+            and not _global_hooks_exist()
             and chain.is_ready(self.stages, x.dtype)
         )
 
@@ -168,3 +168,14 @@ def _join(stages: list[chain.Stage], tensors: list[Tensor], members: list[_One])
 def _bodies(group: tuple[Joined | None, list[_One]], x: Tensor, c: Tensor | None) -> Sequence[Joined | _One]:
     together, members = group
     return (together,) if together is not None and together.runs(x, c) else members
+
+
+def _global_hooks_exist() -> bool:
+    """Return True if a hook is registered for the calls of all modules, whose layers are then called one by one."""
+    m = torch_module
+    return bool(
+        m._global_forward_pre_hooks
+        or m._global_forward_hooks
+        or m._global_backward_pre_hooks
+        or m._global_backward_hooks
+    )

@@ -150,11 +150,12 @@ class _PymcProgram(Program):
         seeds = torch.randint(1 << 31, (n,), generator=generator).tolist()
         default = make_initial_point_fn(model=self._model)
         points = [default(seed) for seed in seeds[:1]]
-        try:
-            prior = make_initial_point_fn(model=self._model, default_strategy="prior")
-            points += [prior(seed) for seed in seeds[1:]]
-        except NotImplementedError:  # a flat prior cannot be drawn from
-            points += [default(seed) for seed in seeds[1:]]
+        if n > 1:
+            try:
+                prior = make_initial_point_fn(model=self._model, default_strategy="prior")
+                points += [prior(seed) for seed in seeds[1:]]
+            except NotImplementedError:  # a flat prior cannot be drawn from
+                points += [default(seed) for seed in seeds[1:]]
         names = {rv.name: self._model.rvs_to_values[rv].name for rv in self._model.free_RVs}
         values = {
             name: torch.tensor(np.array([point[value] for point in points], dtype=np.float64))
