@@ -333,7 +333,10 @@ def test_what_the_command_refuses(tmp_path, monkeypatch, capsys):
     cf.save(cf.MAF(3, 2, layers=1, hidden=(4,)), tmp_path / "context.safetensors")
     cf.save(cf.MAF(3, layers=1, hidden=(4,)), tmp_path / "flow.safetensors")
     for arguments, message in (
-        (["nothing"], "expected a run folder of counterflow, got nothing, which does not exist"),
+        (
+            ["nothing"],
+            "expected a run folder of counterflow density, or a .safetensors file, got nothing, which does not exist",
+        ),
         (["vae.safetensors"], "expected a flow in vae.safetensors, got a VAE"),
         (["context.safetensors"], "without a context, got one with context=2; in Python: cf.distill(flow, contexts)"),
         (["flow.safetensors", "--comparison-samples", "1"], "expected --comparison-samples to be at least 2, got 1"),

@@ -292,11 +292,12 @@ def test_a_map_of_ones_own_is_solved_in_slices():
 
 
 def test_a_long_compilation_is_announced(caplog, monkeypatch):
+    monkeypatch.setattr(compilation, "_announced_for", set())
     monkeypatch.setattr(compilation, "Timer", lambda seconds, *call: Timer(0.01 * seconds, *call))
     with caplog.at_level("WARNING", "counterflow"), compilation._announced(torch.float32):
         time.sleep(0.3)
     [message] = caplog.messages
-    assert message.startswith("compiling substitution for torch.float32; this happens once")
+    assert message.startswith("compiling kernels for torch.float32; this happens once")
 
 
 @pytest.fixture(params=["torch's threads", "our threads"])
