@@ -37,7 +37,11 @@ def blocks(page: Path) -> list[tuple[int, str]]:
     return to_run
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.tools if page.parent.name == "interop" else ()) for page in PAGES],
+    ids=[str(page.relative_to(ROOT)) for page in PAGES],
+)
 def test_page_runs(page, tmp_path, monkeypatch):
     to_run = blocks(page)
     assert to_run or page != README, "expected Python to run in README.md, got none"

@@ -25,7 +25,7 @@ def solved(name, frozen=False):
 
 
 @over(FLOWS)
-@pytest.mark.parametrize("frozen", [True, False])
+@over([True, False], "frozen", quick=[False])
 def test_a_trace_gives_the_right_numbers_on_other_inputs(name, frozen):
     t, expected = solved(name, frozen)
     with warnings.catch_warnings():

@@ -96,7 +96,7 @@ def test_a_solved_direction_in_onnx(tmp_path):
     assert largest_difference(flow, path, "sample", rows=20) < 1e-5
 
 
-@over(IN_ONNX, quick=["IAF context", "MAF float64"])
+@over(IN_ONNX, quick=["IAF context"])
 def test_onnx_gives_the_same_numbers(name, tmp_path):
     flow = IN_ONNX[name]()
     path = cf.export(flow, tmp_path / "flow.onnx")
@@ -108,7 +108,7 @@ def test_onnx_gives_the_same_numbers(name, tmp_path):
 @pytest.mark.parametrize(
     ("name", "file", "direction"),
     [
-        ("conv", "vae.onnx", "encode"),
+        pytest.param("conv", "vae.onnx", "encode", marks=pytest.mark.slow),
         pytest.param("mlp logistic", "vae.onnx", "decode", marks=pytest.mark.slow),
         pytest.param("conv", "vae.pt2", "decode", marks=pytest.mark.slow),
         ("rows gaussian", "vae.pt2", "encode"),
@@ -276,6 +276,7 @@ def test_the_command(here, tmp_path):
     assert (tmp_path / "flow.onnx").exists()
 
 
+@pytest.mark.slow
 def test_the_command_without_onnx_runtime(here, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     code, out, err = here("run", "flow.onnx")
@@ -290,6 +291,7 @@ def test_the_command_says_where_numbers_differ(here, monkeypatch):
     assert "expected a difference of at most 1e-05; the file is kept, but differs from the model" in err
 
 
+@pytest.mark.slow
 def test_float64_that_onnx_runtime_lacks(here, tmp_path):
     cf.save(cf.MAF(3, layers=1, hidden=(9,), activation="elu").double(), tmp_path / "double.safetensors")
     code, _, err = here("double.safetensors", "flow.onnx", "--double")
