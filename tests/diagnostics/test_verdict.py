@@ -41,6 +41,11 @@ def test_verdict_in_words(found, trusted, words):
     assert words in found.sentence and found.sentence.endswith(", and the ELBO is -12.35 ± 0.012 nats.")
 
 
+def test_an_elbo_of_minus_infinity_is_explained():
+    found = replace(verdict(0.1), elbo=-math.inf, elbo_error=math.nan)
+    assert found.sentence.endswith("ELBO is minus infinity, because some draws lie where the density is zero.")
+
+
 def test_missed_mass_overrides_a_good_k_hat():
     found = replace(verdict(0.1), missed=0.3)
     assert not found.trusted and replace(found, missed=0.019).trusted

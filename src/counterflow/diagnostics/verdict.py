@@ -83,7 +83,11 @@ ones, and the ELBO is -12.34 ± 0.011 nats.
                 f"decide it. The weighted draws are good (k-hat {self.k_hat:.2f} is below {self.threshold:.2f}), so "
                 "report medians and intervals, or choose a prior with lighter tails."
             )
-        return f"{self._judgement_of_weights()}, and the ELBO is {self.elbo:.2f} ± {self.elbo_error:.2g} nats."
+        if self.elbo == -math.inf:
+            elbo = "minus infinity, because some draws lie where the density is zero"
+        else:
+            elbo = f"{self.elbo:.2f} ± {self.elbo_error:.2g} nats"
+        return f"{self._judgement_of_weights()}, and the ELBO is {elbo}."
 
     def _judgement_of_weights(self) -> str:
         worth = f"{self.samples:,} draws are worth {self.ess:,.0f} exact ones"
