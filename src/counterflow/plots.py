@@ -242,8 +242,8 @@ def latent_posteriors(path: Path, data: Sequence[Array], panels: Sequence[Sequen
                 axis.set_title(label, fontsize=9)
                 axis.set(xlabel=f"z[{panel.coordinates[0]}]", ylabel=f"z[{panel.coordinates[1]}]")
     figure.suptitle(
-        "Posterior over two latent coordinates: each model's q beside the true posterior under its own decoder. "
-        "Line: the axis-aligned Gaussian with the means and deviations of q, at 2 deviations",
+        "Posterior over two latent coordinates: each model's q beside the true posterior under its own decoder\n"
+        "line: the axis-aligned Gaussian with the means and deviations of q, at 2 deviations",
         fontsize=10,
     )
     return _save(figure, path)

@@ -99,10 +99,12 @@ def duration(seconds: float) -> str:
     """Return a duration in words, with two units at most.
 
     Example:
-        >>> duration(42), duration(125), duration(11_880)
-        ('42 s', '2 min 5 s', '3 h 18 min')
+        >>> duration(0.3), duration(42), duration(125), duration(11_880)
+        ('under 1 s', '42 s', '2 min 5 s', '3 h 18 min')
     """
     whole = round(seconds)
+    if whole < 1:
+        return "under 1 s"
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
