@@ -101,11 +101,7 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(name, ended_by, folder, here, m
 def test_what_cannot_be_resumed(here, tmp_path):
     run = tmp_path / "run"
     for words, told in {
-        (
-            "vae",
-            "--resume",
-            "run",
-        ): "expected the run folder of counterflow vae to resume, got run, without a conf",
+        ("vae", "--resume", "run"): "expected a run folder to resume, got run, which does not exist",
         ("distill",): "expected the run folder of a teacher, or --resume with that of a distillation, got none",
         ("density", "--save-every", "-1"): "expected --save-every to be at least 0 seconds, got -1.0",
     }.items():
@@ -114,7 +110,7 @@ def test_what_cannot_be_resumed(here, tmp_path):
     run.mkdir()
     for config, words, told in [
         ("[1", (), "expected run/config.json to be the configuration of a run, but it does not read as JSON"),
-        ("[1]", (), "an object of JSON, got list"),
+        ("[1]", (), "a JSON object, got list"),
         (
             '{"command": "posterior"}',
             (),
