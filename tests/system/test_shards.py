@@ -303,7 +303,7 @@ def test_parts_of_a_vae(vae, here, tmp_path, monkeypatch):
     monkeypatch.setattr("counterflow.commands.vae_output.ROWS_PER_SAMPLE_PART", 20)
     score = ["score", vae, vae / "images.npy", "--samples", 4, "--out", "scores"]
     draw = ["sample", vae, "-n", 50, "--out", "drawn"]
-    assert "50 data (pixels binarised once): mean ELBO" in here(*score)[1]
+    assert "50 rows (pixels binarised once): mean ELBO" in here(*score)[1]
     assert here(*draw) == (0, "50 samples; 3 parts in drawn\n", "")
     assert here("sample", vae, "-n", 5, "--out", "few") == (0, "5 samples; 1 part in few\n", "")
     scores, drawn = read(tmp_path / "scores", ".csv"), read(tmp_path / "drawn", ".npy")
@@ -322,19 +322,19 @@ def test_parts_of_a_vae(vae, here, tmp_path, monkeypatch):
 
 WISH = "expected --out to be a new folder, or one that this command started, got"
 REFUSED = {
-    "a file": ("score run few.csv --out file", f"{WISH} file, which is a file; give another --out"),
-    "something else": ("score run few.csv --out empty", f"{WISH} empty, which holds something else; give another"),
-    "other data": ("score run few.npy --out begun", f"{WISH} begun, begun with another data; give another --out"),
-    "another model": ("score given few.csv --out begun", f"{WISH} begun, begun with another model; give another"),
-    "another command": ("sample run --out begun", f"{WISH} begun, begun with another command, data, n, seed; giv"),
-    "another seed": ("sample run --seed 1 --out drawn", f"{WISH} drawn, begun with another seed; give another --out"),
+    "a file": ("score run few.csv --out file", "expected a new file, got file, which exists; give another --out"),
+    "something else": ("score run few.csv --out empty", f"{WISH} empty, which holds other files; give another"),
+    "other data": ("score run few.npy --out begun", f"{WISH} begun, started with another data; give another --out"),
+    "another model": ("score given few.csv --out begun", f"{WISH} begun, started with another model; give another"),
+    "another command": ("sample run --out begun", f"{WISH} begun, started with another command, data, n, seed; giv"),
+    "another seed": ("sample run --seed 1 --out drawn", f"{WISH} drawn, started with another seed; give another --out"),
     "what does not read": ("score run few.csv --out broken", "expected broken/_about.json to be what counterfl"),
     "no rows": ("score run header.csv --out new", "expected at least one row, got none; add some"),
     "no Parquet files": ("score run empty --out new", "expected Parquet files in empty, got none; give such a folder"),
     "another column": (
         "score run columns --out new",
         "expected the columns of columns/0.parquet in every file of columns, a, b, c, in that order, got a, b in "
-        "columns/1.parquet; take that file out, or write it again",
+        "columns/1.parquet; remove that file or write it again",
     ),
     "types that differ": (
         "score run types --out new/one.parquet",
