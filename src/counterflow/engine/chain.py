@@ -27,7 +27,7 @@ from counterflow.engine import reference
 from counterflow.engine.contract import Layout, System
 
 
-@dataclass(eq=False)
+@dataclass(unsafe_hash=True)  # by value: flows of one shape share a plan; not frozen, for walkers that set attributes
 class Pass:
     """One pass through an autoregressive layer.
 
@@ -50,7 +50,7 @@ class Pass:
         return 2 * len(self.layout.ends) + (self.context > 0)
 
 
-@dataclass(eq=False)
+@dataclass(unsafe_hash=True)  # by value: flows of one shape share a plan; not frozen, for walkers that set attributes
 class Permutation:
     """Features in another order: y_i = x_order[i]. It has no tensors."""
 
@@ -58,7 +58,7 @@ class Permutation:
     tensors = 0
 
 
-@dataclass(eq=False)
+@dataclass(unsafe_hash=True)  # by value: flows of one shape share a plan; not frozen, for walkers that set attributes
 class Scale:
     """Constant shift and scale: y = (x - before) * scale + after.
 
