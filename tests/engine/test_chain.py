@@ -1,5 +1,7 @@
 """Tests that compiled chains return the numbers of torch operations, values and all gradients."""
 
+import copy
+
 import pytest
 import torch
 from registry import FOREIGN, UNIVARIATES, close, inputs, over, stir
@@ -7,6 +9,7 @@ from test_engine import poisoned  # noqa: F401  # a fixture
 
 import counterflow as cf
 from counterflow.engine import chain
+from counterflow.engine.cpu import chain as cpu_chain
 from counterflow.made.activations import ACTIVATIONS
 
 MAPS = {name: u for name, u in (UNIVARIATES | FOREIGN).items() if name != "sinh-arcsinh"}
@@ -63,6 +66,23 @@ def calls(monkeypatch):
     run = chain.run
     monkeypatch.setattr(chain, "run", lambda *args, **options: made.append(args) or run(*args, **options))
     return made
+
+
+def test_a_plan_that_has_left_the_cache_is_made_again():
+    t = several(cf.Affine(), "tanh", *SHAPES[1])
+    x, c = inputs(t, 6)
+    before = results(t, "cpu", x, c)
+    cpu_chain._plan_for.cache_clear()
+    assert all(torch.equal(came, expected) for came, expected in zip(results(t, "cpu", x, c), before, strict=True))
+
+
+def test_flows_of_one_shape_share_a_plan():
+    cpu_chain._plan_for.cache_clear()
+    for seed in range(3):
+        flow = cf.MAF(4, layers=2, hidden=(6,), seed=seed)
+        copy.deepcopy(flow).transform.inverse(torch.zeros(2, 4))
+        flow().log_prob(torch.zeros(2, 4)).sum().backward()
+    assert cpu_chain._plan_for.cache_info().currsize == 1
 
 
 @over(MAPS, "univariate")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -50,6 +50,7 @@ class _Plan:
     def __init__(self, stages: tuple[Stage, ...], dtype: torch.dtype, by_feature: bool) -> None:
         self.dtype = dtype
         self.lanes = VECTOR_BYTES // (4 if dtype == torch.float32 else 8)
+        self.kernels: dict[str, Any] = {}  # by operation, as far as they were called
         self.tables: list[np.ndarray[Any, Any]] = []  # kept alive: the job holds their addresses
         self.addresses: list[int] = []
         self.gradients: list[int] = []
@@ -217,9 +218,13 @@ class _Plan:
         self.gradient_size += step * _round_up(units, UNITS)
         self.columns = max(self.columns, 1 + inputs)
 
-    def entry(self, operation: str) -> Any:
-        """Return the compiled kernel of an operation, "forward", "back" or "push", and compile the maps it calls."""
-        k = OPERATIONS.index(operation)
+    def kernel(self, operation: str) -> Any:
+        """Return the compiled kernel of an operation, and write the addresses of the maps that it calls to the job."""
+        if operation not in self.kernels:
+            self.kernels[operation] = self._compile(OPERATIONS.index(operation))
+        return self.kernels[operation]
+
+    def _compile(self, k: int) -> Any:
         for at, code in self.codes:
             self.job[at + (f.EVALUATE, f.PULL, f.PUSH)[k]] = address_of(map_kernels(code)[k], self.dtype)
         for level, name in self.activations:
@@ -259,16 +264,30 @@ def _plan_for(stages: tuple[Stage, ...], dtype: torch.dtype, by_feature: bool) -
     return _Plan(stages, dtype, by_feature)
 
 
-@lru_cache(maxsize=512)
-def _entry(operation: str, stages: tuple[Stage, ...], dtype: torch.dtype, by_feature: bool) -> Any:
-    return _plan_for(stages, dtype, by_feature).entry(operation)
+class _Call(NamedTuple):
+    """A call of a kernel, to which outputs are added before it runs."""
+
+    plan: _Plan
+    kernel: Any
+    job: np.ndarray[Any, Any]
+    tiles: int
+    threads: int
+    alive: list[Tensor]  # the tensors at the addresses in the job
+
+    def run(self) -> None:
+        run_on_threads(self.kernel, self.job.ctypes.data, self.threads)
 
 
-def _write_tensors(plan: _Plan, job: np.ndarray[Any, Any], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Write the addresses of the tensors, and return those that must live until the kernel has run."""
-    contiguous = [t if t.is_contiguous() else t.contiguous() for t in tensors]
-    job[plan.addresses] = [t.data_ptr() for t in contiguous]
-    return contiguous
+def _prepare(
+    operation: str, stages: tuple[Stage, ...], tensors: Sequence[Tensor], x: Tensor, by_feature: bool = False
+) -> _Call:
+    """Return the call of "forward", "back" or "push" for as many rows as x has, with the addresses of the tensors."""
+    plan = _plan_for(stages, x.dtype, by_feature)
+    kernel = plan.kernel(operation)  # before the job is copied: the maps' addresses belong to it
+    job, tiles, threads = plan.new_job(len(x))
+    alive = [t if t.is_contiguous() else t.contiguous() for t in tensors]
+    job[plan.addresses] = [t.data_ptr() for t in alive]
+    return _Call(plan, kernel, job, tiles, threads, alive)
 
 
 def _write_matrix(job: np.ndarray[Any, Any], at: int, matrix: Tensor | None) -> None:
@@ -282,11 +301,8 @@ def forward(
     stages: tuple[Stage, ...], tensors: Sequence[Tensor], x: Tensor, c: Tensor | None, *, keep: bool, by_feature: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return y, log_det (N,) or its terms by feature (N, D), and, with keep, the tape that `back` and `push` read."""
-    kernel = _entry("forward", stages, x.dtype, by_feature)
-    plan = _plan_for(stages, x.dtype, by_feature)
-    N = len(x)
-    job, tiles, threads = plan.new_job(N)
-    alive = _write_tensors(plan, job, tensors)
+    call = _prepare("forward", stages, tensors, x, by_feature)
+    plan, job = call.plan, call.job
     _write_matrix(job, f.X, x)
     _write_matrix(job, f.C, c)
     y = x.new_empty(x.shape)
@@ -296,10 +312,9 @@ def forward(
     tape = None
     if keep:
         # `transpose` reads full squares, beyond the last row of the last tile.
-        tape = x.new_empty((tiles * plan.rows + plan.lanes) * int(job[f.STEP]))
+        tape = x.new_empty((call.tiles * plan.rows + plan.lanes) * int(job[f.STEP]))
         job[f.TAPE] = tape.data_ptr()
-    run_on_threads(kernel, job.ctypes.data, threads)
-    del alive
+    call.run()
     return y, log_det, tape
 
 
@@ -315,10 +330,8 @@ def back(
 ) -> list[Tensor | None]:
     """Return the gradients of x, c and the tensors from the cotangents of y and log_det; None where not needed."""
     by_feature = log_det_bar.dim() == 2
-    kernel = _entry("back", stages, x.dtype, by_feature)
-    plan = _plan_for(stages, x.dtype, by_feature)
-    job, _, threads = plan.new_job(len(x))
-    alive = _write_tensors(plan, job, tensors)
+    call = _prepare("back", stages, tensors, x, by_feature)
+    plan, job = call.plan, call.job
     job[f.TAPE] = tape.data_ptr()
     _write_matrix(job, f.Y_BAR, y_bar)
     _write_matrix(job, f.LOG_DET_BAR, log_det_bar if by_feature else log_det_bar[:, None])
@@ -331,23 +344,19 @@ def back(
     c_bar = None if c is None or not needed[1] else c.new_empty(c.shape)
     job[f.X_BAR] = 0 if x_bar is None else x_bar.data_ptr()
     job[f.C_BAR] = 0 if c_bar is None else c_bar.data_ptr()
-    sums = x.new_empty(threads * plan.gradient_size)
+    sums = x.new_empty(call.threads * plan.gradient_size)
     job[f.GRADIENTS] = sums.data_ptr()
-    run_on_threads(kernel, job.ctypes.data, threads)
-    del alive
+    call.run()
     return [x_bar, c_bar, *gradients]
 
 
 def push(stages: tuple[Stage, ...], tensors: Sequence[Tensor], tape: Tensor, score: Tensor) -> Tensor:
     """Return the score at y, (N, D), from the score at x, (N, D), and the tape of a forward call."""
-    kernel = _entry("push", stages, score.dtype, False)
-    plan = _plan_for(stages, score.dtype, False)
-    job, _, threads = plan.new_job(len(score))
-    alive = _write_tensors(plan, job, tensors)
+    call = _prepare("push", stages, tensors, score)
+    job = call.job
     job[f.TAPE] = tape.data_ptr()
     _write_matrix(job, f.X, score)
     result = score.new_empty(score.shape)
     job[f.Y] = result.data_ptr()
-    run_on_threads(kernel, job.ctypes.data, threads)
-    del alive
+    call.run()
     return result
