@@ -74,53 +74,80 @@ def matrix(job, k, like):
     return carray(pointer(job[k, ADDRESS], like), (job[k, MATRIX_ROWS], job[k, STEP]))
 
 
-def _register_block(units: int, vectors: int) -> Any:
-    """Make the function out += weight @ fed for a block of fixed size, summed in registers.
+def emit_block(
+    context: Any,
+    builder: Any,
+    dtype: Any,
+    size: tuple[int, int],
+    out: tuple[Any, Any],
+    weight: tuple[Any, Any, Any],
+    inputs: tuple[Any, Any],
+    K: Any,
+) -> None:
+    """Emit out += weight @ inputs for a block of fixed size, summed in registers.
 
-    Shapes are (units, vectors of rows) += (units, K) @ (K, vectors of rows). Rows of out and fed are contiguous; weight
-    may be transposed. Written in LLVM's operations, because LLVM keeps no NumPy array in registers.
+    Shapes are (units, vectors of rows) += (units, K) @ (K, vectors of rows). Rows of out and inputs are contiguous.
+    Written in LLVM's operations, because LLVM keeps no NumPy array in registers.
+
+    Args:
+        context: Numba's context, with its builder.
+        builder: LLVM's builder.
+        dtype: Numba's type of the numbers.
+        size: units and vectors.
+        out: pointer to bytes, and the bytes from unit to unit.
+        weight: pointer to bytes, the bytes from unit to unit, and from one of the K inputs to the next.
+        inputs: pointer to bytes, and the bytes from one of the K inputs to the next.
+        K: number of inputs.
     """
+    units, vectors = size
+    i32, i64 = ir.IntType(32), ir.IntType(64)
+    scalar, bits = context.get_value_type(dtype), dtype.bitwidth
+    lanes = 8 * VECTOR_BYTES // bits
+    vector = ir.VectorType(scalar, lanes)
+    kind = ir.FunctionType(vector, [vector] * 3)
+    fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f{bits}")
+    (out_at, out_step), (weight_at, unit_step, k_step), (inputs_at, input_step) = out, weight, inputs
+
+    def moved(base: Any, step: Any, times: Any) -> Any:
+        return builder.gep(base, [builder.mul(step, times)])
+
+    def row_of_vectors(base: Any) -> list[Any]:
+        places = [builder.gep(base, [i64(VECTOR_BYTES * v)]) for v in range(vectors)]
+        return [builder.bitcast(place, vector.as_pointer()) for place in places]
+
+    def load(place: Any) -> Any:
+        return builder.load(place, align=bits // 8)
+
+    places = [row_of_vectors(moved(out_at, out_step, i64(u))) for u in range(units)]
+    sums = [[cgutils.alloca_once_value(builder, load(place)) for place in row] for row in places]
+    with cgutils.for_range(builder, K) as loop:
+        values = [load(place) for place in row_of_vectors(moved(inputs_at, input_step, loop.index))]
+        column = moved(weight_at, k_step, loop.index)
+        for u in range(units):
+            one = load(builder.bitcast(moved(column, unit_step, i64(u)), scalar.as_pointer()))
+            one = builder.insert_element(vector(ir.Undefined), one, i32(0))
+            spread = builder.shuffle_vector(one, vector(ir.Undefined), ir.VectorType(i32, lanes)([0] * lanes))
+            for total, value in zip(sums[u], values, strict=True):
+                builder.store(builder.call(fma, [spread, value, builder.load(total)]), total)
+    for row, totals in zip(places, sums, strict=True):
+        for place, total in zip(row, totals, strict=True):
+            builder.store(builder.load(total), place, align=bits // 8)
+
+
+def _register_block(units: int, vectors: int) -> Any:
+    """Make the function out += weight @ fed for arrays; see `emit_block`. weight may be transposed."""
 
     @intrinsic
     def block(typing: Any, out: Any, weight: Any, fed: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            byte, i32, i64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
-            scalar, bits = context.get_value_type(out.dtype), out.dtype.bitwidth
-            lanes = 8 * VECTOR_BYTES // bits
-            vector = ir.VectorType(scalar, lanes)
-            kind = ir.FunctionType(vector, [vector] * 3)
-            fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f{bits}")
             arrays = [context.make_array(t)(context, builder, a) for t, a in zip(signature.args, args, strict=True)]
             (out_step, _), (unit_step, k_step), (fed_step, _) = (
                 cgutils.unpack_tuple(builder, a.strides) for a in arrays
             )
             K = cgutils.unpack_tuple(builder, arrays[1].shape)[1]
-            out_at, weight_at, fed_at = (builder.bitcast(a.data, byte.as_pointer()) for a in arrays)
-
-            def moved(base: Any, step: Any, times: Any) -> Any:
-                return builder.gep(base, [builder.mul(step, times)])
-
-            def row_of_vectors(base: Any) -> list[Any]:
-                places = [builder.gep(base, [i64(VECTOR_BYTES * v)]) for v in range(vectors)]
-                return [builder.bitcast(place, vector.as_pointer()) for place in places]
-
-            def load(place: Any) -> Any:
-                return builder.load(place, align=bits // 8)
-
-            places = [row_of_vectors(moved(out_at, out_step, i64(u))) for u in range(units)]
-            sums = [[cgutils.alloca_once_value(builder, load(place)) for place in row] for row in places]
-            with cgutils.for_range(builder, K) as loop:
-                values = [load(place) for place in row_of_vectors(moved(fed_at, fed_step, loop.index))]
-                column = moved(weight_at, k_step, loop.index)
-                for u in range(units):
-                    one = load(builder.bitcast(moved(column, unit_step, i64(u)), scalar.as_pointer()))
-                    one = builder.insert_element(vector(ir.Undefined), one, i32(0))
-                    spread = builder.shuffle_vector(one, vector(ir.Undefined), ir.VectorType(i32, lanes)([0] * lanes))
-                    for total, value in zip(sums[u], values, strict=True):
-                        builder.store(builder.call(fma, [spread, value, builder.load(total)]), total)
-            for row, totals in zip(places, sums, strict=True):
-                for place, total in zip(row, totals, strict=True):
-                    builder.store(builder.load(total), place, align=bits // 8)
+            out_at, weight_at, fed_at = (builder.bitcast(a.data, ir.IntType(8).as_pointer()) for a in arrays)
+            size, weights = (units, vectors), (weight_at, unit_step, k_step)
+            emit_block(context, builder, out.dtype, size, (out_at, out_step), weights, (fed_at, fed_step), K)
             return context.get_dummy_value()
 
         return types.void(out, weight, fed), codegen

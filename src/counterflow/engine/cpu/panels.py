@@ -16,18 +16,14 @@ from typing import Any
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from counterflow.engine.cpu.arrays import UNITS
+from counterflow.engine.cpu.arrays import UNITS, emit_block
 from counterflow.engine.cpu.compilation import VECTOR_BYTES, compiled
 
 
 def _block(units: int, vectors: int) -> Any:
-    """Make the function out += weight @ inputs for a block of fixed size at given addresses, summed in registers.
-
-    Shapes are (units, vectors of rows) += (units, K) @ (K, vectors of rows); steps are in bytes.
-    """
+    """Make the function out += weight @ inputs for matrices at given addresses; see `emit_block`."""
 
     @intrinsic
     def block(
@@ -43,40 +39,11 @@ def _block(units: int, vectors: int) -> Any:
         K: Any,
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            i32, i64 = ir.IntType(32), ir.IntType(64)
-            scalar, bits = context.get_value_type(like.dtype), like.dtype.bitwidth
-            lanes = 8 * VECTOR_BYTES // bits
-            vector = ir.VectorType(scalar, lanes)
-            kind = ir.FunctionType(vector, [vector] * 3)
-            fma = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fma.v{lanes}f{bits}")
             _, out_at, out_by, weight_at, unit_by, k_by, inputs_at, inputs_by, count = args
             byte = ir.IntType(8).as_pointer()
             out_at, weight_at, inputs_at = (builder.inttoptr(a, byte) for a in (out_at, weight_at, inputs_at))
-
-            def moved(base: Any, step: Any, times: Any) -> Any:
-                return builder.gep(base, [builder.mul(step, times)])
-
-            def row_of_vectors(base: Any) -> list[Any]:
-                places = [builder.gep(base, [i64(VECTOR_BYTES * v)]) for v in range(vectors)]
-                return [builder.bitcast(place, vector.as_pointer()) for place in places]
-
-            def load(place: Any) -> Any:
-                return builder.load(place, align=bits // 8)
-
-            places = [row_of_vectors(moved(out_at, out_by, i64(u))) for u in range(units)]
-            sums = [[cgutils.alloca_once_value(builder, load(place)) for place in row] for row in places]
-            with cgutils.for_range(builder, count) as loop:
-                values = [load(place) for place in row_of_vectors(moved(inputs_at, inputs_by, loop.index))]
-                column = moved(weight_at, k_by, loop.index)
-                for u in range(units):
-                    one = load(builder.bitcast(moved(column, unit_by, i64(u)), scalar.as_pointer()))
-                    one = builder.insert_element(vector(ir.Undefined), one, i32(0))
-                    spread = builder.shuffle_vector(one, vector(ir.Undefined), ir.VectorType(i32, lanes)([0] * lanes))
-                    for total, value in zip(sums[u], values, strict=True):
-                        builder.store(builder.call(fma, [spread, value, builder.load(total)]), total)
-            for row, totals in zip(places, sums, strict=True):
-                for place, total in zip(row, totals, strict=True):
-                    builder.store(builder.load(total), place, align=bits // 8)
+            size, weights = (units, vectors), (weight_at, unit_by, k_by)
+            emit_block(context, builder, like.dtype, size, (out_at, out_by), weights, (inputs_at, inputs_by), count)
             return context.get_dummy_value()
 
         return types.void(like, out, out_step, weight, unit_step, k_step, inputs, input_step, K), codegen
