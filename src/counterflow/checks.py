@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,13 @@ def check_device(name: str) -> None:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError):  # torch asserts that it was built with CUDA
         raise ValueError(f"expected device to be an available torch device, such as cpu, got {name!r}") from None
+
+
+def one_of(value: object, name: str, known: Iterable[str]) -> None:
+    """Raise ValueError unless value is one of the known names."""
+    known = list(known)
+    if value not in known:
+        raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
 
 
 def positive(value: int, name: str) -> int:

@@ -27,7 +27,9 @@ def check_run_folder(options: RunFolder) -> None:
             )
         check_space(options.resume)
         return
-    if "TORCHELASTIC_RUN_ID" not in os.environ:  # torchrun starts a command again in the folder that it was in
+    from counterflow.commands.torchrun import is_torchrun  # imports rich, which printing help should not
+
+    if not is_torchrun():  # torchrun starts a command again in the folder that it was in
         check_new(options.out)
     check_can_create(options.out or Path("runs"))
 

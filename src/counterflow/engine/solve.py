@@ -24,6 +24,7 @@ from torch._C import _are_functorch_transforms_active as functions_are_transform
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
 from torch.nn import Parameter
 
+from counterflow.checks import one_of
 from counterflow.engine.contract import Body, Layout, Solution, System
 from counterflow.made.staircase import Staircase, is_batched, weight_gradient
 
@@ -34,8 +35,7 @@ SOLVERS = ("auto", "reference", "sliced", "cpu")
 
 def check_solver(name: str) -> str:
     """Return the name of a solver, or raise ValueError if there is none of that name."""
-    if name not in SOLVERS:
-        raise ValueError(f"expected solver to be one of {', '.join(SOLVERS)}, got {name!r}")
+    one_of(name, "solver", SOLVERS)
     return name
 
 

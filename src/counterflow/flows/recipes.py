@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
-from counterflow.checks import positive
+from counterflow.checks import one_of, positive
 from counterflow.flows.bases import StandardNormal
 from counterflow.flows.flow import Flow
 from counterflow.random import seeded
@@ -51,8 +51,7 @@ def stack(
         TypeError: univariate is not a univariate map.
         ValueError: a size below 1, or a name that does not exist.
     """
-    if order not in ("reversed", "random", "same"):
-        raise ValueError(f"expected order to be one of reversed, random, same, got {order!r}")
+    one_of(order, "order", get_args(Order))
     positive(features, "features")
     transforms: list[Transform] = []
     with nullcontext() if seed is None else seeded(seed):
@@ -246,3 +245,6 @@ def Coupling(
     degrees = [1] * first + [2] * (features - first)
     transform = stack(features, context, layers, hidden, univariate, activation, order, seed, degrees=degrees)
     return Flow(StandardNormal(features), Inverse(transform))
+
+
+RECIPES: dict[str, Callable[..., Flow]] = {"maf": MAF, "nsf": NSF, "iaf": IAF, "coupling": Coupling}

@@ -6,13 +6,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from counterflow.checks import require
-from counterflow.flows.recipes import IAF, MAF, NSF, Coupling
+from counterflow.checks import one_of, require
+from counterflow.flows.recipes import RECIPES
 
 require("nessai", "nessai", "flows of nessai's kind")
 from nessai.flows.base import BaseFlow  # noqa: E402
-
-_RECIPES = {"maf": MAF, "nsf": NSF, "iaf": IAF, "coupling": Coupling}
 
 
 class CounterflowFlow(BaseFlow):  # type: ignore[misc]  # nessai is not imported by the type checker
@@ -53,14 +51,13 @@ class CounterflowFlow(BaseFlow):  # type: ignore[misc]  # nessai is not imported
         **settings: Any,
     ) -> None:
         super().__init__()
-        if kind not in _RECIPES:
-            raise ValueError(f"expected kind to be one of {', '.join(_RECIPES)}, got {kind!r}")
+        one_of(kind, "kind", RECIPES)
         self._recipe = (kind, n_inputs, context_features, n_blocks, (n_neurons,) * n_layers, settings)
         self.flow = self._build()
 
     def _build(self) -> Any:
         kind, features, context, layers, hidden, settings = self._recipe
-        return _RECIPES[kind](features, context, layers, hidden, **settings)
+        return RECIPES[kind](features, context, layers, hidden, **settings)
 
     def reset_parameters(self) -> None:
         """Draw new initial weights; called by nessai after it has reset each layer on its own."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from counterflow.flows.recipes import MAF, NSF
+from counterflow.checks import one_of
+from counterflow.flows.recipes import RECIPES
 from counterflow.interop.zuko import AdaptedFlow, to_zuko
 
 
@@ -41,9 +42,7 @@ def flow(
         >>> u.shape, log_det.shape
         (torch.Size([7, 5]), torch.Size([7]))
     """
-    recipes = {"nsf": NSF, "maf": MAF}
-    if kind not in recipes:
-        raise ValueError(f"expected kind to be one of nsf, maf, got {kind!r}")
+    one_of(kind, "kind", ("nsf", "maf"))
     if hidden is None:
         hidden = (max(1 << (3 * n_dim - 1).bit_length(), 32),) * 3
-    return to_zuko(recipes[kind](n_dim, layers=layers, hidden=hidden, **settings))
+    return to_zuko(RECIPES[kind](n_dim, layers=layers, hidden=hidden, **settings))

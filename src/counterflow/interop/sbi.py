@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from copy import copy, deepcopy
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from counterflow.checks import require
+from counterflow.checks import one_of, require
 from counterflow.flows.flow import Flow
-from counterflow.flows.recipes import IAF, MAF, NSF, Coupling
+from counterflow.flows.recipes import RECIPES
 from counterflow.interop.conversion.sbi import flow as converted
 from counterflow.interop.zuko import to_zuko
 from counterflow.transforms.base import Transform
@@ -31,8 +31,6 @@ from sbi.utils.sbiutils import standardizing_net, z_standardization  # noqa: E40
 Kind = Literal["maf", "nsf", "iaf", "coupling"]
 ZScore = Literal["none", "independent", "structured"]
 P = TypeVar("P")
-
-_RECIPES: dict[str, Callable[..., Flow]] = {"maf": MAF, "nsf": NSF, "iaf": IAF, "coupling": Coupling}
 
 
 def estimator(
@@ -77,17 +75,12 @@ def estimator(
         >>> q.sample((7,), x[:5]).shape, q.log_prob(theta[None], x).shape
         (torch.Size([7, 5, 3]), torch.Size([1, 50]))
     """
-    _one_of("kind", kind, _RECIPES)
-    _one_of("of", of, ("posterior", "likelihood"))
-    _one_of("z_score", z_score, ("none", "independent", "structured"))
-    _one_of("z_score_condition", z_score_condition, ("none", "independent", "structured"))
-    make = partial(_RECIPES[kind], layers=layers, hidden=tuple(hidden), **{"activation": "tanh", **settings})
+    one_of(kind, "kind", RECIPES)
+    one_of(of, "of", ("posterior", "likelihood"))
+    one_of(z_score, "z_score", get_args(ZScore))
+    one_of(z_score_condition, "z_score_condition", get_args(ZScore))
+    make = partial(RECIPES[kind], layers=layers, hidden=tuple(hidden), **{"activation": "tanh", **settings})
     return partial(_estimator, make, of, embedding_net or nn.Identity(), z_score, z_score_condition)
-
-
-def _one_of(name: str, value: str, known: Sequence[str] | dict[str, Any]) -> None:
-    if value not in known:
-        raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {value!r}")
 
 
 def _estimator(
@@ -157,8 +150,8 @@ def variational(
         >>> theta.shape, log_q.shape
         (torch.Size([5, 3]), torch.Size([5]))
     """
-    _one_of("kind", kind, _RECIPES)
-    return partial(_variational, partial(_RECIPES[kind], layers=layers, hidden=tuple(hidden), **settings))
+    one_of(kind, "kind", RECIPES)
+    return partial(_variational, partial(RECIPES[kind], layers=layers, hidden=tuple(hidden), **settings))
 
 
 def _variational(

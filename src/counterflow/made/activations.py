@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from counterflow.checks import one_of
+
 
 @dataclass(frozen=True, slots=True)  # with slots, no walker of objects tries to rebuild it
 class Activation:
@@ -61,6 +63,5 @@ ACTIVATIONS: dict[str, Activation] = {
 
 def activation_named(name: str) -> Activation:
     """Return the activation of that name; raise ValueError with the list of names if there is none."""
-    if name not in ACTIVATIONS:
-        raise ValueError(f"expected activation to be one of {', '.join(sorted(ACTIVATIONS))}, got {name!r}")
+    one_of(name, "activation", sorted(ACTIVATIONS))
     return ACTIVATIONS[name]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from counterflow.checks import one_of
+
 Estimator = Literal["reparameterised", "path", "dreg", "forward_kl", "renyi"]
 Refiner = Literal["nuts", "neutra", "imh"]  # Markov chains through the flow
 
@@ -38,6 +40,4 @@ class PosteriorConfig:
             raise ValueError(
                 f"expected verdict_samples of at least 1000, got {self.verdict_samples}; k-hat needs a tail"
             )
-        known = get_args(Estimator)
-        if self.estimator not in known:
-            raise ValueError(f"expected estimator to be one of {', '.join(known)}, got {self.estimator!r}")
+        one_of(self.estimator, "estimator", get_args(Estimator))

@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from counterflow.checks import one_of
 from counterflow.diagnostics.arviz import arviz_data
 from counterflow.diagnostics.estimates import unreliable_features
 from counterflow.diagnostics.importance import psis, resample
@@ -310,8 +311,7 @@ class Posterior:
             ValueError: an unknown method, or a posterior that was loaded without its target.
             ImportError: nutpie for "nuts", NumPyro for "neutra", or ArviZ, which computes R-hat, is not installed.
         """
-        if method not in REFINERS:
-            raise ValueError(f"expected method to be one of {', '.join(REFINERS)}, got {method!r}")
+        one_of(method, "method", REFINERS)
         target = self._require_target()
         found = REFINERS[method](self.flow, target, chains=chains, samples=samples, seed=seed)
         values = target.constrain(found.draws.flatten(0, 1))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from counterflow.checks import check_device
+from counterflow.checks import check_device, one_of
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,7 @@ class FitConfig:
         if not 0 <= self.ema < 1:
             raise ValueError(f"expected ema to be in [0, 1), got {self.ema}")
         for name, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"expected {name} to be one of {', '.join(known)}, got {getattr(self, name)!r}")
+            one_of(getattr(self, name), name, known)
         check_device(self.device)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from counterflow.checks import positive_number
+from counterflow.checks import one_of, positive_number
 from counterflow.univariate.base import Partials, Univariate
 
 
@@ -147,8 +147,7 @@ class ForeignAffine(Univariate):
     parameters = 2
 
     def __post_init__(self) -> None:
-        if self.scale not in get_args(Scale):
-            raise ValueError(f"expected scale to be one of {', '.join(get_args(Scale))}, got {self.scale!r}")
+        one_of(self.scale, "scale", get_args(Scale))
         if not (0 <= self.min_scale < 1 and self.low < self.high):
             raise ValueError(
                 f"expected 0 <= min_scale < 1 and low < high, got min_scale={self.min_scale}, low={self.low}, "
