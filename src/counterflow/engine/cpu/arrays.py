@@ -6,8 +6,8 @@ from __future__ import annotations
 # mypy: allow-untyped-defs, no-check-untyped-defs
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import carray, types  # type: ignore[attr-defined]
+from llvmlite import ir
+from numba import carray, types  # type: ignore[attr-defined]  # missing in its stubs
 from numba.core import cgutils
 from numba.extending import intrinsic
 

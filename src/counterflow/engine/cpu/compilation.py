@@ -19,7 +19,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
-from llvmlite import binding  # type: ignore[import-untyped]
+from llvmlite import binding
 from numba import njit, types
 from numba.core import sigutils
 from numba.core.ccallback import CFunc

@@ -7,7 +7,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from numba import carray  # type: ignore[attr-defined]
+from numba import carray  # type: ignore[attr-defined]  # missing in its stubs
 
 from counterflow.engine.cpu.affine import (
     evaluate_affine,

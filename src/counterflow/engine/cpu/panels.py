@@ -14,7 +14,7 @@ from __future__ import annotations
 # mypy: allow-untyped-defs, no-check-untyped-defs
 from typing import Any
 
-from llvmlite import ir  # type: ignore[import-untyped]
+from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 

@@ -13,8 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir  # type: ignore[import-untyped]
-from numba import carray, types  # type: ignore[attr-defined]
+from llvmlite import ir
+from numba import carray, types  # type: ignore[attr-defined]  # missing in its stubs
 from numba.extending import intrinsic
 
 from counterflow.engine.cpu import fields as f

@@ -21,7 +21,7 @@ from __future__ import annotations
 # Compiled functions have the types that Numba infers.
 # mypy: allow-untyped-defs, no-check-untyped-defs
 import numpy as np
-from numba import carray  # type: ignore[attr-defined]
+from numba import carray  # type: ignore[attr-defined]  # missing in its stubs
 
 from counterflow.engine.cpu.affine import (
     invert_affine,
