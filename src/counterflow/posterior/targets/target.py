@@ -188,9 +188,7 @@ class Target:
         with torch.no_grad():
             return self._program.unconstrain(tensors)
 
-    def initial(
-        self, n: int, seed: int, *, radius: float = INITIAL_RADIUS, center: Tensor | float = 0.0, tries: int = MAX_TRIES
-    ) -> Tensor:
+    def initial(self, n: int, seed: int, *, radius: float = INITIAL_RADIUS, center: Tensor | float = 0.0) -> Tensor:
         """Return n starting points (n, D), each with a finite log density and gradient.
 
         Args:
@@ -198,7 +196,6 @@ class Target:
             seed: seed of the points.
             radius: half the width of the uniform distribution from which each coordinate is drawn.
             center: its middle, (D,) or 0.
-            tries: number of draws of each point before it counts as not found.
 
         Raises:
             NoStartingPointError: at least one point was not found; the message names the variables that prevent it.
@@ -206,7 +203,7 @@ class Target:
         generator = torch.Generator().manual_seed(seed)
         theta = torch.empty(n, self.dim, dtype=torch.float64)
         bad = torch.ones(n, dtype=torch.bool)
-        for _ in range(tries):
+        for _ in range(MAX_TRIES):
             uniform = torch.rand(int(bad.sum()), self.dim, generator=generator, dtype=theta.dtype)
             theta[bad] = center + radius * (2 * uniform - 1)
             value, gradient = self._value_and_gradient(theta[bad])
@@ -217,7 +214,7 @@ class Target:
             f"in ({-radius:g}, {radius:g})^{self.dim}" if isinstance(center, float) else f"within {radius:g} of a point"
         )
         raise NoStartingPointError(
-            f"expected a finite log density and gradient at one of {tries} random points {place}, got none; "
+            f"expected a finite log density and gradient at one of {MAX_TRIES} random points {place}, got none; "
             f"{self.explain(theta[bad][0])}; look for data outside of a support and for wrong bounds"
         )
 
