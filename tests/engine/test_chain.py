@@ -12,7 +12,7 @@ from counterflow.engine import chain
 from counterflow.engine.cpu import chain as cpu_chain
 from counterflow.made.activations import ACTIVATIONS
 
-MAPS = {name: u for name, u in (UNIVARIATES | FOREIGN).items() if name != "sinh-arcsinh"}
+MAPS = UNIVARIATES | FOREIGN
 # D, context, hidden sizes, degrees
 SHAPES = [
     (3, 0, (7, 5), None),

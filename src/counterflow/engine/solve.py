@@ -71,8 +71,7 @@ def body_for(solver: str, layout: Layout, *tensors: Tensor) -> Body:
         if solver == "cpu" and not supported:
             came = f"{layout.univariate} on {device}" if readable else "tensors that torch traces or transforms"
             raise ValueError(
-                "expected Affine, Gated, RationalQuadraticSpline or ForeignAffine on the CPU for solver='cpu', "
-                f"got {came}; use solver='auto'"
+                f"expected a map of this library on the CPU for solver='cpu', got {came}; use solver='auto'"
             )
         if solver == "auto" and supported:  # "cpu" waits for the compiler
             supported = import_module("counterflow.engine.cpu").is_ready(tensors[0].dtype)

@@ -15,6 +15,7 @@ The files of this folder:
     elementary    exp, tanh and the like, written so that LLVM vectorises them; the activations
     affine        affine and gated maps
     spline        rational-quadratic splines
+    sinh_arcsinh  sinh-arcsinh maps
     substitution  the two kernels
 
 and for the one-pass direction of a chain of layers:

@@ -20,13 +20,30 @@ from torch import Tensor
 from counterflow.engine.contract import Layout
 from counterflow.engine.cpu.compilation import VECTOR_BYTES, machine_code
 from counterflow.engine.cpu.elementary import ACTIVATION_CODES
-from counterflow.engine.cpu.tables import AFFINE, CLAMP, CLIPPED_SPLINE, GATED, SIGMOID, SOFTCLIP, SOFTPLUS, SPLINE
+from counterflow.engine.cpu.tables import (
+    AFFINE,
+    CLAMP,
+    CLIPPED_SPLINE,
+    GATED,
+    SIGMOID,
+    SINH_ARCSINH,
+    SOFTCLIP,
+    SOFTPLUS,
+    SPLINE,
+)
 from counterflow.engine.cpu.threads import run_on_threads
 from counterflow.univariate.affine import Affine, ForeignAffine, Gated
 from counterflow.univariate.base import Univariate
+from counterflow.univariate.sinh_arcsinh import SinhArcsinh
 from counterflow.univariate.spline import RationalQuadraticSpline
 
-MAP_TYPES: dict[type, int] = {Affine: AFFINE, Gated: GATED, RationalQuadraticSpline: SPLINE, ForeignAffine: SOFTPLUS}
+MAP_TYPES: dict[type, int] = {
+    Affine: AFFINE,
+    Gated: GATED,
+    RationalQuadraticSpline: SPLINE,
+    SinhArcsinh: SINH_ARCSINH,
+    ForeignAffine: SOFTPLUS,
+}
 SCALE_CODES = {"softplus": SOFTPLUS, "sigmoid": SIGMOID, "softclip": SOFTCLIP, "clamp": CLAMP}  # of ForeignAffine
 
 # Sizes tried at D, H, B = 64, 512, 256 and 784, 1024, 100, float32, one thread of an EPYC 9004 (Zen 4): tiles of 32

@@ -45,8 +45,9 @@ from counterflow.engine.cpu.fields import (
     MAP_X,
     MAP_X_BAR,
 )
+from counterflow.engine.cpu.sinh_arcsinh import evaluate_sinh_arcsinh, pull_sinh_arcsinh, solve_sinh_arcsinh
 from counterflow.engine.cpu.spline import evaluate_spline, pull_spline, solve_spline
-from counterflow.engine.cpu.tables import AFFINE, BOUND, CLIPPED_SPLINE, GATED
+from counterflow.engine.cpu.tables import AFFINE, BOUND, CLIPPED_SPLINE, GATED, SINH_ARCSINH
 
 
 @compiled
@@ -185,6 +186,19 @@ def _spline(clipped: bool) -> tuple[Any, Any, Any]:
     return evaluate, pull, push
 
 
+def _sinh_arcsinh() -> tuple[Any, Any, Any]:
+    def evaluate(y, log_det, x, params, work, constants):
+        evaluate_sinh_arcsinh(y, log_det, x, params[0], params[1], constants[BOUND])
+
+    def pull(x_bar, bars, u, w, x, params, work, constants):
+        pull_sinh_arcsinh(x_bar, bars[0], bars[1], u, w, x, params[0], params[1], constants[BOUND])
+
+    def push(u, bars, returned, v, w, x, params, work, constants):
+        solve_sinh_arcsinh(u, bars[0], bars[1], returned, v, w, x, params[0], params[1], constants[BOUND])
+
+    return evaluate, pull, push
+
+
 @cache
 def map_kernels(code: int) -> tuple[Any, Any, Any]:
     """Return the kernels that evaluate a map, pull cotangents back through it and push scores through it."""
@@ -194,6 +208,8 @@ def map_kernels(code: int) -> tuple[Any, Any, Any]:
         functions = _gated()
     elif code <= CLIPPED_SPLINE:
         functions = _spline(code == CLIPPED_SPLINE)
+    elif code == SINH_ARCSINH:
+        functions = _sinh_arcsinh()
     else:
         functions = _scaled(code)
     makers = {"evaluate": _make_evaluate, "pull": _make_pull, "push": _make_push}

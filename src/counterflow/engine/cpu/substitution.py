@@ -34,6 +34,7 @@ from counterflow.engine.cpu.affine import (
 from counterflow.engine.cpu.arrays import add, add_product, copy, fill, integers, matrix, take_number
 from counterflow.engine.cpu.compilation import VECTOR_BYTES, compiled, entry
 from counterflow.engine.cpu.elementary import activate, take_back
+from counterflow.engine.cpu.sinh_arcsinh import invert_sinh_arcsinh, solve_sinh_arcsinh
 from counterflow.engine.cpu.spline import invert_spline, solve_spline
 from counterflow.engine.cpu.tables import (
     ACTIVATION,
@@ -50,6 +51,7 @@ from counterflow.engine.cpu.tables import (
     LINKS,
     PARAMETERS,
     ROWS,
+    SINH_ARCSINH,
     STARTS,
     TILE_ROWS,
     UNIVARIATE,
@@ -152,6 +154,8 @@ def _forward(pointer):
                         invert_gated(x_i, total, params[0], params[1])
                     elif univariate <= CLIPPED_SPLINE:
                         invert_spline(x_i, total, params, knots, constants, univariate == CLIPPED_SPLINE)
+                    elif univariate == SINH_ARCSINH:
+                        invert_sinh_arcsinh(x_i, total, params[0], params[1], constants[BOUND])
                     else:
                         invert_scaled(univariate, x_i, total, params[0], params[1], knots, constants)
                 for k in range(1, top):
@@ -223,6 +227,9 @@ def _back(pointer):
                     elif univariate <= CLIPPED_SPLINE:
                         clipped = univariate == CLIPPED_SPLINE
                         solve_spline(u_i, bars, returned, v_i, w_i, x_i, params_i, knots, constants, clipped)
+                    elif univariate == SINH_ARCSINH:
+                        m, a, bound = params_i[0], params_i[1], constants[BOUND]
+                        solve_sinh_arcsinh(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, m, a, bound)
                     else:
                         a = params_i[1]
                         solve_scaled(univariate, u_i, bars[0], bars[1], returned, v_i, w_i, x_i, a, knots, constants)
