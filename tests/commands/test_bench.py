@@ -110,7 +110,7 @@ def test_parallel_is_one_pass_of_a_peer_and_sequential_is_d(name):
 @pytest.mark.filterwarnings("ignore")
 @over(MEASUREMENTS, "measurement")
 @over(TORCH)
-def test_what_is_called_is_what_is_named(name, measurement):
+def test_each_name_calls_the_library_it_names(name, measurement):
     """Values come without a graph, and gradients are those of the input and of every weight."""
     prepared = prepare(contestant(name), Size(D, H, B), measurement)
     result = prepared.call()
@@ -183,7 +183,7 @@ def test_a_process_that_is_stopped_or_runs_out_of_memory_is_replaced():
 
 
 @pytest.mark.slow
-def test_who_is_over_the_budget_gets_one_call_and_no_larger_size():
+def test_a_contestant_over_the_budget_gets_one_call_and_no_larger_size():
     turns, steps = [], []
     settings, limits = Settings(threads=1, memory=2**32), Limits(repeats=4, budget=1e-9, cap=60)
     runner = Runner(["counterflow"], settings, limits, turns.append, lambda: steps.append(1))

@@ -82,7 +82,7 @@ UNREADABLE = {
 
 
 @pytest.mark.parametrize(("line", "message"), UNREADABLE.values(), ids=UNREADABLE)
-def test_arguments_that_do_not_read(line, message, here, tmp_path):
+def test_arguments_that_cannot_be_parsed(line, message, here, tmp_path):
     code, out, err = here(*line.split())
     assert (code, out) == (2, "") and message in err and "Traceback" not in err
     assert not everything(tmp_path)

@@ -307,14 +307,14 @@ def test_the_same_seed_the_same_draws(here, tmp_path, monkeypatch):
     assert a.equals(b) and not a.equals(c)
 
 
-def test_a_file_may_import_its_neighbour_and_bear_a_packages_name(here, tmp_path):
+def test_a_file_may_import_its_neighbour_and_have_the_name_of_a_package(here, tmp_path):
     (tmp_path / "torch.py").write_text("from mine import banana\nimport torch\nfive = torch.tensor(5)\n")
     assert load_target("torch.py:banana", None, None, None).dim == 2
     assert sys.modules["torch"] is torch
 
 
 @pytest.mark.parametrize(("package", "code"), [("pyro", "import pyro"), ("numpyro", "from numpyro import sample")])
-def test_the_tool_is_told_by_what_a_function_calls(package, code, here, tmp_path):
+def test_the_tool_is_detected_from_what_a_function_calls(package, code, here, tmp_path):
     pytest.importorskip(package)
     from counterflow.commands.model_file import _import_file
     from counterflow.commands.model_tool import find_tool
@@ -328,7 +328,7 @@ def test_the_tool_is_told_by_what_a_function_calls(package, code, here, tmp_path
     assert [find_tool(function) for function in (module.inner, module.outer, module.local)] == [package] * 3
 
 
-def test_a_bad_verdict_is_told_on_stderr_and_the_exit_code_is_0(here, tmp_path):
+def test_a_bad_verdict_is_printed_on_stderr_and_the_exit_code_is_0(here, tmp_path):
     code, out, err = here("mine.py:modes", *QUICK, "--out", "run")
     verdict = summary(tmp_path / "run")["verdict"]
     assert code == 0 and "cannot be trusted" in verdict and not summary(tmp_path / "run")["trusted"]
@@ -393,13 +393,13 @@ PICTURES = {
 
 
 @pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
-def test_pictures_of_the_unusual(draw, tmp_path):
+def test_pictures_of_unusual_posteriors(draw, tmp_path):
     path = draw(tmp_path / "plots" / "picture.png")
     with Image.open(path) as picture:
         assert min(picture.size) > 100 and np.asarray(picture.convert("L")).std() > 1
 
 
-def test_ctrl_c_in_a_stage_keeps_it(here, tmp_path):
+def test_ctrl_c_in_a_stage_keeps_its_result(here, tmp_path):
     (tmp_path / "pressed.py").write_text(
         "steps = 0\ndef model(theta):\n    global steps\n    steps += len(theta) == 37\n"
         "    if len(theta) == 37 and steps == 9:\n        raise KeyboardInterrupt\n"
@@ -410,7 +410,7 @@ def test_ctrl_c_in_a_stage_keeps_it(here, tmp_path):
     assert files(tmp_path / "run") == FILES and "(interrupted)" in err
 
 
-def test_ctrl_c_before_the_first_stage_leaves_nothing(here, tmp_path, monkeypatch):
+def test_ctrl_c_before_the_first_stage_leaves_no_files(here, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -419,7 +419,7 @@ def test_ctrl_c_before_the_first_stage_leaves_nothing(here, tmp_path, monkeypatc
     assert code == 130 and err.endswith("interrupted\n") and not (tmp_path / "run").exists()
 
 
-def test_an_error_in_the_middle_leaves_nothing(here, tmp_path):
+def test_an_error_during_the_fit_leaves_no_files(here, tmp_path):
     before = everything(tmp_path)
     code, _, err = here("mine.py:picky", *QUICK, "--out", "run")
     assert code == 2 and "Traceback" not in err
@@ -495,12 +495,12 @@ def test_bad_input_of_modelling_tools_ends_in_one_line(package, line, message, h
 
 
 @pytest.mark.parametrize(("module", "extra"), [("arviz", "posterior"), ("pyarrow", "data"), ("matplotlib", "plots")])
-def test_a_package_that_is_missing_is_named_before_the_fit(module, extra, here, tmp_path, monkeypatch):
+def test_a_missing_package_is_named_before_the_fit(module, extra, here, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     check_refused(here, "mine.py:banana", rf"expected {module}.*pip install 'counterflow\[{extra}\]'", tmp_path)
 
 
-def test_a_tool_that_is_missing_is_named(here, tmp_path, monkeypatch):
+def test_a_missing_tool_is_named(here, tmp_path, monkeypatch):
     pytest.importorskip("pymc")
     monkeypatch.setitem(sys.modules, "pymc", None)
     check_refused(here, "mine_pymc.py:schools", r"expected pymc.*pip install 'counterflow\[pymc\]'.*line 2", tmp_path)

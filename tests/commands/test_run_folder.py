@@ -35,7 +35,7 @@ def holder(folder, seconds):
     return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
 
 
-def test_a_lock_is_exclusive_and_leaves_nothing(tmp_path, monkeypatch):
+def test_a_lock_is_exclusive_and_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = tmp_path / "run"
     with locked(run):
@@ -47,7 +47,7 @@ def test_a_lock_is_exclusive_and_leaves_nothing(tmp_path, monkeypatch):
     assert run.is_dir() and not files(run)
 
 
-def test_of_many_processes_one_gets_the_lock(tmp_path):
+def test_one_of_many_processes_gets_the_lock(tmp_path):
     processes = [holder(tmp_path, 3) for _ in range(6)]
     time.sleep(0.5)
     (tmp_path / "start").touch()
@@ -55,7 +55,7 @@ def test_of_many_processes_one_gets_the_lock(tmp_path):
     assert told[-1] == "locked" and all(line.startswith(BUSY) for line in told[:-1]), told
 
 
-def test_a_killed_process_gives_its_lock_back(tmp_path):
+def test_the_lock_of_a_killed_process_is_free(tmp_path):
     (tmp_path / "start").touch()
     with holder(tmp_path, 60) as process:
         assert process.stdout.readline() == "locked\n"
@@ -87,7 +87,7 @@ def test_parts_are_not_written_to_a_folder_in_use(density_runs, tables, here, tm
 
 
 @pytest.mark.slow
-def test_of_two_runs_started_into_one_folder_one_is_refused(tmp_path):
+def test_one_of_two_runs_started_into_one_folder_is_refused(tmp_path):
     write_table(NUMBERS, tmp_path / "numbers.csv")
     command = [*COMMAND, "density", "numbers.csv", *ONE_FLOW, "--out", "run"]
     options = {"cwd": tmp_path, "env": ENVIRONMENT, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

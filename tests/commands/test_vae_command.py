@@ -96,7 +96,7 @@ def scores(path):
     return {name: np.array([float(line[name]) for line in table]) for name in ("elbo", "log_likelihood", "kl")}
 
 
-def test_score_says_how_well_a_run_explains_data(vae_run, here, tmp_path):
+def test_score_gives_the_elbo_and_likelihood_of_data(vae_run, here, tmp_path):
     code, out, _ = here("score", vae_run[0] / "digits", "digits", "--samples", 4, "--out", "scores.csv")
     assert code == 0
     found = scores(tmp_path / "scores.csv")
@@ -198,7 +198,7 @@ def test_two_runs_of_one_seed_are_the_same(here, tmp_path, monkeypatch):
     assert [r["test_log_likelihood"] for r in a] == [r["test_log_likelihood"] for r in b]
 
 
-def test_what_is_trained_on_what_is_tested_and_what_is_kept(here, tmp_path, monkeypatch):
+def test_the_training_validation_and_test_parts(here, tmp_path, monkeypatch):
     """Grey values are binarised for training, validation and test alike; the tested weights are those of the file."""
     seen, tested = [], {}
 
@@ -286,7 +286,7 @@ def test_ctrl_c_before_and_after_the_training(here, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("default")
-def test_a_training_that_blows_up_says_so(here, tmp_path):
+def test_a_training_that_diverges_says_so(here, tmp_path):
     write_csv(tmp_path)
     wild = "--learning-rate 1e30 --schedule constant --warm-up-steps 0 --ema 0 --max-skipped 1 --posterior gaussian"
     code, _, err = here(

@@ -30,7 +30,7 @@ def test_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
 
 
-def test_the_defaults_are_written_once():
+def test_the_defaults_are_defined_once():
     settings = cf.FlowDensity().get_params()
     default = DensityConfig()
     assert {name: settings[name] for name in vars(default)} == vars(default)
@@ -98,7 +98,7 @@ def test_densities_are_in_the_units_of_the_table():
         np.testing.assert_allclose(scores[0] - scores[1], 2 * math.log(unit), atol=1e-3)
 
 
-def test_a_normal_table_is_found_at_once():
+def test_a_normal_table_is_fitted_closely():
     density = cf.FlowDensity(**TINY).fit(ROWS)
     truth = -0.5 * (((ROWS - [10, -3]) / [2, 0.1]) ** 2).sum(1) - math.log(2 * math.pi) - math.log(0.2)
     assert abs(density.score(ROWS) - truth.mean()) < 0.05
@@ -117,7 +117,7 @@ def test_repeated_numbers_do_not_let_the_density_diverge():
     assert np.all(atoms < math.log(0.09) - 2 * math.log(width) + 1) and np.isfinite(atoms).all()
 
 
-def test_outside_of_the_support_is_minus_infinity(mixed):
+def test_the_density_outside_of_the_support_is_zero(mixed):
     _, _, density = mixed
     table = mixed[0].head(3).copy()
     table.loc[0, "share"], table.loc[1, "grade"] = 1.5, 99.0
@@ -159,7 +159,7 @@ def test_context_of_numbers_in_an_array():
 
 
 @pytest.mark.slow
-def test_a_weight_counts_as_so_many_rows():
+def test_a_row_of_weight_n_counts_as_n_rows():
     x = np.concatenate([RNG.normal(0, 1, (300, 1)), RNG.normal(20, 1, (300, 1))])
     weights = np.repeat([1.0, 0.0], 300)
     density = cf.FlowDensity(**TINY).fit(x, sample_weight=weights)
@@ -181,7 +181,7 @@ def recipe(features, context):
     return cf.MAF(features, context, layers=1, hidden=(8,), univariate=cf.transforms.SinhArcsinh())
 
 
-def test_a_recipe_of_ones_own():
+def test_a_user_defined_recipe():
     density = cf.FlowDensity(recipe, **TINY).fit(ROWS)
     assert "SinhArcsinh" in repr(density.flow_)
     with pytest.raises(ValueError, match=r"expected a recipe .* for 2 and 0, got"):
@@ -245,7 +245,7 @@ def test_save_and_load(mixed, tmp_path):
         cf.FlowDensity.load(tmp_path / "plain")
 
 
-def test_without_scikit_learn_it_says_what_to_install(monkeypatch):
+def test_a_missing_scikit_learn_is_named_with_the_command_that_installs_it(monkeypatch):
     monkeypatch.delitem(sys.modules, "counterflow.density.estimator")
     monkeypatch.setitem(sys.modules, "sklearn.base", None)
     with pytest.raises(ImportError, match=r"expected scikit-learn .* pip install 'counterflow\[data\]'"):
@@ -276,7 +276,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("x", "settings", "message"), REFUSED.values(), ids=REFUSED)
-def test_what_is_refused(x, settings, message):
+def test_invalid_input_is_refused(x, settings, message):
     with pytest.raises(ValueError, match=message):
         cf.FlowDensity(**{**TINY, **settings}).fit(x)
     with pytest.raises(ValueError, match=message):

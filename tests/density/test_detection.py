@@ -56,7 +56,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize(("x", "map"), FOUND.values(), ids=FOUND)
-def test_what_a_column_is(x, map):
+def test_the_kind_of_a_column_is_detected(x, map):
     (column,) = detect(np.asarray(x, float)[:, None], ["a"]).columns
     assert column.map == map
     y, _ = TableTransform([column])(torch.from_numpy(np.asarray(x, float))[:, None])
@@ -77,12 +77,12 @@ def test_the_resolution_of_recorded_numbers(name):
     assert not fine.quantized
 
 
-def test_few_rows_conclude_nothing():
+def test_few_rows_give_no_detection():
     (column,) = detect(np.array([[1.0], [2.0], [1e9]]), ["a"]).columns
     assert isinstance(column, LinearColumn)
 
 
-def test_what_is_stated_is_done():
+def test_stated_kinds_are_used():
     x = np.stack([RNG.random(N), RNG.gamma(3, size=N), RNG.integers(0, 4, N), RNG.poisson(3, N)], 1)
     t = detect(x, list("abcd"), {"c": "real", "d": "integer"}, {"a": (0, 1), "b": (0, None), "d": (0, None)})
     assert [c.map for c in t.columns] == ["logit", "log", "linear", "log"]
@@ -105,12 +105,12 @@ BAD = {
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD.values(), ids=BAD)
-def test_what_cannot_be_done_is_said(arguments, message):
+def test_impossible_kinds_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         detect(np.random.default_rng(0).random((50, 2)), ["a", "b"], **arguments)
 
 
-def test_columns_that_make_no_density_are_named_in_one_error():
+def test_columns_without_a_density_are_named_in_one_error():
     a, b = RNG.normal(size=(2, 50))
     x = np.stack([a, np.ones(50), b, 3 - 2 * a, b, np.zeros(50)], 1)
     copies = "'d' is an affine copy of 'a' and 'e' is an affine copy of 'c'; drop them"

@@ -84,7 +84,7 @@ print(density.score(density.sample(5, seed=0)).shape)
     assert ran.stdout == "(5,)\n", ran.stderr
 
 
-def test_what_does_not_fit_the_flow_is_refused(density):
+def test_rows_that_do_not_fit_the_flow_are_refused(density):
     with pytest.raises(ValueError, match="expected 3 names and a context of size 0, as the flow has, got 2 names"):
         TableDensity(density.flow, ["a", "b"])
     with pytest.raises(ValueError, match=r"expected 3 names .* of size 0, .* and a context of size 1"):

@@ -55,7 +55,7 @@ def test_a_teacher_that_samples_in_one_pass_is_copied():
     assert not {id(p) for p in student.parameters()} & {id(p) for p in teacher.parameters()}
 
 
-def test_a_linear_teacher_is_met_before_any_training():
+def test_a_linear_teacher_is_matched_before_any_training():
     order, scale = cf.Permute([2, 0, 3, 1]), cf.Standardize([1.0, 2, 3, 4], [0.5, 1, 2, 3]).double()
     stack = cf.Compose([scale, affine_layer(), order, affine_layer()])
     teacher = cf.Flow(cf.bases.StandardNormal(4).double(), cf.Inverse(stack))
@@ -123,7 +123,7 @@ def test_the_layers_loss_is_its_kl_to_second_order():
 
 
 @over(FLOWS, quick=["MAF", "NSF", "both ways", "diagonal context"])
-def test_a_student_of_every_flow_comes_nearer(name):
+def test_a_student_of_every_flow_improves(name):
     teacher = FLOWS[name]()
     contexts = contexts_for(teacher)
     before = found(teacher, cf.distill(teacher, contexts, UNTRAINED), contexts)
@@ -135,7 +135,7 @@ def test_a_student_of_every_flow_comes_nearer(name):
     assert math.isfinite(after.reverse_error)
 
 
-def test_either_stage_learns_and_the_start_is_worth_having():
+def test_each_stage_learns_and_the_first_one_helps_the_second():
     teacher = stir(cf.MAF(6, layers=2, hidden=(16, 16)), gain=0.8).float()
     stages = {"nothing": (0, 0), "layers": (100, 0), "flow": (0, 100), "both": (100, 50)}
     reached = {
@@ -177,7 +177,7 @@ def test_contexts_are_rows_or_a_function():
     assert set(asked) >= {128}
 
 
-def test_the_teacher_stays_as_it_was():
+def test_the_teacher_is_unchanged():
     teacher = teacher_of().train()
     before = copy.deepcopy(teacher.state_dict())
     torch.manual_seed(5)
@@ -207,7 +207,7 @@ def test_a_teacher_whose_draws_explode():
     assert found(teacher, made.student).reverse < before.reverse / 10
 
 
-def test_a_student_that_somebody_brings_along():
+def test_a_user_defined_student():
     teacher, iaf = teacher_of(), cf.IAF(4, layers=1, hidden=(8,), seed=0)
     before = copy.deepcopy(iaf.state_dict())
     made = distill_with_history(teacher, config=SHORT, student=iaf)
@@ -328,7 +328,7 @@ def test_a_run_of_the_command(tmp_path, monkeypatch, capsys):
     assert 1 < summary["ess"] <= 500
 
 
-def test_what_the_command_refuses(tmp_path, monkeypatch, capsys):
+def test_the_command_refuses_invalid_input(tmp_path, monkeypatch, capsys):
     cf.save(cf.VAE((3,), 2, likelihood="gaussian", hidden=(4,), context=4), tmp_path / "vae.safetensors")
     cf.save(cf.MAF(3, 2, layers=1, hidden=(4,)), tmp_path / "context.safetensors")
     cf.save(cf.MAF(3, layers=1, hidden=(4,)), tmp_path / "flow.safetensors")

@@ -50,7 +50,7 @@ def test_one_process_at_a_time(compiler, monkeypatch):
     first.wait(30)
 
 
-def test_what_is_on_disk_is_ready_at_once(monkeypatch):
+def test_kernels_on_disk_are_ready_at_once(monkeypatch):
     monkeypatch.setattr(background, "is_on_disk", lambda *_: True)
     compiler = background._Compiler()
     assert compiler.look(*WANTED)

@@ -68,7 +68,7 @@ def calls(monkeypatch):
     return made
 
 
-def test_a_plan_that_has_left_the_cache_is_made_again():
+def test_a_plan_that_was_evicted_from_the_cache_is_built_again():
     t = several(cf.Affine(), "tanh", *SHAPES[1])
     x, c = inputs(t, 6)
     before = results(t, "cpu", x, c)
@@ -87,7 +87,7 @@ def test_flows_of_one_shape_share_a_plan():
 
 @over(MAPS, "univariate")
 @over(range(len(SHAPES)), "shape")
-def test_a_chain_is_that_of_torch(univariate, shape, poisoned, calls):  # noqa: F811
+def test_a_compiled_chain_equals_its_torch_operations(univariate, shape, poisoned, calls):  # noqa: F811
     D, context, hidden, degrees = SHAPES[shape]
     activation = list(ACTIVATIONS)[(shape + list(MAPS).index(univariate)) % len(ACTIVATIONS)]
     t = several(MAPS[univariate], activation, D, context, hidden, degrees)
@@ -140,7 +140,7 @@ def test_the_same_input_gives_the_same_bits(threads):
     compare(t, x, None)
 
 
-def test_only_what_needs_a_gradient_gets_one():
+def test_only_tensors_that_require_a_gradient_get_one():
     t = several(cf.Affine(), "relu", 3, 2, (5,), None)
     x, c = inputs(t, 4)
     everything = torch.autograd.grad(t(x, c)[0].sum(), list(t.parameters()))

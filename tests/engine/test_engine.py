@@ -224,7 +224,7 @@ def test_push_score_and_forward_agree_under_autocast(univariate):
 
 
 @over([s for s in SOLVERS if s != "reference"], "solver")
-def test_only_what_needs_a_gradient_gets_one(solver):
+def test_only_tensors_that_require_a_gradient_get_one(solver):
     t = stir(cf.Autoregressive(3, 2, (5,)))
     y, c = inputs(t, 4)
     t.solver = solver
@@ -249,7 +249,7 @@ def test_a_second_derivative_is_refused_not_wrong(of):
         torch.autograd.grad(slope.sum(), y)
 
 
-def test_the_system_is_the_network(poisoned):
+def test_the_system_has_the_networks_weights(poisoned):
     """Compare the network that substitution reads (`MADE.ends`, masked weights) with the one that forward runs."""
     t, y, c = made(next(case for case in CASES if case.startswith("17") and "context 2" in case))
     with torch.no_grad():
@@ -281,14 +281,12 @@ def test_auto_compiles_where_it_can():
             assert body_for("auto", layout, torch.empty(0, device=device)).__name__ == f"counterflow.engine.{body}"
 
 
-def test_a_map_of_ones_own_is_solved_in_slices():
+def test_a_user_defined_map_is_solved_in_slices():
     t = stir(cf.Autoregressive(3, 0, (5,), univariate=Shift()))
     y, _ = inputs(t, 4)
     close(t(t.inverse(y)[0])[0], y)
     t.solver = "cpu"
-    with pytest.raises(
-        ValueError, match=r"expected a map of this library on the CPU .* got Shift\(\) on cpu; use"
-    ):
+    with pytest.raises(ValueError, match=r"expected a map of this library on the CPU .* got Shift\(\) on cpu; use"):
         t.inverse(y)
 
 
@@ -355,7 +353,7 @@ def test_torch_compile_sees_one_graph(univariate, context):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_map_of_ones_own_needs_partials_inside_torch_compile():
+def test_a_user_defined_map_needs_partials_inside_torch_compile():
     t = stir(cf.Autoregressive(3, 0, (5,), univariate=Shift()))
     y, _ = inputs(t, 4)
     x, _ = torch.compile(t.inverse, backend="aot_eager", fullgraph=True)(y)
@@ -382,7 +380,7 @@ with torch.no_grad():
 
 
 @pytest.mark.slow
-def test_code_compiled_by_two_processes_links(tmp_path):
+def test_code_compiled_by_two_processes_can_be_linked(tmp_path):
     """Link code from disk with code compiled now: Numba links by names, and two processes may use one name twice."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     for which in ("forward", "both", "both"):

@@ -68,7 +68,7 @@ def test_marginals_take_repeated_values_and_features_of_few_knots():
         (lambda: cf.Flow(kernels(2), cf.IAF(2).transform)().rsample_and_log_prob_by_feature(), "independent features"),
     ],
 )
-def test_what_is_not_expected_is_said(build, message):
+def test_invalid_arguments_are_refused(build, message):
     with pytest.raises((ValueError, TypeError), match=message):
         build()
 
@@ -120,7 +120,7 @@ def test_a_mixture_draws_from_each_of_its_flows():
 
 
 @pytest.mark.parametrize("build", [pair, lambda: cf.Flow(kernels(2), cf.MAF(2, layers=1, hidden=(8,)).transform)])
-def test_what_is_saved_is_loaded_with_the_same_numbers(build, tmp_path):
+def test_saved_and_loaded_flows_give_the_same_numbers(build, tmp_path):
     module = build()
     z = torch.randn(6, 2, dtype=next(module.parameters()).dtype)
     cf.save(module, tmp_path / "flow.safetensors")
@@ -144,7 +144,7 @@ def blobs(rows: int, seed: int) -> torch.Tensor:
     return corners[picked] + 0.05 * torch.randn(rows, 2, generator=generator, dtype=torch.float64)
 
 
-def test_kernels_that_help_are_taken_and_others_hardly_count():
+def test_useful_kernels_get_weight_and_others_hardly_any():
     start = cf.Flow(cf.bases.StandardNormal(2), cf.Permute([1, 0])).double()
     train, validation, test = blobs(800, 0), blobs(200, 1), blobs(500, 2)
     kept = cf.flows.with_kernel_base(start, train, validation)
@@ -163,7 +163,7 @@ def test_kernels_of_a_conditional_flow_see_rows_through_their_context():
     assert kept(c).log_prob(x).mean() > -math.inf
 
 
-def test_kernels_are_refused_where_they_have_no_meaning():
+def test_kernels_are_refused_for_flows_that_they_do_not_fit():
     start = cf.Flow(kernels(2), cf.Permute([1, 0]))
     with pytest.raises(ValueError, match="with a StandardNormal base, got KernelMixture"):
         cf.flows.with_kernel_base(start, torch.zeros(3, 2), torch.zeros(3, 2))

@@ -24,7 +24,7 @@ def test_a_fresh_flow_is_near_the_identity(name, context):
         assert log_det.abs().max() < 64 * 1e-2
 
 
-def test_a_fresh_gated_flow_is_what_its_docstring_says():
+def test_a_new_gated_flow_has_the_scale_that_its_docstring_gives():
     x = torch.randn(256, 64)
     for n in (1, 5):
         y, log_det = cf.IAF(64, layers=n, univariate=cf.Gated(), order="same").transform(x)
@@ -57,7 +57,7 @@ def test_arguments_reach_the_layers(name):
     assert (flow.transform.inverse_cost, flow.transform.forward_cost)[name == "IAF"] == "one pass"
 
 
-def test_what_the_univariate_map_is_when_not_given():
+def test_the_default_univariate_map_of_each_recipe():
     assert layers(cf.NSF(2, hidden=(4,), bins=6, bound=3.0))[0].univariate == cf.RationalQuadraticSpline(6, 3.0)
     for make in (cf.IAF, cf.MAF, cf.Coupling):
         assert layers(make(2, hidden=(4,)))[0].univariate == cf.Affine()

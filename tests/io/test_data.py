@@ -381,7 +381,7 @@ def test_refused_arguments(tmp_path: Path, name: str, content: bytes, arguments:
     refusal(message, write(tmp_path, **{name: content}) / name, **arguments)
 
 
-def test_nothing_there(tmp_path: Path):
+def test_an_empty_or_missing_path_is_named(tmp_path: Path):
     with pytest.raises(FileNotFoundError, match=r'expected "digits", .*; got .*nowhere.*, which does not exist; check'):
         load(tmp_path / "nowhere.npy")
 
@@ -454,7 +454,7 @@ def test_the_seed_alone_decides():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_the_digits_are_cut_alike_on_every_machine():
+def test_the_digits_are_split_alike_on_every_machine():
     place = split(Dataset(torch.arange(1797), None, None, "places of the digits"), seed=0)
     assert place.test[:5].tolist() == [1615, 85, 1247, 1778, 117]
     assert place.validation[:5].tolist() == [1253, 225, 895, 1261, 1295]
@@ -472,6 +472,6 @@ UNCUT: dict[str, tuple[Dataset, dict[str, float], str]] = {
 
 
 @pytest.mark.parametrize(("dataset", "fractions", "message"), UNCUT.values(), ids=UNCUT)
-def test_what_cannot_be_cut_is_refused(dataset: Dataset, fractions: dict[str, float], message: str):
+def test_data_that_cannot_be_split_are_refused(dataset: Dataset, fractions: dict[str, float], message: str):
     with pytest.raises(ValueError, match=message):
         split(dataset, seed=0, **fractions)

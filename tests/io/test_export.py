@@ -122,7 +122,7 @@ def test_both_parts_of_a_vae(name, file, direction, tmp_path):
 
 
 @over(VAES)
-def test_what_a_vae_encodes_and_decodes(name):
+def test_exported_encoders_and_decoders_give_the_vaes_numbers(name):
     vae = VAES[name]().eval()
     x, eps = draws(vae).values()
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_what_a_vae_encodes_and_decodes(name):
         torch.testing.assert_close((back - start.loc) / start.scale, eps, rtol=1e-3, atol=1e-3)
 
 
-def test_what_the_file_says(tmp_path):
+def test_the_metadata_of_an_exported_file(tmp_path):
     flow = cf.IAF(4, 2, layers=2, hidden=(9, 7), seed=0)
     model = onnx.load(cf.export(flow, tmp_path / "flow.onnx"))
     onnx.checker.check_model(model)
@@ -178,7 +178,7 @@ def test_a_fixed_batch(tmp_path):
         run(torch.zeros(4, 3))
 
 
-def test_the_module_stays_as_it_was(tmp_path):
+def test_exporting_leaves_the_module_unchanged(tmp_path):
     flow = cf.MAF(3, layers=1, hidden=(4,), seed=0).train()
     before = {name: type(m) for name, m in flow.named_modules()}
     largest_difference(flow, cf.export(flow, tmp_path / "flow.pt2"))
@@ -301,7 +301,7 @@ def test_float64_that_onnx_runtime_lacks(here, tmp_path):
     assert here("double.safetensors", "single.onnx")[0] == 0
 
 
-def test_what_the_command_refuses(here, tmp_path):
+def test_the_command_refuses_invalid_input(here, tmp_path):
     (tmp_path / "there.onnx").write_text("")
     for arguments, message in (
         (["nothing", "flow.onnx"], "expected a run folder, or a .safetensors file, got nothing, which does not exist"),

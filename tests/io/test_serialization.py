@@ -61,7 +61,7 @@ def again(module, path):
 
 @over(FLOWS)
 @over([F32, F64], "dtype")
-def test_a_flow_comes_back_with_the_same_bits(name, dtype, tmp_path):
+def test_a_loaded_flow_has_the_same_bits(name, dtype, tmp_path):
     flow = stir(FLOWS[name]()).to(dtype)
     loaded = again(flow, tmp_path / "flow.safetensors")
     x, c = torch.randn(7, 3, dtype=dtype), torch.randn(7, 2, dtype=dtype) if flow.context else None
@@ -81,7 +81,7 @@ def test_a_flow_comes_back_with_the_same_bits(name, dtype, tmp_path):
         ((3,), "gaussian", {"univariate": SPLINE}),
     ],
 )
-def test_a_vae_comes_back_with_the_same_bits(name, shape, likelihood, more, tmp_path):
+def test_a_loaded_vae_has_the_same_bits(name, shape, likelihood, more, tmp_path):
     vae = cf.VAE(shape, posterior=POSTERIORS[name](), likelihood=likelihood, **TINY, **more)
     loaded = again(vae, tmp_path / "vae.safetensors")
     came = []
@@ -91,12 +91,12 @@ def test_a_vae_comes_back_with_the_same_bits(name, shape, likelihood, more, tmp_
     assert all(torch.equal(one, other) for one, other in zip(*came, strict=True))
 
 
-def test_two_dtypes_come_back_as_they_were(tmp_path):
+def test_two_dtypes_are_kept(tmp_path):
     constants = cf.Standardize(torch.tensor([1 / 3, 2.0], dtype=F64), torch.tensor([0.1, 1.0], dtype=F64))
     again(cf.Flow(cf.bases.DiagonalNormal(2), constants), tmp_path / "flow.safetensors")
 
 
-def test_a_layer_that_stands_twice_comes_back_with_the_same_bits(tmp_path):
+def test_a_layer_used_twice_is_loaded_with_the_same_bits(tmp_path):
     t = cf.Autoregressive(2, hidden=(5,))
     twice, x = stir(cf.Compose([t, cf.Permute([1, 0]), t])), torch.randn(4, 2, dtype=F64)
     cf.save(twice, tmp_path / "twice.safetensors")
@@ -104,7 +104,7 @@ def test_a_layer_that_stands_twice_comes_back_with_the_same_bits(tmp_path):
         assert torch.equal(came, expected)
 
 
-def test_what_is_trained_after_loading_is_the_loaded_weights(tmp_path):
+def test_training_after_loading_changes_the_loaded_weights(tmp_path):
     cf.save(cf.MAF(2, **SMALL), tmp_path / "flow.safetensors")
     flow = cf.load(tmp_path / "flow.safetensors")
     assert all(p.requires_grad and p.is_leaf for p in flow.parameters())
@@ -159,7 +159,7 @@ def test_a_new_folder_is_made_and_an_old_file_replaced(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_others_may_read_what_they_may_read_elsewhere(tmp_path):
+def test_a_saved_file_has_the_usual_permissions(tmp_path):
     path, plain = tmp_path / "flow.safetensors", tmp_path / "plain"
     plain.touch()
     cf.save(cf.MAF(2, **SMALL), path)
@@ -229,7 +229,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("breaks", "message"), BROKEN.values(), ids=BROKEN)
-def test_a_file_that_is_not_right_is_refused(breaks, message, saved):
+def test_an_invalid_file_is_refused(breaks, message, saved):
     breaks(saved)
     with pytest.raises(ValueError, match="(?s)" + message):
         cf.load(saved)
@@ -240,7 +240,7 @@ def test_a_missing_file_is_named(tmp_path):
         cf.load(tmp_path / "nowhere")
 
 
-def test_a_folder_is_no_file(tmp_path):
+def test_a_folder_in_place_of_a_file_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"expected a file written by .*, got"):
         cf.load(tmp_path)
 

@@ -75,7 +75,7 @@ def test_texts_in_parquet_are_read_in_pieces_that_fit(text_bytes, tmp_path, monk
     assert read.cast(pa.Table.from_pandas(table).schema).equals(pa.Table.from_pandas(table))
 
 
-def test_texts_come_back_as_they_were(tmp_path):
+def test_texts_are_kept(tmp_path):
     texts = ["plain", "a, b", 'say "hi"', "", "1.10", "line\nbreak", "naïve"]
     table = pd.DataFrame({"t": texts, "x": [f"{k}.50" for k in range(7)]})
     table.to_csv(tmp_path / "in.csv", index=False)
@@ -88,7 +88,7 @@ def test_texts_come_back_as_they_were(tmp_path):
 
 
 @over([".csv", ".parquet", ".npy", ".npz"], "suffix")
-def test_nothing_is_left_of_a_file_that_was_not_finished(suffix, tmp_path):
+def test_an_unfinished_file_is_removed(suffix, tmp_path):
     batch = pa.record_batch({"a": [1.0, 2.0]})
     path = tmp_path / "new" / "deep" / f"out{suffix}"
     with pytest.raises(RuntimeError, match="half-way"), table_writer(path, 4) as write:

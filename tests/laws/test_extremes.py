@@ -182,7 +182,7 @@ def infinite(objective, model, x):
 @over(MODELS)
 @over(FAULTS, "fault")
 @over(["float32", "bf16"], "precision")
-def test_a_fault_in_every_third_step_reaches_no_weight(name, fault, precision):
+def test_a_nan_in_every_third_step_reaches_no_weight(name, fault, precision):
     build, objective = MODELS[name]
     model, step = build(), 0
     before, seen = copy.deepcopy(model.state_dict()), []
@@ -206,7 +206,7 @@ def test_a_fault_in_every_third_step_reaches_no_weight(name, fault, precision):
 @over(["gaussian", "bernoulli", "discretized_logistic"], "likelihood")
 @laws(15)
 @given(seed=st.integers(0, 2**20), special=st.sampled_from([MODERATE[:7], MODERATE, LARGE[:3]]))
-def test_terms_of_a_vae_are_finite(likelihood, seed, special):
+def test_elbo_terms_of_a_vae_are_finite(likelihood, seed, special):
     """Gaussian: numbers of any size that it has been shown. The others: values at the ends of their range."""
     torch.manual_seed(seed)
     model = cf.VAE((3,), 2, "iaf", likelihood, hidden=(8,), context=4, posterior_layers=1, posterior_hidden=(8,))
@@ -226,7 +226,7 @@ def test_terms_of_a_vae_are_finite(likelihood, seed, special):
 @over([1.0, 3.0], "edge")
 @over(ESTIMATORS, "estimator", quick=["path"])
 @pytest.mark.filterwarnings("ignore:training ended:RuntimeWarning")
-def test_a_target_that_is_no_number_in_a_region(estimator, edge):
+def test_a_target_that_is_nan_in_a_region(estimator, edge):
     """No NaN reaches the flow, and draws that the verdict trusts keep out of the region."""
 
     def target(theta):

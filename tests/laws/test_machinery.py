@@ -109,7 +109,7 @@ def test_a_flow_is_built_on_the_meta_device_and_filled(name):
     close(flow.transform(x, c)[0], original.transform(x, c)[0])
 
 
-def test_another_default_device_does_not_reach_the_solve():
+def test_the_default_device_does_not_affect_the_solve():
     t, x = cf.MAF(6, layers=1, hidden=(7,)).transform, torch.randn(2, 6)
     with torch.device("meta"):
         y, _ = t(x)  # its plan is made here

@@ -106,7 +106,7 @@ def bend_of(g, direction, x, y, again, params):
 @over(MAPS)
 @laws(40)
 @given(st.data(), dtypes, st.sampled_from(DIRECTIONS), st.sampled_from([0.0, 1.0, 3.0, 20.0]))
-def test_a_map_comes_back(name, data, dtype, direction, scale):
+def test_round_trip_of_maps(name, data, dtype, direction, scale):
     g = MAPS[name]
     x = data.draw(rows((30,), dtype, MODERATE + LARGE, width=3.0))
     params = scale * normal(data.draw(seeds), 30, g.parameters, dtype=dtype)
@@ -125,7 +125,7 @@ def test_a_map_comes_back(name, data, dtype, direction, scale):
 @over(MAPS)
 @laws(25)
 @given(st.data(), dtypes, st.sampled_from(DIRECTIONS))
-def test_a_map_of_what_is_not_a_number(name, data, dtype, direction):
+def test_maps_of_non_finite_values_are_not_finite(name, data, dtype, direction):
     g = MAPS[name]
     params = normal(data.draw(seeds), 3, g.parameters, dtype=dtype)
     x = torch.tensor(NO_NUMBERS, dtype=dtype)
@@ -346,7 +346,7 @@ def gradient(t, y, c, v, w):
 @given(
     questions(UNIVARIATES | FOREIGN, special=NO_NUMBERS, batch=st.just((4,))), st.sampled_from(DIRECTIONS), st.data()
 )
-def test_what_is_not_a_number_stays_none(question, direction, data):
+def test_a_non_finite_feature_stays_non_finite(question, direction, data):
     """A NaN or an infinity in a feature is still none in that feature, whatever solves, and no other row has it."""
     t, x, c = question
     t = next(layer for layer in t.modules() if isinstance(layer, cf.Autoregressive | cf.transforms.CouplingLayer))
@@ -390,7 +390,7 @@ def test_log_prob_of_finite_numbers_is_finite_or_minus_infinity(flow, shape, dat
 
 @laws(60)
 @given(flows(), st.data())
-def test_log_prob_of_what_is_not_a_number(flow, data):
+def test_log_prob_of_nan_is_refused_or_nan(flow, data):
     dtype = dtype_of(flow)
     x = data.draw(rows((3, flow.features), dtype))
     c = data.draw(rows((3, flow.context), dtype, [0.0, 1.0])) if flow.context else None
@@ -420,7 +420,7 @@ def test_log_prob_of_a_sample_is_the_samples(flow, seed):
 
 
 @over(DTYPES, "dtype")
-def test_broken_weights_are_not_taken_for_overflow(dtype):
+def test_weights_that_are_nan_are_not_taken_for_overflow(dtype):
     flow = stir(cf.IAF(3, 2, layers=2, hidden=(5,))).to(dtype)
     x, c = 1e25 * normal(0, 4, 3, dtype=dtype), normal(1, 4, 2, dtype=dtype)
     with torch.no_grad():

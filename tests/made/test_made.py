@@ -51,12 +51,12 @@ def test_masks_are_staircases_that_ends_describe(sizes):
         assert (layer.masked_weight()[~layer.mask.bool()] == 0).all()
 
 
-def test_units_of_degree_0_are_there_for_a_context_alone():
+def test_only_a_context_gives_units_of_degree_0():
     assert MADE((1, 2, 3), 2, (9,), "tanh", 0).ends[1][0] == 0
     assert MADE((1, 2, 3), 2, (9,), "tanh", 4).ends[1][0] == 3
 
 
-def test_what_a_forbidden_weight_holds_does_not_matter():
+def test_masked_weights_have_no_effect():
     made = stir(MADE((1, 2, 3), 2, (5, 4), "tanh", 0))
     x = torch.randn(6, 3, dtype=torch.float64)
     expected = made(x)
@@ -67,7 +67,7 @@ def test_what_a_forbidden_weight_holds_does_not_matter():
     assert torch.equal(made(x), expected)
 
 
-def test_weights_of_a_fresh_network_vary_by_how_many_inputs_their_row_sees():
+def test_initial_weights_are_scaled_by_the_inputs_that_their_unit_sees():
     """Early features have enough weight; the last layer is a thousand times smaller, or more."""
     made = MADE(range(1, 65), 2, (512, 512), "relu", 3)
     for layer, context in zip(made.layers[:-1], (3, 0), strict=True):
@@ -83,7 +83,7 @@ def test_weights_of_a_fresh_network_vary_by_how_many_inputs_their_row_sees():
 
 
 @over(ACTIVATIONS, "activation")
-def test_a_network_goes_to_another_process(activation):
+def test_a_network_is_sent_to_another_process(activation):
     """Whoever starts worker processes pickles what they get."""
     network = stir(MADE((1, 2), 2, (3,), activation, 0))
     x = torch.randn(4, 2, dtype=torch.float64)

@@ -114,7 +114,7 @@ def test_values_and_gradients_are_those_of_the_dense_product(layer, batch):
     assert (results[0][2][~layer.mask] == 0).all()
 
 
-def test_what_a_row_does_not_see_is_exactly_absent(layer):
+def test_inputs_that_a_row_does_not_see_have_no_effect(layer):
     J = torch.autograd.functional.jacobian(layer, rows(layer))
     assert (J[~layer.mask] == 0).all() and (J[layer.mask] != 0).all()
 
@@ -144,7 +144,7 @@ def test_derivatives_of_both_orders_and_directions(layer):
     assert gradgradcheck(call, leaves, check_fwd_over_rev=True, check_batched_grad=True)
 
 
-def test_only_what_is_asked_for_receives_a_gradient(layer):
+def test_only_tensors_that_require_a_gradient_receive_one(layer):
     layer.weight.requires_grad_(False)
     x = rows(layer, 3)
     layer(x).sum().backward()
@@ -177,7 +177,7 @@ def test_functions_are_transformed_as_the_dense_product_is(layer, way):
     torch.testing.assert_close(*(TRANSFORMED[way](f)(*arguments) for f in (loss, expected)))
 
 
-def test_an_ensemble_is_mapped_over(always_cut):
+def test_vmap_over_an_ensemble(always_cut):
     networks = [stir(cf.Autoregressive(5, hidden=(9, 7)), seed) for seed in range(3)]
     parameters, buffers = stack_module_state(networks)
     x, _ = inputs(networks[0], 4)
@@ -342,7 +342,7 @@ CHANGES = [by_hand, through_data, other_data, other_parameter, parametrization, 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
 @over([False, True], "is_cut")
-def test_whatever_is_written_to_the_weight_it_is_masked(change, is_cut, request):
+def test_writes_to_the_weight_are_masked(change, is_cut, request):
     if is_cut:
         request.getfixturevalue("always_cut")
     layer = stir(MaskedLinear(mask_of(*SHAPES["two by two"])))
@@ -355,7 +355,7 @@ def test_whatever_is_written_to_the_weight_it_is_masked(change, is_cut, request)
     assert torch.equal(layer.masked_weight(), weight)
 
 
-def test_a_file_holds_no_masks(tmp_path, always_cut):
+def test_saved_files_hold_no_masks(tmp_path, always_cut):
     t = stir(cf.Autoregressive(5, hidden=(9, 7)))
     assert set(t.state_dict()) == {f"made.layers.{k}.{kind}" for k in range(3) for kind in ("weight", "bias")}
     x, _ = inputs(t, 4)

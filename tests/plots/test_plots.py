@@ -90,7 +90,7 @@ def test_no_screen_and_no_global_state(tmp_path):
     subprocess.run([sys.executable, "-W", "error", "-c", code], env=environment, check=True)
 
 
-def test_without_matplotlib_it_says_what_to_install(tmp_path, monkeypatch):
+def test_a_missing_matplotlib_is_named_with_the_command_that_installs_it(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.backends.backend_agg", None)
     with pytest.raises(ImportError, match=r"expected matplotlib .* pip install 'counterflow\[plots\]'"):
         plots.learning_curves(tmp_path / "a.png", {"a": FALLING})

@@ -167,7 +167,7 @@ def test_sizes_of_chains(sizes):
     assert found.draws.shape == (chains, samples, 2)
 
 
-def test_the_sentence():
+def test_the_summary_sentence_of_chains():
     mixed = Convergence(torch.tensor([1.001, 1.0042]), torch.tensor([1234.0, 900.0]), torch.tensor([800.4, 950.0]))
     assert Chains(torch.zeros(4, 1000, 2), 0.876, 3, mixed, 9).sentence == (
         "4 chains of 1,000 draws have mixed; R-hat is at most 1.004, the effective sample size at least 800, 88% were "

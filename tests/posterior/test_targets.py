@@ -111,7 +111,7 @@ def test_constrain_and_unconstrain_are_inverse():
     torch.testing.assert_close(target.unconstrain(arrays), theta, rtol=1e-9, atol=1e-9)
 
 
-def test_coordinates_say_what_they_are():
+def test_coordinates_are_named():
     assert model().coordinates == (
         "mu",
         *("log(tau)[0]", "log(tau)[1]"),

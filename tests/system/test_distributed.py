@@ -40,7 +40,7 @@ def work(rank, folder):
     dist.destroy_process_group()
 
 
-def test_two_processes_come_to_the_gradient_of_one(tmp_path):
+def test_two_processes_have_the_gradient_of_one(tmp_path):
     mp.spawn(work, (str(tmp_path),), nprocs=2)
     loss = Loss()
     expected = gradients(loss, *inputs(loss.one_pass, ROWS))

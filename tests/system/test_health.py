@@ -115,7 +115,7 @@ def test_batches_of_other_sizes_and_dtypes(solver):
     leaves_nothing(act, 3)
 
 
-def test_layers_that_come_and_go():
+def test_created_and_deleted_layers_leave_nothing_behind():
     """Cache each shape once."""
     leaves_nothing(lambda: [both(layer(D=D, H=H)) for D in (1, 3, 4) for H in (6, 9)], 3)
 
@@ -251,7 +251,7 @@ def test_whole_trainings_leave_nothing_behind(name):
     leaves_nothing(ONE_AFTER_ANOTHER[name], 2)
 
 
-def test_a_state_of_a_longer_course_leaves_nothing_behind(tmp_path):
+def test_checkpoints_of_a_long_training_leave_nothing_behind(tmp_path):
     """The course of a training grows, and ctypes keeps a type for every length that an array is seen with."""
     checkpoints, weights = cf.Checkpoints(tmp_path), {"w": torch.zeros(3)}
 
@@ -346,7 +346,7 @@ def strike_and_go_on(folder: str) -> None:
         assert [e.validation for e in record.epochs] == [e.validation for e in whole.epochs], place
 
 
-def test_ctrl_c_in_the_midst_of_a_step(tmp_path):
+def test_ctrl_c_during_a_step(tmp_path):
     process = multiprocessing.get_context("spawn").Process(target=strike_and_go_on, args=(str(tmp_path),))
     process.start()
     process.join(120)

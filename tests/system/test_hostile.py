@@ -50,7 +50,7 @@ EXAMPLES = 100  # a reader; benchmarks/fuzz.py has many more
 
 
 @pytest.mark.parametrize("reader", READERS.values(), ids=READERS)
-def test_what_is_valid_reads(reader: Reader, tmp_path: Path):
+def test_valid_files_are_read(reader: Reader, tmp_path: Path):
     for files in reader.valid():
         for path in tmp_path.iterdir():
             path.unlink()
@@ -59,7 +59,7 @@ def test_what_is_valid_reads(reader: Reader, tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_what_is_broken_reads_or_is_refused_in_one_line(name: str, tmp_path: Path):
+def test_broken_files_are_read_or_refused_in_one_line(name: str, tmp_path: Path):
     said = set()
 
     @settings(
@@ -133,7 +133,7 @@ def test_rows_and_columns_beyond_the_file_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["-" * 9000 + "1", "not " * 2000 + "1", "lambda:" * 1000 + "1"])
-def test_a_header_that_takes_the_parser_down_is_refused(text, tmp_path):
+def test_a_header_that_exhausts_the_parser_is_refused(text, tmp_path):
     path = tmp_path / "a.npy"
     path.write_bytes(b"\x93NUMPY\x01\0" + struct.pack("<H", len(text)) + text.encode())
     refused("its header is not a dictionary of texts and numbers", load, path)
@@ -145,19 +145,19 @@ def test_a_header_of_4_gigabytes_is_refused(tmp_path):
     refused("its header has 4,294,967,295 bytes, more than 10,000", load, path)
 
 
-def test_what_numpy_does_not_write_is_refused(tmp_path):
+def test_headers_that_numpy_never_writes_are_refused(tmp_path):
     path = tmp_path / "a.npz"
     path.write_bytes(npz(zipfile.ZIP_LZMA, **{"a.npy": npy(np.ones((3, 2)))}))
     refused("'a.npy' is neither stored nor deflated", load, path)
 
 
-def test_a_large_picture_of_nothing_is_refused(tmp_path):
+def test_a_large_blank_picture_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(picture(np.zeros((8000, 8000), np.uint8)))
     with pytest.raises(ValueError, match=r"got 512,000,000 bytes for an image of \(8000, 8000\); resize it"):
         load(tmp_path)
 
 
-def test_a_chunk_of_2_gigabytes_takes_none(tmp_path, monkeypatch):
+def test_a_chunk_that_claims_2_gigabytes_allocates_nothing(tmp_path, monkeypatch):
     whole = picture(np.zeros((5, 7), np.uint8))
     place = whole.index(b"IDAT") - 4
     (tmp_path / "a.png").write_bytes(whole[:place] + b"\x7f\xff\xff\xff" + whole[place + 4 :])
@@ -168,7 +168,7 @@ def test_a_chunk_of_2_gigabytes_takes_none(tmp_path, monkeypatch):
     assert outcome(READERS["pictures"], tmp_path) and reads == [len(whole)]
 
 
-def test_a_csv_of_columns_without_end_is_refused(tmp_path):
+def test_a_csv_of_too_many_columns_is_refused(tmp_path):
     path = tmp_path / "a.csv"
     wide = "1," * 50_000 + "1\n"
     for content, columns in ((wide, "50,001"), ('a"b,' + wide, "50,002"), ('"a\n",b"c,' + wide, "50,003")):
@@ -177,7 +177,7 @@ def test_a_csv_of_columns_without_end_is_refused(tmp_path):
             refused(rf"bytes for up to {columns} columns; .*save the table as .npy", read, path)
 
 
-def test_a_parquet_page_that_says_it_has_2_gigabytes_is_refused(tmp_path):
+def test_a_parquet_page_that_claims_2_gigabytes_is_refused(tmp_path):
     path = tmp_path / "a.parquet"
     whole = parquet(pa.table({"a": [1.5, 2.5, 3.5]}), use_dictionary=False, compression="none", write_statistics=False)
     head = whole[4:12]
@@ -208,7 +208,7 @@ def repeated(name: str, path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["dictionary", "categories", "structs", "lists", "prefixes", "of one length"])
-def test_texts_that_a_parquet_file_repeats_are_refused_before_all_are_there(name, tmp_path, monkeypatch):
+def test_texts_that_a_parquet_file_repeats_are_refused_before_they_fill_memory(name, tmp_path, monkeypatch):
     most = 1 << 21  # bytes; all texts together have ten times as many
     monkeypatch.setattr(limits, "FREE_BYTES", most)
     monkeypatch.setattr(limits, "MAX_RATIO", 10)
@@ -258,7 +258,7 @@ def test_a_footer_with_a_list_of_2_to_60_truth_values_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["parquet", "parquet, in batches"])
-def test_any_byte_of_a_parquet_footer_may_be_another(name, tmp_path):
+def test_any_changed_byte_of_a_parquet_footer_is_read_or_refused(name, tmp_path):
     (files, *_) = READERS[name].valid()
     whole = files["a.parquet"]
     said = set()
@@ -372,7 +372,7 @@ SIZES_BEYOND = {
 
 
 @pytest.mark.parametrize("value", SIZES_BEYOND.values(), ids=SIZES_BEYOND)
-def test_a_header_takes_no_more_than_the_file_holds(value, saved):
+def test_a_header_allocates_no_more_than_the_file_holds(value, saved):
     described(saved, value)
     refused(r"(?s)expected .*model\.safetensors to hold what its header describes, got: ", cf.load, saved)
     assert len(list(saved.parent.iterdir())) == 1
@@ -400,7 +400,7 @@ def test_every_size_of_a_constructor_is_counted():
                 )
 
 
-def test_a_message_is_short_where_a_file_is_not(saved):
+def test_the_message_about_a_huge_file_is_short(saved):
     described(saved, of("x" * 10**6))
     with pytest.raises(ValueError, match=r"expected .* got: ") as caught:
         cf.load(saved)
@@ -449,7 +449,7 @@ def test_a_posterior_that_lacks_a_fact_is_refused(tmp_path):
         cf.posterior.Posterior.load(tmp_path)
 
 
-def test_a_state_of_other_numbers_is_passed_over(tmp_path):
+def test_a_checkpoint_with_invalid_numbers_is_passed_over(tmp_path):
     (files, *_) = READERS["checkpoints"].valid()
     write(tmp_path, files)
     for numbers in (b"[1]", b'{"steps": "x"}', b'{"steps": -1}', b'{"steps": 1e400}', b"[" * 10**5):
@@ -484,11 +484,11 @@ def test_texts_of_data_take_no_memory(tmp_path):
         ({"layers": 1, "colour": 2}, cf.FitConfig, "expected x to be FitConfig, got {'layers'"),
     ],
 )
-def test_what_is_not_as_hinted_is_named(value, hint, message):
+def test_values_that_contradict_their_type_hints_are_named(value, hint, message):
     with pytest.raises(ValueError, match=message):
         from_json(value, hint, "x")
 
 
-def test_what_is_as_hinted_is_kept():
+def test_values_of_the_hinted_type_are_kept():
     assert from_json({"a": [1, None]}, dict[str, tuple[float | None, ...]], "x") == {"a": (1, None)}
     assert from_json(3.0, int, "x") == 3 and from_json(1, bool, "x") == 1

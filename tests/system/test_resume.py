@@ -77,7 +77,7 @@ def timeless(value):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "ended_by"), CASES, ids=lambda v: getattr(v, "name", v))
-def test_a_run_that_was_ended_goes_on_bit_by_bit(name, ended_by, folder, here, monkeypatch):
+def test_an_interrupted_run_resumes_bit_for_bit(name, ended_by, folder, here, monkeypatch):
     monkeypatch.chdir(folder)
     (words, training), run = RUNS[name], f"{name}-{ended_by.name}"
     words = [*words, "--save-every", "0"]
@@ -98,7 +98,7 @@ def test_a_run_that_was_ended_goes_on_bit_by_bit(name, ended_by, folder, here, m
     assert code == 2 and "which is done" in errors and "Traceback" not in errors
 
 
-def test_what_cannot_be_resumed(here, tmp_path):
+def test_runs_that_cannot_be_resumed_are_refused(here, tmp_path):
     run = tmp_path / "run"
     for words, told in {
         ("vae", "--resume", "run"): "expected a run folder to resume, got run, which does not exist",
@@ -124,7 +124,7 @@ def test_what_cannot_be_resumed(here, tmp_path):
         assert code == 2 and told in " ".join(errors.split()), errors
 
 
-def test_a_run_that_was_killed_before_its_first_state_begins_anew(here, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_again(here, tmp_path):
     np.save(tmp_path / "table.npy", np.random.default_rng(0).normal(size=(60, 2)))
     words = ("density", "table.npy", *FLOW, "--epochs", "1", "--out", "run")
     (tmp_path / "run").mkdir()

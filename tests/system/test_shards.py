@@ -175,7 +175,7 @@ def test_two_processes_draw_what_one_does(folder, here, tmp_path):
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_in_another_process_is_told(folder, tmp_path):
+def test_an_error_in_another_process_is_reported(folder, tmp_path):
     for k in range(3):
         FEW.assign(b=np.where(FEW.index == 7, np.nan if k == 1 else 0, FEW.b)).to_parquet(tmp_path / f"{k}.parquet")
     command = [*TORCHRUN, "-m", "counterflow", "score", folder / "run", tmp_path, "--out", tmp_path / "out"]
@@ -269,7 +269,7 @@ def test_a_folder_of_parquet_files_is_one_table(folder, expected, here, tmp_path
     }
 
 
-def test_no_two_parts_have_the_same_seed():
+def test_parts_have_different_seeds():
     """Expect distinct 32-bit seeds: at random, two of 100,000 would be equal with probability 2/3."""
     seeds = {seed_of_part(seed, number) for seed in (0, 1) for number in range(100_000)}
     assert len(seeds) == 200_000 and min(seeds) >= 0 and max(seeds) < 2**32

@@ -30,9 +30,9 @@ def torchrun(folder, *arguments, processes=2, restarts=0):
 
 
 def ended(process, code=0):
-    told, _ = process.communicate(timeout=300)
-    assert process.returncode == code, told
-    return told
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == code, printed
+    return printed
 
 
 def lines(run):
@@ -46,9 +46,9 @@ def test_every_command_that_trains_runs_in_two_processes(tmp_path):
         ended(torchrun(tmp_path, *density, "--out", out, processes=processes))
     one, two = ([(row["train"], row["validation"]) for row in lines(tmp_path / run)] for run in ("one", "two"))
     np.testing.assert_allclose(two, one, rtol=1e-4)  # no draws in it: the same steps
-    told = ended(torchrun(tmp_path, "posterior", "--steps", "100", "--stages", "1", "--out", "posterior"))
+    printed = ended(torchrun(tmp_path, "posterior", "--steps", "100", "--stages", "1", "--out", "posterior"))
     found = cf.Posterior.load(tmp_path / "posterior")
-    assert found.k_hat < 0.7 and len(found.draws.theta) == 10_000 and told.count("stage 1: 100 steps") == 1
+    assert found.k_hat < 0.7 and len(found.draws.theta) == 10_000 and printed.count("stage 1: 100 steps") == 1
     halves = found.draws.theta.chunk(2)  # of both processes
     assert not (halves[0] == halves[1]).any()
     distill = ["distill", "two", "--layer-steps", "100", "--flow-steps", "50", "--samples", "500"]
@@ -58,7 +58,7 @@ def test_every_command_that_trains_runs_in_two_processes(tmp_path):
         assert not (tmp_path / run / "checkpoints").exists() and (tmp_path / run / "plots").is_dir()
 
 
-def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
+def test_training_resumes_after_a_process_or_torchrun_is_killed(tmp_path):
     vae = [*VAE, "--epochs", "12", "--out"]
     ended(torchrun(tmp_path, *vae, "alone"))
 
@@ -72,23 +72,23 @@ def test_the_group_goes_on_where_a_process_or_torchrun_is_killed(tmp_path):
     process = under_way("one", restarts=2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(children[1]), signal.SIGKILL)
-    told = {"one": ended(process)}
+    printed = {"one": ended(process)}
     process = under_way("all")
     process.kill()
     left, _ = process.communicate(timeout=300)  # the pipe ends with the processes that torchrun has left behind
     assert left.count("torchrun was killed: ending this process as well\n") == 1, left
     assert "\ninterrupted; " in left and left.endswith("; continue with --resume all\n")
-    told["all"] = ended(torchrun(tmp_path, *vae, "all"))
+    printed["all"] = ended(torchrun(tmp_path, *vae, "all"))
     alone = [(row["epoch"], row["validation"]) for row in lines(tmp_path / "alone")]
-    for run, said in told.items():
-        assert "iaf: resuming from step" in said
+    for run, output in printed.items():
+        assert "iaf: resuming from step" in output
         rows = [(row["epoch"], row["validation"]) for row in lines(tmp_path / run)]
         np.testing.assert_allclose(rows, alone, rtol=1e-5)
 
 
-def test_what_torchrun_is_told(tmp_path):
-    told = ended(torchrun(tmp_path, "vae"), code=1)
-    assert told.count("expected --out under torchrun, which finds the checkpoints there when it restarts") == 1
-    told = ended(torchrun(tmp_path, *VAE, "--batch-size", "63", "--out", "run"), code=1)
-    assert told.count("expected batch_size to be a multiple of the 2 processes, got 63") == 1
+def test_errors_under_torchrun_are_printed_once(tmp_path):
+    printed = ended(torchrun(tmp_path, "vae"), code=1)
+    assert printed.count("expected --out under torchrun, which finds the checkpoints there when it restarts") == 1
+    printed = ended(torchrun(tmp_path, *VAE, "--batch-size", "63", "--out", "run"), code=1)
+    assert printed.count("expected batch_size to be a multiple of the 2 processes, got 63") == 1
     assert not (tmp_path / "run").exists()

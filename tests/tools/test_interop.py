@@ -408,7 +408,7 @@ def test_saved_and_loaded_again(name, tmp_path):
         "zuko NSF, residual True, context 3",
     ]
 )
-def test_what_was_given_stays_as_it_was(name):
+def test_conversion_leaves_the_flow_unchanged(name):
     theirs = CASES[name].make().train()
     state, seed = copy.deepcopy(theirs.state_dict()), torch.get_rng_state()
     ours = cf.convert(theirs)
@@ -426,7 +426,7 @@ def test_what_was_given_stays_as_it_was(name):
         "pyro affine, skip True, stable True",
     ]
 )
-def test_training_goes_on(name):
+def test_converted_flows_can_be_trained(name):
     _, ours, x, c = made(name)
     before = (-ours(c).log_prob(x)).mean()
     optimizer = torch.optim.Adam(ours.parameters(), lr=1e-3)
@@ -683,7 +683,7 @@ def test_other_estimators_of_sbi_are_refused():
         cf.convert(theirs)
 
 
-def test_an_embedded_context_as_the_message_says():
+def test_a_context_embedded_as_the_message_says():
     theirs, theta, x = estimator("maf", "independent", embedding_net=nn.Linear(C, 2))
     without = copy.deepcopy(theirs.net)
     without._embedding_net = nn.Identity()

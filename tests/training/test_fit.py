@@ -141,7 +141,7 @@ def noisy(model, x, beta=1.0):
     return closeness(model, x + 0.1 * torch.randn_like(x), beta)
 
 
-def test_the_seed_decides_everything_bit_by_bit():
+def test_the_seed_determines_everything_bit_for_bit():
     def trained(seed):
         torch.manual_seed(torch.seed() % 2**31)  # wherever the global generator stands
         model, record = fit(objective=noisy, config=replace(PLAIN, seed=seed, ema=0.9))
@@ -152,7 +152,7 @@ def test_the_seed_decides_everything_bit_by_bit():
     assert not torch.equal(one[0], other[0])
 
 
-def test_the_global_generator_stays_as_it_was():
+def test_the_global_generator_is_unchanged():
     before = torch.get_rng_state()
     fit(objective=noisy)
     fit(objective=noisy, on_step=interrupt_at(2))
@@ -172,7 +172,7 @@ def test_validation_noise_is_the_same_in_every_epoch():
     assert record.best.epoch == 1  # what is not better is not the best
 
 
-def test_each_epoch_takes_every_row_once_in_a_new_order():
+def test_each_epoch_uses_every_row_once_in_a_new_order():
     batches = []
 
     def objective(model, x):
@@ -190,7 +190,7 @@ def test_validation_is_the_mean_over_all_rows():
     assert record.best.validation == pytest.approx(closeness(model, HELD_OUT[:13]).mean().item(), rel=1e-5)
 
 
-def test_what_the_callbacks_see():
+def test_the_arguments_of_the_callbacks():
     steps, epochs, betas = [], [], []
 
     def objective(model, x, beta):
@@ -332,7 +332,7 @@ def test_a_skipped_step_leaves_no_trace(name):
 
 @over(FAULTS)
 @over([0.0, 0.9], "ema")
-def test_too_many_in_a_row_end_the_run(name, ema):
+def test_too_many_skipped_steps_in_a_row_end_the_training(name, ema):
     weights = []
     objective = Faulty(name, {1, 2, *range(6, 100)})
     with pytest.warns(RuntimeWarning, match="3 steps in a row .* best weights so far are kept. Try a smaller learn"):
@@ -342,7 +342,7 @@ def test_too_many_in_a_row_end_the_run(name, ema):
     assert same(weights[record.best.epoch - 1], model) and model.w.isfinite().all()
 
 
-def test_nothing_but_faults():
+def test_a_training_whose_every_step_is_skipped():
     with pytest.warns(RuntimeWarning, match="20 steps in a row"):
         model, record = fit(objective=Faulty("nan loss", range(100)), config=replace(PLAIN, epochs=9))
     assert record.stopped == "not finite" and torch.equal(model.w, Center().w)
@@ -396,7 +396,7 @@ def test_an_objective_that_needs_no_data():
     assert torch.allclose(model.w, torch.ones(2), atol=0.1)
 
 
-def test_its_validation_has_the_same_noise_in_every_epoch():
+def test_validation_without_data_has_the_same_noise_in_every_epoch():
     frozen = replace(PLAIN, learning_rate=1e-12)
     record = fit(objective=around_one, train=1, validation=3, config=frozen)[1]
     assert len({round(e.validation, 9) for e in record.epochs}) == 1
@@ -430,14 +430,14 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(("data", "message"), REFUSED.values(), ids=REFUSED)
-def test_data_that_are_refused(data, message):
+def test_invalid_data_are_refused(data, message):
     model = Center()
     with pytest.raises(ValueError, match=message):
         fit(model, **data)
     assert torch.equal(model.w, Center().w)
 
 
-def test_what_cannot_be_trained_is_refused():
+def test_a_model_without_weights_is_refused():
     with pytest.raises(ValueError, match="expected terms that depend on the model's weights, got an objective without"):
         fit(Center(), lambda model, x: -x.square().sum(-1))
     with pytest.raises(ValueError, match="expected a model with weights to train, got Center without any"):
@@ -452,7 +452,7 @@ def test_non_finite_images_are_named_by_their_index():
 
 
 @over(["toaster", "cuda:99"], "device")
-def test_a_device_that_is_not_there(device):
+def test_an_unavailable_device_is_refused(device):
     with pytest.raises(ValueError, match=f"expected .*device.* got '{device}'"):
         fit(config=replace(PLAIN, device=device))
 
@@ -474,7 +474,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize(("name", "value", "message"), [(k, *v) for k, v in CONFIGS.items()], ids=CONFIGS)
-def test_configurations_that_are_refused(name, value, message):
+def test_invalid_configurations_are_refused(name, value, message):
     with pytest.raises(ValueError, match=message):
         cf.FitConfig(**{name: value})
 
@@ -529,7 +529,7 @@ def course(checkpoints, stop_after=None, config=MappingProxyType({})):
 
 @over(["adam", "adamax", "adamw"], "optimizer")
 @over([0.0, 0.9], "ema")
-def test_a_training_goes_on_from_any_step_bit_by_bit(optimizer, ema, tmp_path):
+def test_a_training_resumes_from_any_step_bit_for_bit(optimizer, ema, tmp_path):
     config, checkpoints = {"optimizer": optimizer, "ema": ema, "patience": 3}, InMemory()
     weights, record = course(checkpoints, config=config)
     assert [state.steps for state in checkpoints.taken] == [*range(1, 26), 25]
@@ -552,7 +552,7 @@ def test_an_interruption_between_two_steps_loses_nothing():
     assert second.stopped == "finished" and all(torch.equal(again[k], weights[k]) for k in weights)
 
 
-def test_a_state_of_another_training_is_refused():
+def test_a_checkpoint_of_another_training_is_refused():
     checkpoints = InMemory()
     course(checkpoints, stop_after=3)
     state = InMemory(checkpoints.taken[-1])
@@ -568,7 +568,7 @@ def test_a_state_of_another_training_is_refused():
         course(state)
 
 
-def test_the_last_two_states_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+def test_the_last_two_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
     taken, checkpoints = InMemory(), cf.Checkpoints(tmp_path)
     assert checkpoints.load() is None
     course(taken, stop_after=4)

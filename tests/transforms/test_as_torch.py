@@ -48,7 +48,7 @@ def test_the_last_pair_is_kept_and_no_other(flow):
     assert calls == ["forward"] * 4
 
 
-def test_a_transformed_distribution_is_the_flow(flow):
+def test_a_transformed_distribution_equals_the_flow(flow):
     c = torch.randn(4, 2).double()
     base = Independent(Normal(torch.zeros(4, 3).double(), 1.0), 1)
     q = TransformedDistribution(base, [flow.transform.as_torch(c)])

@@ -30,7 +30,7 @@ COLUMNS = {
 
 
 @over(COLUMNS)
-def test_a_map_comes_back_and_its_log_det_is_autograds(name):
+def test_round_trip_and_log_det_of_columns(name):
     t = TableTransform([COLUMNS[name], LinearColumn("b", scale=2.0)])
     y = torch.randn(200, 2, dtype=torch.float64) * 1.5
     x, log_det = t.inverse(y)
@@ -73,7 +73,7 @@ BAD = {
 
 
 @pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD)
-def test_arguments_that_are_refused(make, message):
+def test_invalid_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 

@@ -292,7 +292,7 @@ def test_errors_say_what_was_expected_what_came_and_what_to_do(name):
     assert caught.type is error
 
 
-def test_permute_and_standardize_are_what_they_say():
+def test_permute_and_standardize_compute_their_formulas():
     x = torch.tensor([[10.0, 20.0, 30.0]])
     assert cf.Permute([2, 0, 1])(x)[0].tolist() == [[30.0, 10.0, 20.0]]
     assert cf.Permute([2, 0, 1]).inverse(x)[0].tolist() == [[20.0, 30.0, 10.0]]
@@ -301,7 +301,7 @@ def test_permute_and_standardize_are_what_they_say():
     assert log_det.item() == pytest.approx(-2.302585)
 
 
-def test_triangular_is_its_formula():
+def test_whiten_computes_its_formula():
     factor = torch.tensor([[2.0, 0.0], [1.0, 0.5]])
     y, log_det = cf.Inverse(cf.transforms.Whiten([1.0, -1.0], factor))(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))
     assert y.tolist() == [[3.0, 1.0], [1.0, -1.0]] and log_det.tolist() == [0.0, 0.0]

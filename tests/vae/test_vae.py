@@ -133,14 +133,14 @@ def test_densities_are_float32_under_autocast():
     assert dtypes == [torch.float32] * 4  # bfloat16 would give log q to 3 digits
 
 
-def test_convolutions_give_back_any_size():
+def test_convolutional_decoders_return_any_image_size():
     for h, w in itertools.product(range(1, 10), (1, 4, 7)):
         assert conv_encoder((2, h, w), 1, 3)(torch.zeros(1, 2, h, w)).shape == (1, 3)
         assert conv_decoder(2, (2, h, w), 1)(torch.zeros(1, 2)).shape == (1, 2, h, w)
 
 
 @pytest.mark.parametrize(("shape", "network"), [((1, 28, 28), "conv"), ((64,), "mlp")])
-def test_a_fresh_encoder_keeps_the_size_of_what_it_sees(shape, network):
+def test_a_new_encoder_keeps_the_scale_of_its_input(shape, network):
     vae = cf.VAE(shape, network=network, hidden=(64, 64), channels=8, context=64)
     size = vae.encoder(torch.randn(16, *shape)).std().item()
     assert 0.2 < size < 5  # torch's own initial weights leave 1e-3, and the posterior collapses
@@ -299,13 +299,13 @@ def test_check_refuses_values_without_a_density(likelihood, values, message):
 
 
 @over(LIKELIHOODS, "likelihood")
-def test_check_takes_what_is_right(likelihood):
+def test_check_accepts_valid_data(likelihood):
     make(likelihood=likelihood).check(torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, *IMAGE))
 
 
 @over(LIKELIHOODS, "likelihood")
 @over(["conv", "mlp"], "network")
-def test_no_data_at_all(likelihood, network):
+def test_an_empty_batch(likelihood, network):
     vae, nothing = make(likelihood=likelihood, network=network), torch.zeros(0, *IMAGE)
     vae.check(nothing)
     assert cf.objectives.elbo(vae, vae.likelihood.observe(nothing), samples=3).shape == (3, 0)
@@ -364,7 +364,7 @@ def test_constructor_errors(arguments, message):
         make(**arguments)
 
 
-def test_the_flow_that_is_given_is_the_posterior():
+def test_a_given_flow_is_the_posterior():
     flow = POSTERIORS["flow that is solved"]()
     vae = make(posterior=flow)
     assert vae.posterior is flow and F.mse_loss(vae.encode(data(vae, 1)).sample((3,)), torch.zeros(3, 1, 2)) > 0
