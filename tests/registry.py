@@ -196,7 +196,10 @@ def case(**labels: object) -> Iterator[None]:
 def over(
     names: Iterable[object], argument: str = "name", quick: Container[object] | None = None
 ) -> pytest.MarkDecorator:
-    """Run a test once for each name; if `quick` is given, the names that are not in it run in the slow tier."""
+    """Run a test once for each name; if `quick` is given, the names that are not in it run in the slow tier.
+
+    A test over pairs takes one argument, the pair.
+    """
     values = [name if quick is None or name in quick else pytest.param(name, marks=pytest.mark.slow) for name in names]
     return pytest.mark.parametrize(argument, values, ids=str)
 

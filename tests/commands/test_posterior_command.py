@@ -292,6 +292,7 @@ def test_data_reach_the_model(here, tmp_path):
     assert means == pytest.approx([1, 2, 3], abs=0.15)
 
 
+@pytest.mark.slow
 def test_chains_through_the_flow_are_reported(here, tmp_path):
     code, out, _ = here("mine.py:banana", *QUICK, "--refine", "imh", "-n", 400, "--out", "run")
     refined = summary(tmp_path / "run")["refined"]
@@ -299,6 +300,7 @@ def test_chains_through_the_flow_are_reported(here, tmp_path):
     assert refined["r_hat"] > 0.9 and refined["divergences"] == 0 and refined["evaluations"] > 400
 
 
+@pytest.mark.slow
 def test_the_same_seed_the_same_draws(here, tmp_path, monkeypatch):
     monkeypatch.setattr("counterflow.commands.posterior_plots.plot_run", lambda *_: None)  # only time
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
@@ -511,6 +513,7 @@ def test_names_of_files_and_models():
     assert split_name(f"{here}:model") == (Path(here), "model") and split_name(here) == (Path(here), "")
 
 
+@pytest.mark.slow
 def test_a_disk_without_room_for_the_draws(here, tmp_path, monkeypatch):
     def full(path):
         return SimpleNamespace(free=1000)

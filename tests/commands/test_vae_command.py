@@ -185,6 +185,7 @@ def test_vae_on_other_data(name, here, tmp_path):
         assert (x == x.round()).all() and x.min() >= 0 and x.max() <= 255
 
 
+@pytest.mark.slow
 def test_two_runs_of_one_seed_are_the_same(here, tmp_path, monkeypatch):
     monkeypatch.setattr("counterflow.commands.vae_plots.plot_run", lambda *_: None)  # only time
     write_csv(tmp_path)

@@ -25,6 +25,7 @@ SMALL = {"layers": 2, "hidden": (16,), "members": 1, "epochs": 15, "random_state
 ROWS = RNG.normal([10.0, -3.0], [2.0, 0.1], (300, 2))
 
 
+@pytest.mark.slow
 @parametrize_with_checks([cf.FlowDensity(layers=1, hidden=(8,), epochs=2)])
 def test_the_checks_of_scikit_learn(estimator, check):
     check(estimator)
@@ -59,6 +60,7 @@ def mixed():
     )
 
 
+@pytest.mark.slow
 def test_samples_look_like_the_table(mixed):
     table, _, density = mixed
     x = pd.DataFrame(density.sample(4000, random_state=0), columns=density.get_feature_names_out())
@@ -188,6 +190,7 @@ def test_a_user_defined_recipe():
         cf.FlowDensity(lambda features, context: cf.MAF(3), **TINY).fit(ROWS)
 
 
+@pytest.mark.slow
 def test_the_seed_decides():
     def scores(seed):
         return cf.FlowDensity(**{**TINY, "random_state": seed}).fit(ROWS).score_samples(ROWS)

@@ -69,6 +69,7 @@ CASES |= {
     )
 }
 
+NARROW = [case for case in CASES if not case.startswith("64")]
 EVERY_BODY = list(product(["reference", *BODIES], UNIVARIATES))
 EVERY = [*EVERY_BODY, *product(BODIES, FOREIGN)]
 BODY_CASES = [(body, case) for body, u in EVERY for case in CASES if body != "reference" and f", {u}," in case]
@@ -111,9 +112,10 @@ def results(solver, t, y, c):
     return x, log_det, *torch.autograd.grad((x, log_det), [*leaves, *t.parameters()], (x_bar, log_det_bar))
 
 
-@pytest.mark.parametrize(("body", "case"), BODY_CASES)
+@over(BODY_CASES, "body_and_case", quick=BODY_CASES[::3])
 @over(DEVICES, "device")
-def test_values_and_gradients_are_those_of_reference(case, body, device, poisoned):
+def test_values_and_gradients_are_those_of_reference(body_and_case, device, poisoned):
+    body, case = body_and_case
     t, y, c = made(case, device)
     expected = results("reference", t, y, c)
     poisoned.clear()
@@ -123,10 +125,11 @@ def test_values_and_gradients_are_those_of_reference(case, body, device, poisone
         close(one, other)
 
 
-@pytest.mark.parametrize(("body", "case"), BODY_CASES)
+@over(BODY_CASES, "body_and_case", quick=BODY_CASES[::3])
 @over(DEVICES, "device")
-def test_each_substitution_is_that_of_reference(case, body, device, poisoned):
+def test_each_substitution_is_that_of_reference(body_and_case, device, poisoned):
     """Compare the adjoints of every hidden layer too, since an error there may not show in the weight gradients."""
+    body, case = body_and_case
     t, y, c = made(case, device)
     body = body_for(body, t._layout, y)
     with torch.no_grad():
@@ -143,15 +146,16 @@ def test_each_substitution_is_that_of_reference(case, body, device, poisoned):
             close(one, other)
 
 
-@pytest.mark.parametrize(("body", "case"), BODY_CASES[::2])
+@over(BODY_CASES[::2], "body_and_case", quick=BODY_CASES[::6])
 @over(DEVICES, "device")
-def test_float32_is_near_float64(case, body, device, poisoned):
+def test_float32_is_near_float64(body_and_case, device, poisoned):
+    body, case = body_and_case
     exact = results("reference", *made(case, device))
     for came, expected in zip(results(body, *made(case, device, torch.float32)), exact, strict=True):
         close(came, expected.float(), 5e-4)
 
 
-@over([case for case in CASES if not case.startswith("64")], "case")
+@over(NARROW, "case", quick=NARROW[::4])
 def test_reference_has_the_gradients_of_plain_autograd(case):
     """Compare the implicit function theorem with a graph through all passes."""
     t, y, c = made(case)
@@ -165,9 +169,10 @@ def test_reference_has_the_gradients_of_plain_autograd(case):
         close(came, plain)
 
 
-@pytest.mark.parametrize(("solver", "univariate"), EVERY_BODY)
+@over(EVERY_BODY, "solver_and_univariate", quick=[("reference", "affine"), ("sliced", "gated"), ("cpu", "spline")])
 @over([0, 2], "context", quick=[2])
-def test_gradcheck(solver, univariate, context):
+def test_gradcheck(solver_and_univariate, context):
+    solver, univariate = solver_and_univariate
     t = stir(cf.Autoregressive(3, context, (4, 3), UNIVARIATES[univariate], (2, 1, 3), "tanh"))
     t.solver = solver
     names, parameters = zip(*t.named_parameters(), strict=True)

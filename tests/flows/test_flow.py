@@ -122,7 +122,7 @@ def test_dtype_and_device_are_kept(name):
             close(q.log_prob(z), log_q, 1e-3 if dtype == torch.float32 else 1e-10)
 
 
-@over(FLOWS)
+@over(FLOWS, quick=list(FLOWS)[::3])
 def test_shapes(name):
     for batch, samples in product([(), (4,), (2, 3), (0,)], [(), (1,), (5, 2), (0,)]):
         with case(batch=batch, samples=samples):

@@ -47,7 +47,7 @@ def draws(vae):
     return {"x": torch.rand(7, *vae.data_shape).round(), "eps": torch.randn(7, vae.latent)}
 
 
-@over(ARCHIVED, quick=["IAF gated", "student"])
+@over(ARCHIVED, quick=["student"])
 def test_an_archive_gives_the_same_numbers(name, tmp_path):
     flow = FLOWS[name]()
     path = cf.export(flow, tmp_path / "flow.pt2")
@@ -82,7 +82,7 @@ SOLVED = {
 }
 
 
-@over(SOLVED)
+@over(SOLVED, quick=["IAF"])
 def test_a_solved_direction_in_an_archive(name, tmp_path):
     make, direction = SOLVED[name]
     flow = make()
@@ -90,6 +90,7 @@ def test_a_solved_direction_in_an_archive(name, tmp_path):
     assert largest_difference(flow, path, direction, rows=20) < 1e-10
 
 
+@pytest.mark.slow
 def test_a_solved_direction_in_onnx(tmp_path):
     flow = stir(cf.MAF(2, layers=1, hidden=(5,))).float()
     path = cf.export(flow, tmp_path / "flow.onnx", "sample")
@@ -135,6 +136,7 @@ def test_exported_encoders_and_decoders_give_the_vaes_numbers(name):
         torch.testing.assert_close((back - start.loc) / start.scale, eps, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_metadata_of_an_exported_file(tmp_path):
     flow = cf.IAF(4, 2, layers=2, hidden=(9, 7), seed=0)
     model = onnx.load(cf.export(flow, tmp_path / "flow.onnx"))

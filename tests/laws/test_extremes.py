@@ -181,7 +181,7 @@ def infinite(objective, model, x):
 
 @over(MODELS)
 @over(FAULTS, "fault")
-@over(["float32", "bf16"], "precision")
+@over(["float32", "bf16"], "precision", quick=["float32"])
 def test_a_nan_in_every_third_step_reaches_no_weight(name, fault, precision):
     build, objective = MODELS[name]
     model, step = build(), 0
@@ -223,7 +223,7 @@ def test_elbo_terms_of_a_vae_are_finite(likelihood, seed, special):
 # -- posteriors --------------------------------------------------------------------------------------
 
 
-@over([1.0, 3.0], "edge")
+@over([1.0, 3.0], "edge", quick=[1.0])
 @over(ESTIMATORS, "estimator", quick=["path"])
 @pytest.mark.filterwarnings("ignore:training ended:RuntimeWarning")
 def test_a_target_that_is_nan_in_a_region(estimator, edge):

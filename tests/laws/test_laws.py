@@ -177,7 +177,7 @@ SHAPES = {  # batch shape of x, of c, of y
 }
 
 
-@over(TRANSFORMS)
+@over(TRANSFORMS, quick=list(TRANSFORMS)[::2])
 def test_batch_shapes(name):
     for shapes in SHAPES:
         with case(shapes=shapes):

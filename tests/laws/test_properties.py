@@ -103,7 +103,7 @@ def bend_of(g, direction, x, y, again, params):
     return torch.maximum(*bends).nan_to_num(0.0, 0.0)
 
 
-@over(MAPS)
+@over(MAPS, quick=UNIVARIATES)
 @laws(40)
 @given(st.data(), dtypes, st.sampled_from(DIRECTIONS), st.sampled_from([0.0, 1.0, 3.0, 20.0]))
 def test_round_trip_of_maps(name, data, dtype, direction, scale):
@@ -122,7 +122,7 @@ def test_round_trip_of_maps(name, data, dtype, direction, scale):
     assert (off <= C * (torch.finfo(dtype).eps * (1 + log_slope.abs()) + bends * bound))[fine].all()
 
 
-@over(MAPS)
+@over(MAPS, quick=UNIVARIATES)
 @laws(25)
 @given(st.data(), dtypes, st.sampled_from(DIRECTIONS))
 def test_maps_of_non_finite_values_are_not_finite(name, data, dtype, direction):

@@ -196,6 +196,7 @@ def test_a_jacobian_is_vectorised(layer):
     close(came, expected, 1e-13)
 
 
+@pytest.mark.slow
 @over(["eager", "aot_eager"], "backend")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # what torch's own tracer does
 def test_torch_compile_sees_one_graph(backend, always_cut):

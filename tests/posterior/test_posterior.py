@@ -20,6 +20,7 @@ def curved():
     return cf.fit_posterior(banana, cf.PosteriorConfig(stages=2), dim=2)
 
 
+@pytest.mark.slow
 def test_a_banana(curved):
     assert curved.trusted and curved.k_hat < 0.7 and curved.ess > 9_000
     assert curved.elbo == pytest.approx(math.log(2 * math.pi), abs=0.02)
@@ -40,6 +41,7 @@ def test_scales_far_apart():
         assert abs(row.mean - m) < 0.1 * s and row.sd == pytest.approx(s, rel=0.1)
 
 
+@pytest.mark.slow
 def test_one_dimension_that_is_skewed():
     """The logarithm of a Gamma(3) variable has mean digamma(3), variance trigamma(3) and evidence Gamma(3)."""
     posterior = cf.fit_posterior(lambda theta: (3 * theta - theta.exp()).sum(-1), replace(QUICK, steps=150), dim=1)

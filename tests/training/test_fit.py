@@ -235,7 +235,7 @@ ENDS = {
 
 
 @pytest.mark.parametrize(("values", "patience", "stopped", "ran", "best"), ENDS.values(), ids=ENDS)
-@over([0.0, 0.9], "ema")
+@over([0.0, 0.9], "ema", quick=[0.9])
 def test_the_best_weights_are_kept(values, patience, stopped, ran, best, ema):
     weights = []
     config = replace(PLAIN, epochs=5, batch_size=20, patience=patience, ema=ema)
@@ -331,7 +331,7 @@ def test_a_skipped_step_leaves_no_trace(name):
 
 
 @over(FAULTS)
-@over([0.0, 0.9], "ema")
+@over([0.0, 0.9], "ema", quick=[0.9])
 def test_too_many_skipped_steps_in_a_row_end_the_training(name, ema):
     weights = []
     objective = Faulty(name, {1, 2, *range(6, 100)})
@@ -528,7 +528,7 @@ def course(checkpoints, stop_after=None, config=MappingProxyType({})):
 
 
 @over(["adam", "adamax", "adamw"], "optimizer")
-@over([0.0, 0.9], "ema")
+@over([0.0, 0.9], "ema", quick=[0.9])
 def test_a_training_resumes_from_any_step_bit_for_bit(optimizer, ema, tmp_path):
     config, checkpoints = {"optimizer": optimizer, "ema": ema, "patience": 3}, InMemory()
     weights, record = course(checkpoints, config=config)
