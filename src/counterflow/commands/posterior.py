@@ -57,10 +57,11 @@ class Posterior:
         check_run_folder(self.folder)
         if self.model != DEFAULT_MODEL and self.folder.resume is None:
             check_model(self.model, self.data)
-        from counterflow.diagnostics.arviz import netcdf_modules
+        from counterflow.diagnostics.arviz import NETCDF_MODULES, chains_modules
 
         sampler = {"nuts": ("nutpie",), "neutra": ("numpyro",)}.get(self.refine or "", ())
-        require_packages(*netcdf_modules(), "pyarrow", "matplotlib", *sampler)
+        chains = chains_modules() if self.refine else ()
+        require_packages(*NETCDF_MODULES, "pyarrow", "matplotlib", *chains, *sampler)
         from counterflow.commands.posterior_run import run
 
         return run(self)

@@ -132,13 +132,13 @@ def _write(
     """Write all results; summary.json comes last, as it marks the run as complete."""
     torch.manual_seed(options.fit.seed)
     fitted.save(folder)
-    data = fitted.to_arviz(options.n)
-    check_free_space(folder, 2 * _size(data) + (1 << 20))  # HDF5 ends the process if it cannot close a file
+    data = fitted.to_xarray(options.n)
+    check_free_space(folder, 2 * data.nbytes + (1 << 20))  # HDF5 ends the process if it cannot close a file
     with atomic_write(folder / "posterior.nc") as path:
-        data.to_netcdf(str(path))
+        data.to_netcdf(str(path), engine="h5netcdf")
     if refined is not None:
         with atomic_write(folder / "refined.nc") as path:
-            refined.to_arviz().to_netcdf(str(path))
+            refined.to_xarray().to_netcdf(str(path), engine="h5netcdf")
     with atomic_write(folder / "draws.parquet") as path:
         _write_parquet(path, data, fitted.values)
     posterior_plots.plot_run(folder / "plots", fitted, target)
@@ -152,11 +152,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(part) for key, part in value.items()}
     return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
-
-
-def _size(data: Any) -> int:
-    """Return the bytes of all groups, for ArviZ before and after version 1."""
-    return int(data.nbytes if hasattr(data, "nbytes") else sum(data[group].nbytes for group in data.groups()))
 
 
 def _write_parquet(path: Path, data: Any, names: Iterable[str]) -> None:

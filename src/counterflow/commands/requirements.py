@@ -7,8 +7,9 @@ import warnings
 from counterflow.checks import require
 
 PACKAGES = {  # import name -> the extra that installs it, and its purpose
-    "arviz": ("posterior", "posterior.nc"),
-    "arviz_base": ("posterior", "posterior.nc"),
+    "arviz": ("posterior", "R-hat of chains"),
+    "arviz_stats": ("posterior", "R-hat of chains"),
+    "xarray": ("posterior", "posterior.nc"),
     "h5netcdf": ("posterior", "posterior.nc"),
     "h5py": ("posterior", "posterior.nc"),
     "numpyro": ("refine", "--refine neutra"),

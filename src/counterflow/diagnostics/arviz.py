@@ -1,8 +1,8 @@
 """Access to ArviZ, of either generation.
 
 Version 0 is one package, `arviz`. Version 1 consists of `arviz_base` (data structures), `arviz_stats` and
-`arviz_plots`, which the package `arviz` only gathers. Only the parts that are needed are imported, since importing all
-of them takes seconds.
+`arviz_plots`, which the package `arviz` only gathers. Draws are put into an xarray DataTree, which needs no ArviZ: to
+import version 0 takes seconds.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from counterflow.checks import require
 
 Array = npt.NDArray[Any]
 EXTRA = "posterior"
+NETCDF_MODULES = ("xarray", "h5netcdf", "h5py")  # write a `draws_tree`; to be checked before a fit
+DATA_GROUPS = ("observed_data", "constant_data")  # without chains and draws
 TAILS = (0.05, 0.95)  # quantiles whose effective sample size is that of the tails
 
 
@@ -43,39 +45,56 @@ def r_hat_and_ess(draws: Array) -> tuple[Array, Array, Array]:
         return r_hat, bulk, tail
 
 
-def arviz_data(
+def draws_tree(
     groups: Mapping[str, Mapping[str, Any]],
     attributes: Mapping[str, Any],
     dims: Mapping[str, Sequence[str]],
     coords: Mapping[str, Sequence[Any]],
 ) -> Any:
-    """Convert arrays to the data structure of the installed ArviZ: InferenceData (0) or an xarray DataTree (1).
+    """Put arrays into an xarray DataTree with the groups, dimensions and coordinates of ArviZ's schema.
 
     Args:
-        groups: group -> variable -> array; draws are (chains, draws, *shape).
+        groups: group -> variable -> array; draws are (chains, draws, *shape), data (*shape).
         attributes: attributes of the group "posterior".
-        dims: names of each variable's dimensions.
-        coords: labels of the coordinates along each dimension.
+        dims: names of each variable's dimensions; `x_dim_0`, ... where a variable x has none.
+        coords: labels of the coordinates along each dimension; 0, 1, ... where a dimension has none.
+
+    Raises:
+        ImportError: xarray is not installed.
+    """
+    xarray = require("xarray", EXTRA, "groups of draws")
+    tree = {}
+    for group, variables in groups.items():
+        leading = () if group in DATA_GROUPS else ("chain", "draw")
+        arrays, labels = {}, {}
+        for name, given in variables.items():
+            array = np.asarray(given)
+            own = dims.get(name) or [f"{name}_dim_{k}" for k in range(array.ndim - len(leading))]
+            arrays[name] = ((*leading, *own), array)
+            for dim, size in zip((*leading, *own), array.shape, strict=True):
+                labels[dim] = list(coords[dim]) if dim in coords else np.arange(size)
+        tree[group] = xarray.Dataset(arrays, labels, attributes if group == "posterior" else None)
+    return xarray.DataTree.from_dict(tree)
+
+
+def arviz_data(tree: Any) -> Any:
+    """Return the tree as the data structure of the installed ArviZ: InferenceData (0), or the tree itself (1).
 
     Raises:
         ImportError: ArviZ is not installed.
     """
-    purpose = "to_arviz"
-    named = {"dims": {name: list(value) for name, value in dims.items()}, "coords": dict(coords)}
     if _uses_version_1():
-        data = require("arviz_base", EXTRA, purpose).from_dict(groups, **named)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # on import, ArviZ 0.23 announces version 1
-            arviz = require("arviz", EXTRA, purpose)
-        data = arviz.from_dict(**groups, **named)
-    data["posterior"].attrs.update(attributes)
-    return data
+        require("arviz_base", EXTRA, "to_arviz")
+        return tree
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on import, ArviZ 0.23 announces version 1
+        arviz = require("arviz", EXTRA, "to_arviz")
+    return arviz.InferenceData(**{name: group.to_dataset() for name, group in tree.children.items()})
 
 
-def netcdf_modules() -> tuple[str, ...]:
-    """Return the modules that `arviz_data` and its method `to_netcdf` need, to be checked before a fit."""
-    return ("arviz_base" if _uses_version_1() else "arviz", "h5netcdf", "h5py")
+def chains_modules() -> tuple[str, ...]:
+    """Return the modules that `r_hat_and_ess` needs, to be checked before chains run."""
+    return ("arviz_stats",) if _generation("arviz-stats") == 1 else ("arviz",)
 
 
 def _uses_version_1() -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from counterflow.checks import one_of
-from counterflow.diagnostics.arviz import arviz_data
+from counterflow.diagnostics.arviz import arviz_data, draws_tree
 from counterflow.diagnostics.estimates import unreliable_features
 from counterflow.diagnostics.importance import psis, resample
 from counterflow.diagnostics.verdict import Verdict
@@ -138,10 +138,14 @@ class Refined:
     values: dict[str, Tensor]  # name -> (chains, draws, *shape), constrained
     chains: Chains  # the unconstrained draws and their convergence
 
+    def to_xarray(self) -> Any:
+        """Put the chains into an xarray DataTree with the group posterior."""
+        groups = {"posterior": {name: value.numpy() for name, value in self.values.items()}}
+        return draws_tree(groups, {"verdict": self.chains.sentence}, {}, {})
+
     def to_arviz(self) -> Any:
         """Convert the chains to ArviZ's data structure: see `Posterior.to_arviz`."""
-        groups = {"posterior": {name: value.numpy() for name, value in self.values.items()}}
-        return arviz_data(groups, {"verdict": self.chains.sentence}, {}, {})
+        return arviz_data(self.to_xarray())
 
     def __repr__(self) -> str:
         return f"Refined({', '.join(self.values)})\n  {self.chains.sentence}"
@@ -260,14 +264,28 @@ class Posterior:
     def to_arviz(self, samples: int = 4000) -> Any:
         """Convert draws to ArviZ's data structure: InferenceData in version 0, an xarray DataTree from version 1 on.
 
-        Groups: posterior (one chain), sample_stats (log_weight, lp, log_q), and if the target has them
-        posterior_predictive and observed_data. The attributes of posterior contain the verdict.
+        The groups are those of `to_xarray`.
 
         Args:
             samples: number of draws, chosen as in `sample`.
 
         Raises:
             ImportError: ArviZ is not installed.
+        """
+        return arviz_data(self.to_xarray(samples))
+
+    def to_xarray(self, samples: int = 4000) -> Any:
+        """Put draws into an xarray DataTree with the groups of ArviZ's schema.
+
+        Groups: posterior (one chain), sample_stats (log_weight, lp, log_q), and if the target has them
+        posterior_predictive and observed_data. The attributes of posterior contain the verdict. ArviZ is not needed,
+        and reads the file that `tree.to_netcdf(path, engine="h5netcdf")` writes.
+
+        Args:
+            samples: number of draws, chosen as in `sample`.
+
+        Raises:
+            ImportError: xarray is not installed.
         """
         index = self._pick(self.log_weights, samples)
         log_p, log_q = self.draws.log_p, self.draws.log_q
@@ -281,7 +299,7 @@ class Posterior:
             predictive = target.predictive(self.draws.theta[index], self.config.seed)
             groups["posterior_predictive"] = {name: value[None] for name, value in predictive.items()}
             groups["observed_data"] = dict(target.observed)
-        return arviz_data(
+        return draws_tree(
             {name: group for name, group in groups.items() if group},
             {"verdict": self.sentence, "k_hat": self.k_hat, "trusted": int(self.trusted)},
             {} if target is None else target.dims,
