@@ -164,7 +164,7 @@ def test_peak_memory_is_what_a_call_takes_at_most():
 @pytest.mark.slow
 def test_a_process_that_is_stopped_or_runs_out_of_memory_is_replaced():
     worker = Worker("counterflow", Settings(threads=1, memory=1024 * MIB))
-    small, large = Size(4, 8, 8), Size(4, 64, 1 << 22)  # a GiB for each hidden layer
+    small, large = Size(4, 8, 8), Size(4, 1024, 1 << 19)  # 2 GiB for each hidden layer, which is too wide for a tile
     try:
         reply = worker.ask(Request(small, "parallel", 3, watched=True), 60)
         assert len(reply.seconds) == 3 and min(reply.seconds) > 0
