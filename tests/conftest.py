@@ -25,6 +25,7 @@ FOLDERS = {  # tier -> folders and modules whose tests belong to it; see CONTRIB
     ),
     "system": (HERE / "system",),
     "smoke": (HERE / "smoke",),
+    "docs": (HERE / "docs",),
 }
 MAX_SECONDS = 10.0  # of CPU time in the test's own process
 
