@@ -96,6 +96,11 @@ def on_env(env: Any, config: Any, **_: Any) -> Any:
     return env
 
 
+def on_post_page(output: str, **_: Any) -> str:
+    """Drop the links to a page in other languages from its head: the theme looks for a sitemap beside each of them."""
+    return re.sub(r'\s*<link rel="alternate" [^>]*hreflang="[^"]*">', "", output)
+
+
 def on_post_build(config: Any, **_: Any) -> None:
     """Copy MathJax and its fonts from the package that brings them."""
     mathjax = Path(str(files("mathjax"))) / "static" / "mathjax" / "es5"
