@@ -1,4 +1,4 @@
-"""Extension of griffe: the reference shows the section Example of a docstring as code, as it does the section Examples."""
+"""Extension of griffe: shows the section Example of a docstring as code in the reference, as it does Examples."""
 
 from typing import Any
 

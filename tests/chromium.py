@@ -1,4 +1,4 @@
-"""Headless Chromium by its debugging protocol over two pipes: opens pages, runs JavaScript, collects what goes wrong."""
+"""Headless Chromium by its debugging protocol, over two pipes: opens pages, runs JavaScript, collects errors."""
 
 import json
 import os
