@@ -496,7 +496,7 @@ def test_bad_input_of_modelling_tools_ends_in_one_line(package, line, message, h
     check_refused(here, line, message, tmp_path)
 
 
-@pytest.mark.parametrize(("module", "extra"), [("arviz", "posterior"), ("pyarrow", "data"), ("matplotlib", "plots")])
+@pytest.mark.parametrize(("module", "extra"), [("xarray", "posterior"), ("pyarrow", "data"), ("matplotlib", "plots")])
 def test_a_missing_package_is_named_before_the_fit(module, extra, here, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     check_refused(here, "mine.py:banana", rf"expected {module}.*pip install 'counterflow\[{extra}\]'", tmp_path)

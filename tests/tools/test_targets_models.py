@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from torch.distributions import HalfNormal, Normal
+from torch.distributions import Beta, HalfNormal, Normal
 
 from counterflow.posterior.targets.numpyro import from_numpyro
 from counterflow.posterior.targets.pymc import from_pymc
@@ -234,6 +234,84 @@ def hopeless_pymc():
 # -- Pyro ----------------------------------------------------------------------------------------------
 
 
+def pyro_mixture(y, enumerated):
+    """A mixture of two normals, with a discrete site or with Pyro's own mixture."""
+    import pyro
+    from pyro import distributions as dist
+
+    w = pyro.sample("w", dist.Beta(2.0, 3.0))
+    with pyro.plate("component", 2):
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    with pyro.plate("row", len(y)):
+        if enumerated:
+            k = pyro.sample("k", dist.Bernoulli(w)).long()
+            pyro.deterministic("mean", mu[k])
+            pyro.sample("y", dist.Normal(mu[k], 1.0), obs=y)
+        else:
+            weights = dist.Categorical(torch.stack([1 - w, w], -1))
+            pyro.sample("y", dist.MixtureSameFamily(weights, dist.Normal(mu, 1.0)), obs=y)
+    pyro.deterministic("gap", mu[1] - mu[0])
+
+
+def test_pyro_sums_out_the_labels_of_a_mixture():
+    y = torch.tensor([-2.1, -1.0, 0.3, 2.5, 3.0], dtype=torch.float64)
+    target, expected = (from_pyro(pyro_mixture, y, enumerated) for enumerated in (True, False))
+    theta = target.initial(7, seed=0)
+    assert target.discrete == ("k",) and target.coordinates == expected.coordinates
+    torch.testing.assert_close(target(theta), expected(theta))
+    torch.testing.assert_close(gradient(target, theta), gradient(expected, theta))
+    values = target.constrain(theta)
+    assert {name: tuple(value.shape) for name, value in values.items()} == {"w": (7,), "mu": (7, 2), "gap": (7,)}
+    torch.testing.assert_close(target.unconstrain(values), theta)
+    assert target.predictive(theta, seed=0)["y"].shape == (7, 5)
+    assert target._program._over_rows is torch.func.vmap
+
+
+def test_pyro_draws_the_discrete_sites_given_the_data():
+    y = torch.tensor([-0.4, 0.1, 0.9], dtype=torch.float64)
+    target = from_pyro(pyro_mixture, y, True)
+    theta = torch.tensor([[0.3, -0.5, 0.8]], dtype=torch.float64)
+    k = target.sample_discrete(theta.expand(400, -1), seed=1)["k"]
+    values = {name: value[0] for name, value in target.constrain(theta).items()}
+    log_p = Normal(values["mu"], 1.0).log_prob(y[:, None])
+    log_p = log_p + torch.stack([1 - values["w"], values["w"]]).log()
+    p = log_p.softmax(-1)[:, 1]
+    assert k.shape == (400, 3) and ((k.mean(0) - p).abs() < 4.5 * (p * (1 - p) / 400).sqrt()).all()
+    assert torch.equal(k, target.sample_discrete(theta.expand(400, -1), seed=1)["k"])
+    assert from_pyro(pyro_mixture, y, False).sample_discrete(theta) == {}
+
+
+def test_pyro_sums_out_the_states_of_a_hidden_markov_model():
+    import pyro
+    from pyro import distributions as dist
+
+    y = torch.tensor([-1.2, -0.7, 1.5, 0.9, -0.2], dtype=torch.float64)
+
+    def model():
+        stay = pyro.sample("stay", dist.Beta(5.0, 2.0).expand([2]).to_event(1))
+        mu = pyro.sample("mu", dist.Normal(torch.tensor([-1.0, 1.0]), 1.0).to_event(1))
+        state = torch.tensor(0)
+        for t in pyro.markov(range(len(y))):
+            p = torch.where(state > 0, stay[1], 1 - stay[0])
+            state = pyro.sample(f"state {t}", dist.Bernoulli(p))
+            pyro.sample(f"y {t}", dist.Normal(mu[state.long()], 0.7), obs=y[t])
+
+    target = from_pyro(model)
+    theta = target.initial(3, seed=0)
+    for row, value in zip(theta, target(theta), strict=True):
+        values = {name: each[0] for name, each in target.constrain(row[None]).items()}
+        stay, mu = values["stay"], values["mu"]
+        moves = torch.stack([torch.stack([stay[0], 1 - stay[0]]), torch.stack([1 - stay[1], stay[1]])]).log()
+        forward = torch.tensor([0.0, -torch.inf], dtype=torch.float64)
+        for seen in y:
+            forward = (forward[:, None] + moves).logsumexp(0) + Normal(mu, 0.7).log_prob(seen)
+        prior = Beta(5.0, 2.0).log_prob(stay).sum()
+        prior = prior + Normal(torch.tensor([-1.0, 1.0]), 1.0).log_prob(mu).sum()
+        torch.testing.assert_close(value, forward.logsumexp(0) + prior + (stay.log() + (1 - stay).log()).sum())
+    assert target.discrete == tuple(f"state {t}" for t in range(5))
+    assert set(target.sample_discrete(theta, seed=0)) == set(target.discrete)
+
+
 def test_pyro_supports_may_depend_on_other_sites():
     import pyro
     from pyro import distributions as dist
@@ -381,7 +459,7 @@ def pyro_model(name):
         array = torch.tensor if tool == "pyro" else np.array
 
         def discrete():
-            ppl.sample("k", dist.Poisson(3.0))
+            ppl.sample("y", dist.Normal(ppl.sample("k", dist.Poisson(3.0)), ppl.sample("s", dist.HalfNormal(1.0))))
 
         def empty():
             ppl.sample("y", dist.Normal(0.0, 1.0), obs=array(1.0))

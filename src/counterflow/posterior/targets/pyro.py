@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from counterflow.checks import require
 from counterflow.posterior.targets.bijections import find_bijection, unconstrained_name
+from counterflow.posterior.targets.enumeration import Factors, factors_of, sum_out
 from counterflow.posterior.targets.layout import Layout
 from counterflow.posterior.targets.memory import bytes_of_evaluation
 from counterflow.posterior.targets.sites import (
@@ -60,7 +61,8 @@ def from_pyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Target
 
     Raises:
         ImportError: Pyro is not installed.
-        ValueError: a discrete or subsampled site, no latent site, or data that do not fit the model.
+        ValueError: a subsampled site, a discrete one with an infinite support, no latent site, or data that do not fit
+            the model.
 
     Example:
         >>> import pyro
@@ -84,7 +86,15 @@ class _PyroProgram(Program):
         self._model = model
         self._args = [_to_float64(value) for value in args]
         self._kwargs = {name: _to_float64(value) for name, value in kwargs.items()}
+        self._enumerated: Callable[..., Any] | None = None
+        self._structure: Factors
         sites, latent = self._run(_at_zero)
+        self.discrete = tuple(latent.discrete)
+        if self.discrete:
+            infer = require("pyro.infer", "pyro", "models of Pyro")
+            # One axis of its own for each discrete site, to the left of all axes of the model.
+            self._first_axis = -1 - max(max(_axes(site)) for site in sites.values())
+            self._enumerated = infer.config_enumerate(model, "parallel")
         self._layout = Layout({name: tuple(free.shape) for name, free in latent.unconstrained.items()})
         self.coordinates = self._layout.coordinates(
             {name: unconstrained_name(name, transform) for name, transform in latent.transforms.items()}
@@ -92,18 +102,25 @@ class _PyroProgram(Program):
         self.parameters = tuple(self._layout.shapes)
         self.observed = {name: np.asarray(site["value"]) for name, site in sites.items() if is_data(site)}
         self.dims = plate_dims({name: sites[name] for name in (*self.parameters, *self.observed)})
-        again, _ = self._run(_at_zero)
-        check_same_terms(
-            *({name: float(s["log_prob_sum"].detach()) for name, s in run.items()} for run in (sites, again))
-        )
+        if self._enumerated is None:
+            again, _ = self._run(_at_zero)
+            check_same_terms(_terms(sites), _terms(again))
         check_not_scaled_from_part(sites, self.observed, (model, self._args, self._kwargs))
+        shapes = {name: site["value"].shape for name, site in sites.items() if site["infer"].get("_deterministic")}
+        at_zero, _ = self._run_at(torch.zeros(self._layout.dim, dtype=torch.float64))
+        self._derived = [name for name, shape in shapes.items() if at_zero[name]["value"].shape == shape]
         self._over_rows = torch.func.vmap if self._runs_under_vmap() else _one_by_one
 
     def log_density(self, theta: Tensor) -> Tensor:
-        return self._over_rows(self._log_density_of_row)(theta)["log p"]
+        terms = self._over_rows(self._terms_of_row)(theta)
+        if not self.discrete:
+            return terms["rest"]
+        factors = {name: terms[f"factor {name}"] for name in self._structure.symbols}
+        with self._pyro.validation_enabled(False), float64_by_default():
+            return sum_out(factors, self._structure) + terms["rest"]
 
     def bytes_per_point(self, theta: Tensor) -> float:
-        return bytes_of_evaluation(self._log_density_of_row, theta[0])
+        return bytes_of_evaluation(self._terms_of_row, theta[0])
 
     def constrain(self, theta: Tensor) -> dict[str, Tensor]:
         return self._over_rows(self._values_of_row)(theta)
@@ -116,33 +133,58 @@ class _PyroProgram(Program):
         draws = []
         with seeded(int(torch.randint(1 << 31, (), generator=generator))), torch.no_grad():
             for _ in range(n + MEDIAN_DRAWS):
-                _, latent = self._run(_draw_from_prior)
+                _, latent = self._run(_draw_from_prior, enumerated=False)
                 draws.append(self._layout.join({name: u[None] for name, u in latent.unconstrained.items()}))
         finite = torch.nan_to_num(torch.cat(draws), nan=0.0, posinf=0.0, neginf=0.0)
         return torch.cat([finite[n:].median(0, keepdim=True).values, finite[: n - 1]])[:n]
 
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
         predictive = require("pyro.infer", "pyro", "models of Pyro").Predictive
-        values = self.constrain(theta)
-        latent = {name: values[name] for name in self.parameters}
+        latent = self._latent_values(theta)
         model = _messengers().Unobserved(self.observed)(self._model)
         draw = predictive(model, latent, return_sites=tuple(self.observed))
         with seeded(seed), float64_by_default(), _InFloat64():
             return {name: value.numpy() for name, value in draw(*self._args, **self._kwargs).items()}
 
+    def sample_discrete(self, theta: Tensor, seed: int) -> dict[str, Tensor]:
+        infer_discrete = require("pyro.infer", "pyro", "models of Pyro").infer_discrete
+
+        def of_row(theta: Tensor) -> dict[str, Tensor]:
+            def given_theta(*args: Any, **kwargs: Any) -> Any:
+                with _messengers().Latent(self._chooser_at(theta)):
+                    return self._enumerated(*args, **kwargs)  # type: ignore[misc]  # there are discrete sites
+
+            model = infer_discrete(given_theta, first_available_dim=self._first_axis, temperature=1)
+            trace = self._pyro.poutine.trace(model).get_trace(*self._args, **self._kwargs)
+            return {name: trace.nodes[name]["value"] for name in self.discrete}
+
+        with seeded(seed), self._pyro.validation_enabled(False), float64_by_default(), _InFloat64():
+            return _one_by_one(of_row)(theta)
+
     def explain(self, theta: Tensor) -> str:
         sites, _ = self._run_at(theta)
-        return describe_nonfinite(_terms(sites))
+        return "" if self.discrete else describe_nonfinite(_terms(sites))
 
-    def _log_density_of_row(self, theta: Tensor) -> dict[str, Tensor]:
-        sites, latent = self._run_at(theta)
-        terms = [*(site["log_prob_sum"] for site in sites.values()), *latent.log_jacobians]
-        return {"log p": torch.stack([term.to(theta) for term in terms]).sum()}
+    def _terms_of_row(self, theta: Tensor) -> dict[str, Tensor]:
+        """Return the log density at theta (D,), or its factors if there are discrete sites to sum out."""
+        trace, latent = self._trace(self._chooser_at(theta))
+        sites = _sample_sites(trace)
+        terms = latent.log_jacobians
+        factors: dict[str, Tensor] = {}
+        if self.discrete:
+            self._structure = factors_of(trace, sites)
+            factors = {f"factor {name}": factor for name, factor in self._structure.tensors.items()}
+        else:
+            terms = [*(site["log_prob_sum"] for site in sites.values()), *terms]
+        return {**factors, "rest": torch.stack([term.to(theta) for term in terms]).sum()}
 
     def _values_of_row(self, theta: Tensor) -> dict[str, Tensor]:
         sites, latent = self._run_at(theta)
-        derived = [name for name, site in sites.items() if site["infer"].get("_deterministic")]
-        return {name: sites[name]["value"] for name in (*latent.unconstrained, *derived)}
+        return {name: sites[name]["value"] for name in (*latent.unconstrained, *self._derived)}
+
+    def _latent_values(self, theta: Tensor) -> dict[str, Tensor]:
+        values = self.constrain(theta)
+        return {name: values[name] for name in self.parameters}
 
     def _unconstrain_row(self, values: TensorsByName) -> dict[str, Tensor]:
         _, latent = self._run(lambda site, transform: transform.inv(values[site["name"]]))
@@ -150,29 +192,53 @@ class _PyroProgram(Program):
         return unconstrained
 
     def _run_at(self, theta: Tensor) -> tuple[dict[str, Any], Any]:
-        pieces = self._layout.split(theta)
-        return self._run(lambda site, transform: pieces[site["name"]])
+        return self._run(self._chooser_at(theta))
 
-    def _run(self, choose: Chooser) -> tuple[dict[str, Any], Any]:
+    def _chooser_at(self, theta: Tensor) -> Chooser:
+        """Return the function that gives the unconstrained form of each latent site at theta (D,)."""
+        pieces = self._layout.split(theta)
+        return lambda site, transform: pieces[site["name"]]
+
+    def _run(self, choose: Chooser, *, enumerated: bool = True) -> tuple[dict[str, Any], Any]:
         """Return the sample sites of one run, with their log densities, and the messenger with the latent ones."""
+        trace, latent = self._trace(choose, enumerated=enumerated)
+        return _sample_sites(trace), latent
+
+    def _trace(self, choose: Chooser, *, enumerated: bool = True) -> tuple[Any, Any]:
+        """Return the trace of one run, with log densities, and the messenger with the latent sites.
+
+        Discrete sites are enumerated, or drawn from their prior.
+        """
+        model = self._model
+        if self._enumerated is not None and enumerated:
+            model = self._pyro.poutine.enum(self._enumerated, first_available_dim=self._first_axis)
         # Validation looks at values, which torch.func.vmap does not allow.
         with self._pyro.validation_enabled(False), float64_by_default(), _InFloat64():
             with _messengers().Latent(choose) as latent:
-                trace = self._pyro.poutine.trace(self._model).get_trace(*self._args, **self._kwargs)
+                trace = self._pyro.poutine.trace(model).get_trace(*self._args, **self._kwargs)
             try:
                 trace.compute_log_prob()
             except RuntimeError as error:
                 site = next(n for n, s in trace.nodes.items() if s["type"] == "sample" and "log_prob" not in s)
                 raise data_mismatch_error(site, error) from error
-        samples = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
-        return {name: site for name, site in samples.items() if not _is_subsample(site)}, latent
+        return trace, latent
 
     def _runs_under_vmap(self) -> bool:
         try:
-            torch.func.vmap(self._log_density_of_row)(torch.zeros(2, self._layout.dim, dtype=torch.float64))
+            torch.func.vmap(self._terms_of_row)(torch.zeros(2, self._layout.dim, dtype=torch.float64))
         except (RuntimeError, ValueError):
             return False
         return True
+
+
+def _sample_sites(trace: Any) -> dict[str, Any]:
+    samples = {name: site for name, site in trace.nodes.items() if site["type"] == "sample"}
+    return {name: site for name, site in samples.items() if not _is_subsample(site)}
+
+
+def _axes(site: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of axes, counted from the right, that a site takes for its batch and for its plates."""
+    return [len(site["fn"].batch_shape), *(-plate.dim for plate in site["cond_indep_stack"] if plate.vectorized)]
 
 
 def _terms(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
@@ -205,6 +271,7 @@ def _messengers() -> Any:
             self.transforms: dict[str, Transform] = {}
             self.unconstrained: dict[str, Tensor] = {}
             self.log_jacobians: list[Tensor] = []
+            self.discrete: list[str] = []  # sites whose value is left to others
 
         def _pyro_sample(self, site: dict[str, Any]) -> None:
             name = site["name"]
@@ -212,6 +279,8 @@ def _messengers() -> Any:
             if _is_subsample(site):
                 given = site["value"]
                 check_full_plate(name, fn.size, fn.subsample_size if given is None else len(given))
+            elif site["value"] is None and fn.support.is_discrete and fn.has_enumerate_support:
+                self.discrete.append(name)
             elif site["value"] is None:
                 transform = find_bijection(name, fn.support)
                 unconstrained = self._choose(site, transform)
@@ -252,6 +321,8 @@ class _InFloat64(TorchFunctionMode):
     """Convert tensors of lower precision to float64 wherever a function of torch takes them."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == Tensor.data.__get__:  # type: ignore[attr-defined]  # Pyro reads its shape; vmap does not allow data
+            return args[0].detach()
         if func.__name__ == "__get__":  # an attribute, such as requires_grad, is that of the tensor itself
             return func(*args, **(kwargs or {}))
         return func(*_to_float64(args), **_to_float64(kwargs or {}))

@@ -36,6 +36,7 @@ class Program(ABC):
     Attributes:
         coordinates: names of the D unconstrained coordinates: "mu", "log(tau)", "theta[3]".
         parameters: names in `constrain` that are free variables.
+        discrete: names of the variables that are summed out of the density.
         observed: the data by name, as ArviZ wants them.
         dims: names of the dimensions of each variable, as ArviZ wants them.
         coords: labels along each dimension, as ArviZ wants them.
@@ -43,6 +44,7 @@ class Program(ABC):
 
     coordinates: tuple[str, ...]
     parameters: tuple[str, ...]
+    discrete: tuple[str, ...] = ()
     observed: Mapping[str, Array] = EMPTY
     dims: Mapping[str, Sequence[str]] = EMPTY
     coords: Mapping[str, Sequence[Any]] = EMPTY
@@ -65,6 +67,10 @@ class Program(ABC):
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
         """Return one draw of new data for each row of theta (S, D): name -> (S, *shape)."""
         return {}
+
+    def sample_discrete(self, theta: Tensor, seed: int) -> dict[str, Tensor]:
+        """Return one draw of the discrete variables, given theta (S, D) and the data: name -> (S, *shape)."""
+        raise NotImplementedError
 
     def bytes_per_point(self, theta: Tensor) -> float:
         """Return about how much memory each point takes in `log_density` with its gradient.
@@ -102,6 +108,7 @@ class Target:
         dim: D, the number of unconstrained coordinates.
         coordinates: their names: "mu", "log(tau)", "theta[3]".
         parameters: the names in `constrain` that are free variables; the others are computed from them.
+        discrete: the names of the discrete variables, which are summed out of the density.
         observed: the data by name.
         dims: names of the dimensions of each variable.
         coords: labels along each dimension.
@@ -119,6 +126,7 @@ class Target:
         self.dim = len(program.coordinates)
         self.coordinates = tuple(program.coordinates)
         self.parameters = tuple(program.parameters)
+        self.discrete = tuple(program.discrete)
         self.observed = dict(program.observed)
         self.dims = dict(program.dims)
         self.coords = dict(program.coords)
@@ -228,6 +236,24 @@ class Target:
         with torch.no_grad():
             draws = [self._program.predictive(part, seed) for part, seed in zip(parts, seeds, strict=True)]
         return {name: np.concatenate([part[name] for part in draws]) for name in draws[0]}
+
+    def sample_discrete(self, theta: Tensor, seed: int = 0) -> dict[str, Tensor]:
+        """Return one draw of the discrete variables from their distribution given theta (S, D) and the data.
+
+        Given draws theta of the posterior, these are draws of the discrete variables from the posterior.
+
+        Returns:
+            name -> (S, *shape), integers; empty for a model without discrete variables.
+
+        Raises:
+            TypeError: theta is not a floating-point tensor.
+            ValueError: theta has another shape.
+        """
+        theta = self._checked(theta.detach())
+        if not self.discrete or not len(theta):
+            return {}
+        with torch.no_grad():
+            return self._program.sample_discrete(theta, seed)
 
     def __repr__(self) -> str:
         return f"Target(dim={self.dim}, parameters={self.parameters})"
