@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
@@ -37,7 +38,9 @@ OTHERS = {  # names in signatures -> their own documentation
     "collections.abc.Mapping": "https://docs.python.org/3/library/collections.abc.html#collections.abc.Mapping",
 }
 HELP = re.compile(r"```console\n\$ (counterflow .*--help)\n```")
+SEARCH = {"learn": {"boost": 4}, "results": {"exclude": True}}  # explanations first, tables of numbers never
 EVERY_MESSAGE = "<!-- every message -->"
+WIDTH = 90  # characters of a line of help, which is the width of the page
 MIN_MESSAGE = 30  # characters; shorter ones hold nothing but what varies
 AS_IT_IS = str.maketrans({mark: f"&#{ord(mark)};" for mark in "<*_[`$"})  # marks of Markdown and of formulas
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)")
@@ -47,6 +50,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Let links that leave docs/ find the same file inside it, as links in the repository must work too."""
     source = (ROOT / "docs" / page.file.src_uri).resolve().relative_to(ROOT).parent.as_posix()
     here = posixpath.dirname(page.file.src_uri)
+    page.meta.setdefault("search", SEARCH.get(here.partition("/")[0], {}))
 
     def inside(link: re.Match[str]) -> str:
         path, hash_sign, anchor = link[1].partition("#")
@@ -64,7 +68,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 def help_of(command: str) -> str:
     """Return the help that a command prints."""
     words = [sys.executable, "-m", *command.split()]
-    return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
+    lines = subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip().splitlines()
+    return "\n".join(textwrap.fill(line, WIDTH) if len(line) > WIDTH else line for line in lines)
 
 
 @cache
