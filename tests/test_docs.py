@@ -20,7 +20,22 @@ import counterflow as cf
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-OF_TOOLS = (DOCS / "interop", DOCS / "tutorials" / "pymc.md", DOCS / "tutorials" / "stan.md")
+OF_TOOLS = (DOCS / "interop", *(DOCS / "tutorials" / name for name in ("pymc.md", "nuts.md")))
+LONG = [  # pages of the tier `docs`: they train for more than a few seconds
+    DOCS / f"{name}.md"
+    for name in (
+        "first-steps",
+        "howto/bounded-data",
+        "howto/conditional-densities",
+        "howto/k-hat",
+        "learn/change-of-variables",
+        "learn/made-vae-distillation",
+        "learn/maf-or-iaf",
+        "learn/variational-inference",
+        "tutorials/anomalies",
+        "tutorials/slow-maf",
+    )
+]
 ALL = [README, *sorted(DOCS.glob("**/*.md"))]  # symbolic links included
 CHINESE = [ROOT / "README.zh-CN.md", *(page for page in ALL if page.name.endswith(".zh.md"))]
 PAGES = [page for page in ALL if page not in CHINESE and not page.is_symlink()]
@@ -54,12 +69,16 @@ def english(page: Path) -> Path:
     return README if page.parent == ROOT else page.with_name(page.name.removesuffix(".zh.md") + ".md")
 
 
+def tier(page: Path) -> tuple[pytest.MarkDecorator, ...]:
+    """The marker of a page that does not belong to the default tier."""
+    if any(page.is_relative_to(path) for path in OF_TOOLS):
+        return (pytest.mark.tools,)
+    return (pytest.mark.docs,) if page in LONG else ()
+
+
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, marks=pytest.mark.tools if any(page.is_relative_to(path) for path in OF_TOOLS) else ())
-        for page in PAGES
-    ],
+    [pytest.param(page, marks=tier(page)) for page in PAGES],
     ids=[str(page.relative_to(ROOT)) for page in PAGES],
 )
 def test_page_runs(page, tmp_path, monkeypatch):
