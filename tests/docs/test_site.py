@@ -84,7 +84,9 @@ def browser(tmp_path_factory):
 
 
 def target(page: Path, url: str, site: Path) -> Path:
-    path = (page.parent / unquote(urlsplit(url).path)).resolve() if urlsplit(url).path else page
+    asked = unquote(urlsplit(url).path)
+    folder = site if asked.startswith("/") else page.parent
+    path = (folder / asked.lstrip("/")).resolve() if asked else page
     return path / "index.html" if path.is_dir() else path
 
 
