@@ -17,6 +17,7 @@ SRC = ROOT / "src" / "counterflow"
 FLOORS = (
     "lazy",
     "checks",
+    "notebook",
     "random",
     "univariate",
     "made",

@@ -12,6 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 
 from counterflow.flows.bases import Base
+from counterflow.notebook import html_table
 from counterflow.transforms.base import Cost, Transform, check_context, prepare
 
 # Methods of the distribution that are not methods of the flow, and are often looked for there.
@@ -228,6 +229,20 @@ class Flow(nn.Module):
             f"  transform {self.transform!r}".replace("\n", "\n  "),
         ]
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Return sizes, the cost of each direction and the layers as a table, for notebooks."""
+        parameters = sum(p.numel() for p in self.parameters())
+        rows = [
+            ("features", self.features),
+            ("context", self.context),
+            ("parameters", f"{parameters:,}"),
+            ("sample", _describe(self.transform.forward_cost)),
+            ("log_prob", _describe(self.transform.inverse_cost)),
+            ("base", repr(self.base)),
+            ("transform", repr(self.transform)),
+        ]
+        return html_table(("Flow", ""), rows)
 
 
 def _describe(cost: Cost) -> str:

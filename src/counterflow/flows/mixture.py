@@ -18,6 +18,7 @@ from counterflow.flows.flow import (
     as_size,
     call_first,
 )
+from counterflow.notebook import html_table
 
 
 class MixtureDistribution(Distribution):
@@ -115,3 +116,10 @@ class FlowMixture(nn.Module):
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
         return {"flows": list(self.flows)}
+
+    def _repr_html_(self) -> str:
+        """Return sizes and members as a table, for notebooks."""
+        parameters = sum(p.numel() for p in self.parameters())
+        rows = [("features", self.features), ("context", self.context), ("parameters", f"{parameters:,}")]
+        members = [(f"member {k}", repr(flow)) for k, flow in enumerate(self.flows, 1)]
+        return html_table(("FlowMixture", ""), [*rows, *members])

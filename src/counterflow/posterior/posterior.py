@@ -390,6 +390,10 @@ class Posterior:
         known = None if target is None else as_target(target, flow.features)
         return cls(known, config, FlowFit(flow, draws, verdict, stages), values, seconds)
 
+    def _repr_html_(self) -> str:
+        """Return the summary and the verdict as a table, for notebooks."""
+        return self.summary()._repr_html_()
+
     def __repr__(self) -> str:
         usable = self.verdict.usable_weights
         how = "resampled by importance weights" if usable else "of the approximation itself, NOT corrected"

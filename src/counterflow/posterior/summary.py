@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from counterflow.diagnostics.estimates import weighted_estimates
+from counterflow.notebook import html_table
 from counterflow.posterior.targets.layout import element_names
 
 
@@ -40,6 +41,15 @@ class Summary:
             numbers = " ".join(f"{value:11.4g}" for value in row[:6])
             lines.append(f"{name:{width}} {numbers} {row.ess:8.0f} {row.k_hat:6.2f}")
         return "\n".join([*lines, self.verdict])
+
+    def _repr_html_(self) -> str:
+        """Return the table and the verdict, for notebooks."""
+        rows = [
+            (name, *(f"{value:.4g}" for value in row[:6]), f"{row.ess:,.0f}", f"{row.k_hat:.2f}")
+            for name, row in self.rows.items()
+        ]
+        header = ("", "mean", "MCSE", "sd", "MCSE", "5%", "95%", "ESS", "k-hat")
+        return html_table(header, rows, note=self.verdict)
 
 
 def summary_rows(values: Mapping[str, Tensor], log_weights: Tensor) -> dict[str, SummaryRow]:

@@ -6,6 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
+from counterflow.notebook import html_table
+
+MAX_SHOWN = 20  # epochs in a notebook
+
 # finished: all epochs are done. patience: too many epochs without a better validation. interrupted: Ctrl-C, or a
 # KeyboardInterrupt of a callback. not finite: too many steps in a row had a loss or gradient that was not finite.
 Stopped = Literal["finished", "patience", "interrupted", "not finite"]
@@ -52,3 +56,24 @@ class History:
     def best(self) -> Epoch | None:
         """The epoch whose weights were kept; None if no epoch ended with a finite validation objective."""
         return next((epoch for epoch in reversed(self.epochs) if epoch.best), None)
+
+    def _repr_html_(self) -> str:
+        """Return the epochs as a table, for notebooks."""
+        best = self.best
+        rows: list[tuple[str, ...]] = [
+            (
+                f"{epoch.epoch}{' (best)' if epoch is best else ''}",
+                f"{epoch.train:.4f}",
+                f"{epoch.validation:.4f}",
+                f"{epoch.learning_rate:.2g}",
+                f"{epoch.seconds:.2f}",
+                f"{epoch.rows_per_second:,.0f}",
+            )
+            for epoch in self.epochs
+        ]
+        header = ("epoch", "training, nats", "validation, nats", "learning rate", "s", "rows/s")
+        title = f"{len(rows)} epochs in {self.seconds:.1f} s, {self.stopped}"
+        if len(rows) > MAX_SHOWN:
+            half = MAX_SHOWN // 2
+            rows = [*rows[:half], ("...",) * len(header), *rows[-half:]]
+        return html_table(header, rows, title)
