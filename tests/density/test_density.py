@@ -267,7 +267,7 @@ REFUSED = {
     "text": (TEXT, {}, "got text or categories in 'b', 'c'; give them as context"),
     "one row": (ROWS[:1], {}, "minimum of 2 is required"),
     "fraction": (ROWS, {"validation_fraction": 1.0}, r"expected validation_fraction in \(0, 1\), got 1.0"),
-    "cell_points": (ROWS, {"cell_points": 0}, "expected cell_points to be at least 1, got 0"),
+    "cell_points": (ROWS, {"cell_points": 0}, "expected cell_points to be a whole number of at least 1, got 0"),
     "device": (ROWS, {"device": "toaster"}, "expected device to be an available torch device"),
     "flow": (ROWS, {"flow": "nfs"}, "expected flow to be one of nsf, maf, coupling, iaf, or a recipe, got 'nfs'"),
     "epochs": (ROWS, {"epochs": 0}, "expected epochs to be at least 1, got 0"),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import linecache
 import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from counterflow.commands.model_names import line_of
 from counterflow.posterior import targets
 
 EXTRAS = {"pymc": "pymc", "pytensor": "pymc", "pyro": "pyro", "numpyro": "numpyro", "jax": "numpyro"}
@@ -51,4 +51,4 @@ def _place(error: BaseException, file: Path) -> str:
         lines.append(error.lineno)
     if not lines or lines[-1] is None:
         return ""
-    return f" (line {lines[-1]} of {file}: {linecache.getline(path, lines[-1]).strip()})"
+    return line_of(file, lines[-1])

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ast
 import json
+import linecache
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from counterflow.commands.preflight import check_readable, what_is_wrong
+from counterflow.posterior.targets.stan_data import check_data_names
 
 DEFAULT_MODEL = "eight-schools"
 UNSEEN = ("exec", "globals", "setattr", "vars")  # calls that may define names which the text does not show
@@ -18,14 +21,16 @@ def check_model(model: str, data: Path | None) -> None:
     """Check that the model file exists and defines the name, and that the data file is a JSON object.
 
     Raises:
-        ValueError, OSError: as `split_name` and `read_object`, or the file does not parse or lacks the name.
+        ValueError, OSError: as `split_name` and `read_object`, or the file does not compile or lacks the name, or the
+            data lack some of those that a Stan program declares.
     """
     file, name = split_name(model)
     check_readable(file, "a file with a model")
-    if data is not None:
-        read_object(data)
+    values = {} if data is None else read_object(data)
     if file.suffix == ".py":
         _check_name(file, name)
+    else:
+        check_data_names(file.read_text("utf-8", "replace"), values)
 
 
 def split_name(model: str) -> tuple[Path, str]:
@@ -78,12 +83,24 @@ def missing_name(file: Path, name: str, candidates: list[str]) -> ValueError:
     return ValueError(f"expected a name in {file}, got {name}, which is not there; {listed}")
 
 
+def line_of(file: Path, number: int) -> str:
+    """Return a line of a file for an error, such as " (line 3 of model.py: return y)"."""
+    return f" (line {number} of {file}: {linecache.getline(str(file), number).strip()})"
+
+
 def _check_name(file: Path, name: str) -> None:
     """Raise ValueError if the text of a Python file shows that it does not define the name."""
+    code = file.read_bytes()
     try:
-        tree = ast.parse(file.read_bytes(), str(file))
-    except (SyntaxError, ValueError):  # running the file reports the line
-        return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # running the file reports it
+            compile(code, str(file), "exec", dont_inherit=True)
+    except SyntaxError as error:
+        place = "" if error.lineno is None else line_of(file, error.lineno)
+        raise ValueError(f"expected {file} to run, got {type(error).__name__}: {error.msg}{place}") from None
+    except ValueError as error:  # a null byte
+        raise ValueError(f"expected {file} to be a file of Python, got one that does not read: {error}") from None
+    tree = ast.parse(code, str(file))
     calls = {node.func.id for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)}
     defined = list(_defined(tree.body))
     if "*" in defined or calls & {*UNSEEN}:

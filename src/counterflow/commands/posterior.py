@@ -51,12 +51,14 @@ class Posterior:
 
     def run(self) -> int:
         """Fit, write and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
-        from counterflow.commands.preflight import check_run_folder
+        from counterflow.commands.preflight import check_readable, check_run_folder
         from counterflow.commands.requirements import require_packages
 
         check_run_folder(self.folder)
         if self.model != DEFAULT_MODEL and self.folder.resume is None:
             check_model(self.model, self.data)
+        if self.inits is not None:
+            check_readable(self.inits, "a JSON file with starting values")
         from counterflow.diagnostics.arviz import NETCDF_MODULES, chains_modules
 
         sampler = {"nuts": ("nutpie",), "neutra": ("numpyro",)}.get(self.refine or "", ())

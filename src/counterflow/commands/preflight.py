@@ -53,6 +53,22 @@ def check_new_file(path: Path | None) -> None:
     check_can_create(path)
 
 
+def check_new_file_or_parts(path: Path | None) -> None:
+    """Raise OSError as `check_new_file`; a path without a suffix is a folder of parts, new or of an earlier command."""
+    if path is None or path.suffix:
+        if path is not None and path.is_dir():
+            raise FileExistsError(
+                f"expected --out to be a new file, got {path}, which is a folder; a folder of parts has no suffix"
+            )
+        check_new_file(path)
+        return
+    if path.is_file():
+        raise FileExistsError(
+            f"expected --out without a suffix to be a folder of parts, got {path}, which is a file; give another --out"
+        )
+    check_can_create(path)
+
+
 def check_can_create(path: Path) -> None:
     """Raise OSError if a file or folder cannot be created at the path, or the disk is full."""
     folder = path if path.is_dir() else next(parent for parent in path.absolute().parents if parent.exists())

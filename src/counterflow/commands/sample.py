@@ -45,14 +45,14 @@ class Sample:
         n = default if self.n is None else self.n
         if n < 1:
             raise ValueError(f"expected -n to be at least 1, got {n}")
-        from counterflow.commands.preflight import check_new_file, check_readable
+        from counterflow.commands.preflight import check_new_file_or_parts, check_readable
         from counterflow.commands.requirements import require_packages
         from counterflow.commands.trained import kind_of_run
 
         check_readable(self.run_folder, "a run folder of counterflow density or vae")
         if self.context is not None:
             check_readable(self.context, "a table of the columns to condition on")
-        check_new_file(self.out)
+        check_new_file_or_parts(self.out)
         if kind_of_run(self.run_folder) == "density":
             require_packages("sklearn", "pyarrow")
             from counterflow.checks import check_device

@@ -44,14 +44,14 @@ class Score:
     def run(self) -> int:
         """Write the scores; return the exit code."""
         from counterflow.checks import check_device
-        from counterflow.commands.preflight import check_new_file, check_readable
+        from counterflow.commands.preflight import check_new_file_or_parts, check_readable
         from counterflow.commands.requirements import require_packages
         from counterflow.commands.trained import kind_of_run
 
         check_readable(self.run_folder, "a run folder of counterflow density or vae")
         if self.data != "digits":
             check_readable(Path(self.data).expanduser(), "a table or other data to score")
-        check_new_file(self.out)
+        check_new_file_or_parts(self.out)
         check_device(self.device)
         if kind_of_run(self.run_folder) == "density":
             require_packages("sklearn", "pyarrow")

@@ -63,6 +63,18 @@ class Vae:
     folder: Annotated[RunFolder, FLAT] = RunFolder()
     fit: Annotated[FitConfig, FLAT] = FitConfig(epochs=150, batch_size=64, learning_rate=5e-3, ema=0.995)
 
+    def __post_init__(self) -> None:
+        if self.test_samples < 1:
+            raise ValueError(f"expected --test-samples to be at least 1, got {self.test_samples}")
+        if self.test_rows is not None and self.test_rows < 1:
+            raise ValueError(f"expected --test-rows to be at least 1, got {self.test_rows}")
+        if not self.warm_up >= 0:
+            raise ValueError(f"expected --warm-up to be at least 0, got {self.warm_up}")
+        if self.free_bits and self.objective != "elbo":
+            raise ValueError(
+                f"expected --objective elbo with --free-bits, got {self.objective}; leave one of the two out"
+            )
+
     def run(self) -> int:
         """Train, test and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
         from counterflow.commands.preflight import check_readable, check_run_folder

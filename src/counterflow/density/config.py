@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from counterflow.training.config import FitConfig
+
 RecipeName = Literal["nsf", "maf", "coupling", "iaf"]
 
 MODEL = "model.safetensors"  # the files of a saved density
@@ -30,3 +32,20 @@ class DensityConfig:
     validation_fraction: float = 0.1  # share of the rows that a member validates on
     cell_points: int = 16  # points in the cell of a recorded number over which the density is averaged
     device: str = "cpu"  # cpu or cuda; mps has no float64, which the column maps need
+
+    def __post_init__(self) -> None:
+        for name in ("layers", "members", "epochs", "batch_size", "cell_points"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or value != int(value) or value < 1:
+                raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"expected validation_fraction in (0, 1), got {self.validation_fraction}")
+        if self.device.startswith("mps"):
+            raise ValueError(f"expected device to be cpu or cuda, got {self.device!r}, which has no float64")
+        FitConfig(  # checks the other fields
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            ema=self.ema,
+            patience=self.patience,
+            device=self.device,
+        )

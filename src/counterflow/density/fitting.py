@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from counterflow.checks import check_device
 from counterflow.density.config import DensityConfig, RecipeName
 from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import Bounds, Kind, detect
@@ -105,7 +104,6 @@ class DensityTrainer:
         bounds: Mapping[str, Bounds] | None = None,
         seed: int = 0,
     ) -> None:
-        _check_config(config)
         self.config = config
         self.names = None if names is None else list(names)
         labels = self.names or [f"x{i}" for i in range(x.shape[1])]
@@ -207,7 +205,7 @@ class DensityTrainer:
         validation = tuple(part[order[:held_out]] for part in self._rows)
         train = tuple(part[order[held_out:]] for part in self._rows)
         weights = None if self._weights is None else self._weights[order[held_out:].numpy()]
-        flow = _build_flow(self.config, self.columns.features, 0 if self.context is None else self.context.size, seed)
+        flow = build_flow(self.config, self.columns.features, 0 if self.context is None else self.context.size, seed)
         before = preprocessing(self.columns, train[0], weights, seed, correlated)
         to_noise = Compose([*before, *Inverse(flow.transform).flattened()]).float()
         return Member(Flow(flow.base, Inverse(to_noise)), train, validation, self._fit_config(N - held_out, seed))
@@ -241,20 +239,7 @@ class DensityTrainer:
         return kernels if gain > MIN_KERNEL_GAIN else flow
 
 
-def _check_config(config: DensityConfig) -> None:
-    """Raise ValueError for settings that the training configuration does not check."""
-    if isinstance(config.members, bool) or config.members != int(config.members) or config.members < 1:
-        raise ValueError(f"expected members to be a whole number of at least 1, got {config.members!r}")
-    if not 0 < config.validation_fraction < 1:
-        raise ValueError(f"expected validation_fraction in (0, 1), got {config.validation_fraction}")
-    if config.cell_points < 1:
-        raise ValueError(f"expected cell_points to be at least 1, got {config.cell_points}")
-    check_device(config.device)
-    if torch.device(config.device).type == "mps":
-        raise ValueError("expected device to be cpu or cuda, got 'mps', which has no float64")
-
-
-def _build_flow(config: DensityConfig, features: int, context: int, seed: int) -> Flow:
+def build_flow(config: DensityConfig, features: int, context: int, seed: int) -> Flow:
     """Build the flow that the configuration names, or that its recipe returns, with initial weights from the seed."""
     recipe: Any = config.flow
     with seeded(seed):
