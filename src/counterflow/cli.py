@@ -8,13 +8,15 @@ from __future__ import annotations
 import difflib
 import errno
 import inspect
+import io
 import os
+import re
 import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from importlib import import_module
 from typing import Any
 
@@ -32,6 +34,7 @@ COMMANDS = {  # group -> command -> its one line of help, the first of its docst
         "sample": "Draw from a trained model.",
         "score": "Score data under a trained model, in nats.",
         "export": "Write a trained model to ONNX or to an archive of torch.export.",
+        "report": "Write the report of a run again, or compare several runs.",
     },
     "measure": {
         "bench": "Time both directions of an autoregressive layer, here and in other libraries.",
@@ -46,6 +49,7 @@ CLASSES = {  # command -> the dataclass of its options, whose method `run` runs 
     "sample": "counterflow.commands.sample:Sample",
     "score": "counterflow.commands.score:Score",
     "export": "counterflow.commands.export:Export",
+    "report": "counterflow.commands.report.command:Report",
     "bench": "counterflow.commands.bench.command:Bench",
 }
 
@@ -78,10 +82,30 @@ def _main(arguments: list[str]) -> int:
     if name == "--version":
         print(f"counterflow {__version__}")
         return 0
+    if name == "--completion":
+        return _print_completion()
     if name in CLASSES:
         return _run(name, arguments[1:])
     _note(_unknown(name) if name else help_text())
     return 2
+
+
+def _print_completion() -> int:
+    try:
+        require("tyro", "cli", "the command line")
+    except ImportError as error:
+        _note(f"counterflow: {error}")
+        return 2
+    from counterflow.commands.completion import completion_script
+
+    print(completion_script({name: _options_of(name) for name in CLASSES}), end="")
+    return 0
+
+
+def _options_of(name: str) -> Any:
+    """Return the dataclass of a command's options."""
+    module, _, options = CLASSES[name].partition(":")
+    return getattr(import_module(module), options)
 
 
 def _unknown(name: str) -> str:
@@ -92,13 +116,14 @@ def _unknown(name: str) -> str:
 
 def help_text() -> str:
     """Return the help, with one line for each command."""
-    lines = ["usage: counterflow COMMAND [OPTIONS]", "", "Autoregressive normalizing flows.", ""]
+    lines = ["usage: counterflow COMMAND [OPTIONS]", ""]
     for group, commands in COMMANDS.items():
         lines += [f"{group}:", *(f"  {name:<10} {line}" for name, line in commands.items()), ""]
     lines += [
         "options:",
-        "  -h, --help  Show this help.",
-        "  --version   Show the version.",
+        "  -h, --help    Show this help.",
+        "  --version     Show the version.",
+        "  --completion  Print a script that completes options in bash and zsh.",
         "",
         "counterflow COMMAND --help describes a command and its options.",
     ]
@@ -159,16 +184,40 @@ def _parse(name: str, arguments: list[str]) -> tuple[Any, Any]:
         tyro._experimental_options["ansi_codes"] = False
     from counterflow.commands.options import with_session
 
-    module, _, options = CLASSES[name].partition(":")
-    command = getattr(import_module(module), options)
-    invocation = tyro.cli(
-        with_session(command),
-        prog=f"counterflow {name}",
-        description=inspect.getdoc(command),
-        args=arguments,
-        config=(tyro.conf.DisallowNone,),  # shows --key STR, not --key {None}|STR
-    )
+    command = _options_of(name)
+    boxed = io.StringIO()
+    try:
+        with redirect_stderr(boxed):
+            invocation = tyro.cli(
+                with_session(command),
+                prog=f"counterflow {name}",
+                description=inspect.getdoc(command),
+                args=arguments,
+                config=(tyro.conf.DisallowNone,),  # shows --key STR, not --key {None}|STR
+            )
+    except SystemExit as ended:
+        if ended.code:
+            _note(f"counterflow: {_unboxed(boxed.getvalue())}; see counterflow {name} --help")
+        raise
     return invocation.command, invocation.session
+
+
+def _unboxed(text: str) -> str:
+    """Return the message in a box of tyro as one line, without the part that points to the help.
+
+    Example:
+        >>> _unboxed("╭─ Error ─╮\\n│ no --x, did you │\\n│ mean --y? │\\n│ ─── │\\n│ For full helptext, .. │")
+        'no --x, did you mean --y?'
+    """
+    parts: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[0-9;]*m", "", text).splitlines():
+        inner = line.strip("│ ")
+        if inner and not set(inner) - {"─"}:
+            parts.append([])
+        elif inner and inner[0] not in "╭╰":
+            parts[-1].append(inner)
+    sentences = [" ".join(part).replace("'None', ", "").rstrip(".") for part in parts if part]
+    return "; ".join(each for each in sentences if not each.startswith("For full helptext"))
 
 
 def _message(error: Exception) -> str:

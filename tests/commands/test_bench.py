@@ -315,7 +315,8 @@ def test_a_run_of_the_real_command(tmp_path):
     assert "Ratios and their goals" in ran.stdout and "run/bench.md" in ran.stdout
     run = tmp_path / "run"
     files = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
-    assert files == {"config.json", "bench.json", "summary.json", "bench.md", "plots/time.png", "plots/memory.png"}
+    written = {"config.json", "bench.json", "summary.json", "bench.md", "report.html"}
+    assert files == written | {"plots/time.png", "plots/memory.png"}
     for path in (run / "plots").iterdir():
         with Image.open(path) as picture:
             assert picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 1

@@ -27,6 +27,7 @@ WORDS = {
     "sample": "RUN -n --context --seed --out --mean --device",
     "score": "RUN DATA --key --levels --samples --seed --out --device",
     "export": "RUN FILE --direction {sample,log_prob,decode,encode} --batch --double --seed",
+    "report": "RUN --out --open",
     "bench": "--sizes D/H/B --growth --peers --threads --repeats --budget --cap --memory --quick --out",
 }
 
@@ -63,6 +64,14 @@ def test_printing_help_does_not_import_torch(name):
     assert ran.stdout.startswith("usage: counterflow") and ran.stdout.splitlines()[-1] == ""
 
 
+def test_the_completion_knows_every_command_and_option(here):
+    code, script, err = here("--completion")
+    assert (code, err) == (0, "")
+    typed = "source /dev/stdin; COMP_WORDS=(counterflow density --no); COMP_CWORD=2; _counterflow; echo ${COMPREPLY[@]}"
+    ran = subprocess.run(["bash", "-c", typed], input=script, capture_output=True, text=True, check=True)
+    assert ran.stdout == "--no-kernels\n" and "--test-rows" in script and "vae posterior density" in script
+
+
 def test_the_version(here):
     assert here("--version") == (0, f"counterflow {cf.__version__}\n", "")
 
@@ -73,7 +82,7 @@ UNREADABLE = {
     "number": ("vae --epochs many", "--epochs"),
     "flag": ("vae --colour red", "--colour"),
     "misspelt flag": ("vae --latnt 3", "--latent"),
-    "command": ("train", "expected a command (vae, posterior, density, distill, sample, score, export, bench), got tr"),
+    "command": ("train", "expected a command (vae, posterior, density, distill, sample, score, export, report"),
     "misspelt command": ("postrior", "did you mean posterior?"),
     "nothing": ("", "usage: counterflow COMMAND [OPTIONS]"),
     "no run": ("sample", "RUN"),
@@ -145,7 +154,18 @@ PATHS = {
     "misspelt data": ("density tabel.csv", "got tabel.csv, which does not exist; did you mean table.csv?"),
     "data in no folder": ("vae --data no/where/x.npy", r"got no/where/x.npy, which does not exist \(nor does no\)"),
     "misspelt run": ("sample odl", "got odl, which does not exist; did you mean old?"),
-    "old file": ("score old table.csv --out file", "expected a new file, got file, which exists; give another --out"),
+    "old file": (
+        "score old table.csv --out table.csv",
+        "expected a new file, got table.csv, which exists; give",
+    ),
+    "a file for parts": (
+        "score old table.csv --out file",
+        "without a suffix to be a folder of parts, got file, which",
+    ),
+    "a folder for a file": (
+        "sample old --out old.csv",
+        "expected --out to be a new file, got old.csv, which is a",
+    ),
     "old export": ("export old file", "expected a new file, got file, which exists"),
     "misspelt teacher": ("distill odl", "got odl, which does not exist; did you mean old?"),
     "misspelt name": (
@@ -155,6 +175,19 @@ PATHS = {
     "no name": ("posterior model.py", "expected model.py:NAME, got no name; it holds schools, other"),
     "misspelt model": ("posterior modl.py:schools", "got modl.py, which does not exist; did you mean model.py?"),
     "misspelt json": ("posterior model.py:schools --data dta.json", "got dta.json, .* did you mean data.json?"),
+    "a syntax error": ("posterior wrong.py:model", r"to run, got SyntaxError: .* \(line 2 of wrong.py: return 1\)$"),
+    "no data for Stan": (
+        "posterior program.stan --data data.json",
+        "data that fit the program, got none, without y, ",
+    ),
+    "no epochs": ("density table.csv --epochs 0", "expected epochs to be a whole number of at least 1, got 0"),
+    "no members": ("density table.csv --members 0", "expected members to be a whole number of at least 1, got 0"),
+    "no float64": (
+        "density table.csv --device mps",
+        "expected device to be cpu or cuda, got 'mps', which has no",
+    ),
+    "no layers": ("posterior --layers 0", "expected layers of at least 1, got 0"),
+    "no run to report": ("report odl", "expected a run folder, got odl, which does not exist; did you mean old?"),
     "no threads": ("vae --threads 0", "expected --threads to be at least 1, got 0"),
 }
 
@@ -162,6 +195,9 @@ PATHS = {
 @pytest.mark.parametrize(("line", "message"), PATHS.values(), ids=PATHS)
 def test_paths_and_names_are_checked_before_torch_is_imported(line, message, here, tmp_path):
     (tmp_path / "old").mkdir()
+    (tmp_path / "old.csv").mkdir()
+    (tmp_path / "program.stan").write_text("data { vector[3] y; } parameters { real mu; }")
+    (tmp_path / "wrong.py").write_text("import pymc\nreturn 1\n")
     for name in ("old/config.json", "file", "table.csv", "data.json"):
         (tmp_path / name).write_text("{}")
     (tmp_path / "model.py").write_text("import pymc\n\ndef schools(): ...\n\nother = pymc.Model()\n")
@@ -173,10 +209,13 @@ def test_paths_and_names_are_checked_before_torch_is_imported(line, message, her
 
 def test_a_mistake_in_a_path_does_not_wait_for_torch(tmp_path):
     code = "import sys; from counterflow.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
-    for line in ("density no.csv", "vae --data no.npy", "posterior no.py:model", "sample no", "distill no"):
+    (tmp_path / "program.stan").write_text("data { vector[3] y; } parameters { real mu; }")
+    (tmp_path / "wrong.py").write_text("return 1")
+    lines = ("density no.csv", "vae --data no.npy", "posterior no.py:model", "sample no", "distill no", "report no")
+    for line in (*lines, "posterior wrong.py:x", "posterior program.stan", "density --epochs 0", "vae --epochs 0"):
         command = [sys.executable, "-c", code, *line.split()]
         ran = subprocess.run(command, env=ENVIRONMENT, cwd=tmp_path, capture_output=True, text=True)
-        assert (ran.stdout, "which does not exist" in ran.stderr) == ("False\n", True), ran.stderr
+        assert (ran.stdout, ran.stderr.startswith("counterflow: expected")) == ("False\n", True), ran.stderr
 
 
 def test_no_permission_and_a_full_disk(here, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from counterflow.density.fitting import DensityTrainer
 from counterflow.density.model import TableDensity
 
 FILES = {
-    *("config.json", "density.json", "metrics.jsonl", "model.safetensors", "summary.json"),
+    *("config.json", "density.json", "metrics.jsonl", "model.safetensors", "report.html", "summary.json"),
     *("plots/calibration.png", "plots/learning_curve.png", "plots/pairs.png", "plots/scores.png"),
 }
 RNG = np.random.default_rng(0)

@@ -24,7 +24,7 @@ from counterflow.commands.posterior_plots import discrepancy, expected_discrepan
 
 QUICK = shlex.split("--stages 1 --steps 30 --layers 1 --samples 32 --verdict-samples 1000 --starts 2")
 FILES = {
-    *("config.json", "metrics.jsonl", "summary.json", "posterior.nc", "draws.parquet"),
+    *("config.json", "metrics.jsonl", "summary.json", "report.html", "posterior.nc", "draws.parquet"),
     *("model.safetensors", "draws.safetensors", "posterior.json"),
     *("plots/marginals.png", "plots/pairs.png", "plots/elbo.png", "plots/weights.png"),
 }

@@ -24,7 +24,7 @@ ROWS = RNG.normal(size=(60, 3)).astype(np.float32)
 GREY = RNG.integers(0, 256, (40, 6, 5), dtype=np.uint8)
 PICTURES = {"learning_curves.png", "posterior.png", "reconstructions.png", "samples.png"}
 WEIGHTS = "model.safetensors"
-PLAIN_RUN = {"config.json", "metrics.jsonl", "summary.json", WEIGHTS}
+PLAIN_RUN = {"config.json", "metrics.jsonl", "summary.json", "report.html", WEIGHTS}
 RESULT = {"posterior", "test_elbo", "test_log_likelihood", "samples", "kl", "parameters", "seconds"}
 
 

@@ -315,7 +315,7 @@ def test_a_run_of_the_command(tmp_path, monkeypatch, capsys):
     assert "KL(student || teacher)" in out
     run = tmp_path / "student"
     names = {path.name for path in run.iterdir()}
-    assert names == {"config.json", "metrics.jsonl", "summary.json", "model.safetensors", "plots"}
+    assert names == {"config.json", "metrics.jsonl", "summary.json", "report.html", "model.safetensors", "plots"}
     pictures = {path.name for path in (run / "plots").iterdir()}
     assert pictures == {"learning_curve_layers.png", "learning_curve_flow.png", "samples.png"}
     config, summary = (json.loads((run / name).read_text()) for name in ("config.json", "summary.json"))

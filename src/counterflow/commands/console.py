@@ -5,9 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from rich.console import Console
+from rich.measure import Measurement
+from rich.table import Table
 
-out = Console()
-err = Console(stderr=True)
+MAX_WIDTH = 1000  # characters of a line of a table
+
+out = Console(emoji=False)  # mine.py:banana: is no picture
+err = Console(stderr=True, emoji=False)
 _silent = {"notes": False}
 
 
@@ -24,6 +28,12 @@ def is_quiet() -> bool:
 def say(text: str) -> None:
     """Print a result to stdout, neither coloured nor wrapped."""
     out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(table: Table) -> None:
+    """Print a table to stdout with every digit, also where the output is narrower, such as the 80 columns of a log."""
+    width = Measurement.get(out, out.options.update(max_width=MAX_WIDTH), table).maximum
+    Console(width=max(out.width, width), quiet=out.quiet, emoji=False).print(table)
 
 
 def note(text: str) -> None:

@@ -12,6 +12,7 @@ import pyarrow
 import torch
 
 from counterflow.commands import console
+from counterflow.commands.progress import Tracker
 from counterflow.commands.sharded_output import (
     Report,
     ShardedOutput,
@@ -32,6 +33,7 @@ from counterflow.io.data.writers import append_batches, check_writable, table_wr
 Array = np.ndarray[Any, Any]
 ROWS_PER_PART = 1 << 18  # seconds to minutes of work, which is all that a kill can lose
 BATCH = 1 << 15  # rows in memory at a time
+SAMPLED = 1 << 20  # bytes of a CSV file from which the number of its rows is estimated
 ADDED = "log_density"  # name of the column
 
 
@@ -48,6 +50,7 @@ def score_table(run: Path, data: Path, key: str | None, device: str, out: Path |
     shards = shard_folder(out)
     density, folder = _load(run, device)
     source = open_table(data, key)
+    rows = _expected_rows(source)
     kind = ".parquet" if data.is_dir() else data.suffix.lower()
     is_array = kind in (".npy", ".npz")
     suffix = ".npy" if is_array else kind
@@ -61,24 +64,21 @@ def score_table(run: Path, data: Path, key: str | None, device: str, out: Path |
                 return _score(density, names, context_names, [part], write, report)
 
         about = inputs("score", _files(folder), data, key=key, rows=ROWS_PER_PART)
-        return ShardedOutput(shards, suffix).write(about, source.parts(ROWS_PER_PART), write_part, _describe)
+        pieces = source.parts(ROWS_PER_PART)
+        tracker = Tracker("scoring", "rows")
+        return ShardedOutput(shards, suffix).write(about, pieces, write_part, _describe, tracker, rows)
     path = console.new_file(out or folder / f"scores{suffix}")
     if path.suffix.lower() not in ({".npy", ".npz"} if is_array else {suffix}):
         raise ValueError(
             f"expected --out to end in {suffix}, as {data} is such a table, or to be a name without a suffix, for a "
             f"folder of parts, got {path}"
         )
-    with table_writer(path, source.rows) as write, console.err.status("scoring") as status:
-        report = _reporter(status, "scoring")
-        sums = _score(density, names, context_names, source.parts(None), write, report)
+    with table_writer(path, source.rows) as write, Tracker("scoring", "rows") as tracker:
+        sums = _score(density, names, context_names, source.parts(None), write, lambda done: tracker.update(done, rows))
         if not sums["rows"]:
             raise ValueError(f"expected at least one row in {data}, got none; add data")
     console.say(f"{_describe(sums)}; wrote {path}")
     return 0
-
-
-def _reporter(status: Any, action: str) -> Report:
-    return lambda progress: status.update(f"{action}: {progress}")
 
 
 def _score(
@@ -106,7 +106,7 @@ def _score(
             sums["rows"] += len(scores)
             sums[ADDED] += float(scores.sum())
             sums[f"{ADDED}_squared"] += float(np.square(scores).sum())
-            report(f"{sums['rows']:,} rows")
+            report(sums["rows"])
         if written is not None:
             written.result()
     return sums
@@ -138,6 +138,9 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
         wanted = "no --context" if density.context is None else f"--context FILE with {density.context.names}"
         raise ValueError(f"expected {wanted}, as this run was trained, got {context or 'none'}")
     source = None if context is None else open_table(context)
+    rows = n
+    if source is not None:
+        rows *= _expected_rows(source)
     batches = _batches_to_draw(density, source, n)
     if shards is not None:
 
@@ -148,20 +151,31 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
 
         about = inputs("sample", _files(folder), context, n=n, seed=seed, rows=ROWS_PER_PART)
         pieces: Iterable[Any] = source.parts(max(1, ROWS_PER_PART // n)) if source else portions(n, ROWS_PER_PART)
-        return ShardedOutput(shards, ".parquet").write(about, pieces, write_part, lambda sums: f"{sums['rows']:,} rows")
+        tracker = Tracker("drawing", "rows")
+        output = ShardedOutput(shards, ".parquet")
+        return output.write(about, pieces, write_part, lambda sums: f"{sums['rows']:,} rows", tracker, rows)
     path = console.new_file(out or folder / "samples.csv")
     check_writable(path)
     with (
         table_writer(path, _rows_to_draw(source, n, path)) as write,
-        console.err.status("drawing") as status,
+        Tracker("drawing", "rows") as tracker,
     ):
         torch.manual_seed(seed)
         every = source.parts(None) if source else [n]
-        drawn = _sample(density, batches(every), write, _reporter(status, "drawing"))
+        drawn = _sample(density, batches(every), write, lambda done: tracker.update(done, rows))
         if not drawn:
             raise ValueError(f"expected at least one row in {context}, got none; add some")
     console.say(f"{drawn:,} rows; wrote {path}")
     return 0
+
+
+def _expected_rows(source: TableSource) -> int:
+    """Return the number of rows; an estimate from the first lines of a CSV file, which does not say it."""
+    if source.rows is not None:
+        return source.rows
+    with source.path.open("rb") as file:
+        start = file.read(SAMPLED)
+    return max(1, round(source.path.stat().st_size / max(1, len(start)) * start.count(b"\n")) - source.named)
 
 
 def _rows_to_draw(source: TableSource | None, n: int, path: Path) -> int | None:
@@ -182,7 +196,7 @@ def _sample(density: TableDensity, batches: Iterable[Any], write: Callable[[Any]
         rows = density.sample(size, context)
         write(pyarrow.RecordBatch.from_pydict({**carried, **_by_name(density, rows)}))
         drawn += size
-        report(f"{drawn:,} rows")
+        report(drawn)
     return drawn
 
 

@@ -14,13 +14,15 @@ from rich.table import Table
 
 from counterflow.commands import console, density_plots
 from counterflow.commands.density import BUNDLED, Density
+from counterflow.commands.density_facts import column_cards, unusual_rows
 from counterflow.commands.gaussian_mixture import mixture_log_density
-from counterflow.commands.progress import Tracker, announce_duration
+from counterflow.commands.progress import Tracker
+from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
 from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import Bounds
-from counterflow.density.fitting import DensityTrainer
+from counterflow.density.fitting import DensityTrainer, build_flow
 from counterflow.density.model import TableDensity
 from counterflow.density.split import split_rows
 from counterflow.density.validation import degenerate_columns
@@ -54,18 +56,22 @@ def run(command: Density) -> int:
     options, resumed = resolve_run(command, "density")
     if not 0 < options.test < 1:
         raise ValueError(f"expected --test to be in (0, 1), got {options.test}")
-    with console.err.status("reading the table"):
+    build_flow(options.fit, features=2, context=0, seed=0)  # refuses settings before the table is read
+    bounds = _bounds(options.bounds)
+    with Tracker("reading the table"):
         table = _read(options)
     if table.context is not None:  # errors should come before there is a run folder
         ContextEncoder.from_table(table.context)
-    train, test = map(table.take, split_rows(len(table.x), options.test, options.seed, table.context))
+    train_rows, test_rows = split_rows(len(table.x), options.test, options.seed, table.context)
+    train = table.take(train_rows)
+    test = table.take(test_rows)
     trainer = DensityTrainer(
         train.x,
         train.names,
         train.context,
         config=options.fit,
         kinds=dict.fromkeys(options.ordinal, "ordinal") or "auto",
-        bounds=_bounds(options.bounds) or None,
+        bounds=bounds or None,
         seed=options.seed,
     )
     with running(options, resumed, "density") as (folder, stop):
@@ -81,8 +87,12 @@ def run(command: Density) -> int:
         interrupted = trainer.histories[-1].stopped == "interrupted"
         with stop.at_once(handled=interrupted), Tracker("testing", "Gaussian mixtures") as tracker:
             summary = _summary(options, density, trainer.histories, train, test, tracker)
+            scores = density.score(test.x, density.encode(test.context))
+            summary["column_cards"] = column_cards(density, test, options.seed)
+            summary["unusual_rows"] = unusual_rows(scores, test, test_rows, train.x)
             density_plots.plot_run(folder / "plots", density, trainer, test, options.seed)
         write_json(folder / "summary.json", summary)  # last, as it marks the run as complete
+        write_report(folder)
         if not interrupted:
             mark_done(folder)
         _print(summary, folder, interrupted)
@@ -166,7 +176,8 @@ def _fit(options: Density, trainer: DensityTrainer, folder: Path, stop: Stop) ->
             facts = f"log density {epoch.validation:.2f}, {epoch.rows_per_second:,.0f} rows/s"
             tracker.update(trainer.tasks.index(task) * epochs + epoch.epoch, total, task, facts)
             if task == trainer.tasks[0] and epoch.epoch == 1:
-                announce_duration(epoch.seconds, epochs, len(trainer.tasks))
+                trainings = "trainings" if len(trainer.tasks) > 1 else "training"
+                tracker.announce(f"{len(trainer.tasks)} {trainings} of at most {epochs} epochs")
 
         density = trainer.fit(
             on_epoch=on_epoch,
@@ -228,7 +239,7 @@ def _print(summary: dict[str, Any], folder: Path, interrupted: bool) -> None:
     for name, line in lines:
         error = line["standard_error"]
         table.add_row(name, f"{line['test_log_density']:.3f}", "" if error is None else f"{error:.3f}")
-    console.out.print(table)
+    console.show(table)
     if "difference" in summary:
         difference, error = summary["difference"].values()
         console.say(f"difference, row by row: {difference:+.3f}" + ("" if error is None else f" ± {error:.3f}"))

@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from counterflow import plots
 from counterflow.commands import console
 from counterflow.commands.distill import Distill
+from counterflow.commands.progress import Tracker
+from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
 from counterflow.commands.trained import load_trained
 from counterflow.density.config import DESCRIPTION
 from counterflow.diagnostics.agreement import Agreement, agreement
-from counterflow.distill.config import EPOCH
 from counterflow.distill.distill import Distilled, distill_with_history
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
@@ -55,10 +55,11 @@ def run(command: Distill) -> int:
         if (teacher_folder / DESCRIPTION).is_file():  # of a table: the student scores and samples such tables as well
             shutil.copyfile(teacher_folder / DESCRIPTION, folder / DESCRIPTION)
         torch.manual_seed(options.distill.seed)
-        with console.err.status(f"comparing {options.comparison_samples} draws of each"):
+        with stop.at_once(handled=interrupted), Tracker(f"comparing {options.comparison_samples:,} draws of each"):
             found = agreement(teacher, made.student, samples=options.comparison_samples)
-        _plot(folder / "plots", teacher, made)
+            _plot(folder / "plots", teacher, made)
         write_json(folder / "summary.json", _summary(options, made, found))  # last, as it marks the run as complete
+        write_report(folder)
         if not interrupted:
             mark_done(folder)
         _print(options, found, folder, interrupted)
@@ -78,25 +79,33 @@ def _check_teacher(teacher: Any, run_folder: Path) -> None:
 
 
 def _train(options: Distill, teacher: Flow, folder: Path, stop: Stop) -> Distilled:
-    columns = (TextColumn("[bold]{task.description:<9}"), BarColumn(bar_width=None))
-    text = TextColumn("step {task.completed}/{task.total}  {task.fields[reached]} nats")
-    with (
-        Progress(*columns, text, TimeRemainingColumn(compact=True), console=console.err) as bar,
-        metrics(folder) as write,
-    ):
-        steps = {"layers": options.distill.layer_steps, "flow": options.distill.flow_steps}
-        lines = {task: bar.add_task(task, total=total, reached="...", start=False) for task, total in steps.items()}
+    facts = ""
+    steps = {"layers": options.distill.layer_steps, "flow": options.distill.flow_steps}
+    total = sum(steps.values())
+    tasks: list[str] = []
+
+    with Tracker("first step", "steps") as tracker, metrics(folder) as write:
+
+        def on_step(task: str, done: int, _: int) -> None:
+            done += steps["layers"] if task == "flow" else 0
+            if not tasks:
+                tracker.start_at(done - 1)
+            if task not in tasks:
+                tasks.append(task)
+            tracker.update(done, total, task, facts)
 
         def on_epoch(task: str, epoch: Epoch) -> None:
+            nonlocal facts
             write({"task": task, **dataclasses.asdict(epoch)})
-            bar.start_task(lines[task])
-            bar.update(lines[task], completed=epoch.epoch * EPOCH, reached=f"{-epoch.validation:.3f}")
+            facts = f"{OBJECTIVES[task].removeprefix('- ')} {-epoch.validation:.3f}"
+            if tasks == [task] and epoch.epoch == 1:
+                tracker.announce(f"{total:,} steps")
 
         return distill_with_history(
             teacher,
             config=options.distill,
             on_epoch=on_epoch,
-            on_step=stop.after_step(lambda *_: None),
+            on_step=stop.after_step(on_step),
             checkpoints=checkpoints(folder, options.folder, write),
         )
 

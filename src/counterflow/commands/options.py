@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import typing
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +82,27 @@ def given_options(command: Any) -> list[str]:
     """Return the options of a command, except --resume, that differ from their defaults, as they are typed."""
     defaults = type(command)(folder=RunFolder(resume=run_folder_of(command).resume))
     return [name for name, value, default in _options(command, defaults) if value != default]
+
+
+def command_line(name: str, command: Any) -> str:
+    """Return the command line of a command, without --out and --resume.
+
+    Example:
+        >>> from counterflow.commands.density import Density
+        >>> command_line("density", Density(data="my table.csv", drop=("id", "day")))
+        "counterflow density 'my table.csv' --drop id day"
+    """
+    words: list[str] = []
+    flags: list[str] = []
+    for option, value, default in _options(command, type(command)()):
+        if value == default or option in ("--out", "--resume"):
+            continue
+        texts = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        if not option.startswith("--"):
+            words += texts
+        else:
+            flags += [option] if isinstance(value, bool) else [option, *texts]
+    return shlex.join(["counterflow", name, *words, *flags])
 
 
 def _options(values: Any, defaults: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from counterflow import posterior
@@ -19,13 +18,13 @@ from counterflow.commands.model_errors import errors_of_file
 from counterflow.commands.model_file import load_target
 from counterflow.commands.posterior import Posterior
 from counterflow.commands.posterior_plots import columns_of
+from counterflow.commands.progress import Tracker
+from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
 from counterflow.io.atomic import atomic_write, check_free_space
 from counterflow.io.json import read_json, write_json
 from counterflow.posterior.config import Refiner
-from counterflow.posterior.propriety import check_proper
-from counterflow.posterior.starts import starting_points
 from counterflow.posterior.targets.target import Target
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch
@@ -42,21 +41,19 @@ def run(command: Posterior) -> int:
     if options.n < 1:
         raise ValueError(f"expected -n to be at least 1, got {options.n}")
     file = Path(options.model.rpartition(":")[0] or options.model)
-    with console.err.status("reading the model"):
+    starts = None if options.inits is None else read_json(options.inits, "starting values by variable")
+    with Tracker("reading the model"):
         target = load_target(options.model, options.data, options.tool, options.dim)
-        starts = None if options.inits is None else read_json(options.inits, "starting values by variable")
-        with errors_of_file(file):
-            points = starting_points(target, options.fit.starts, options.fit.seed, starts)
-            check_proper(target, points, target.coordinates, options.fit.seed)  # errors should precede the run folder
     with running(options, resumed, "posterior") as (folder, stop):
-        console.note(f"{options.model}: {target.dim} dimensions ({_listed(target.parameters)}); run folder {folder}")
         with errors_of_file(file):
             fitted = _fit(options, target, starts, folder, stop)
         if Workers.current().rank:  # rank 0 writes and plots
             return 0
         interrupted = fitted.stages[-1].stopped == "interrupted"
-        refined = None if interrupted or options.refine is None else _refine(options.refine, options, fitted)
-        _write(options, fitted, refined, target, folder)
+        with stop.at_once(handled=interrupted):
+            refined = None if interrupted or options.refine is None else _refine(options.refine, options, fitted)
+            with Tracker("writing draws and plots"):
+                _write(options, fitted, refined, target, folder)
         if not interrupted:
             mark_done(folder)
         _print(fitted, refined, folder, interrupted)
@@ -72,15 +69,27 @@ def _fit(
     options: Posterior, target: Target, starts: Mapping[str, Any] | None, folder: Path, stop: Stop
 ) -> posterior.Posterior:
     """Fit the posterior and show the progress."""
-    with _progress() as bar, metrics(folder) as write:
-        line = bar.add_task("starting points", total=None, elbo="...")
-        stages: list[posterior.Stage] = []
+    facts = ""
+    begun: list[str] = []
+    stages: list[posterior.Stage] = []
+
+    with Tracker("starting points", "steps") as tracker, metrics(folder) as write:
 
         def on_step(task: str, done: int, total: int) -> None:
-            bar.update(line, description=task, completed=done, total=total)
+            if not begun:  # errors in the model precede this line
+                listed = _listed(target.parameters)
+                console.note(f"{options.model}: {target.dim} dimensions ({listed}); run folder {folder}")
+            if task not in begun:
+                begun.append(task)
+                tracker.start_at(done - 1)
+            tracker.update(done, total, task, facts)
 
         def on_epoch(task: str, epoch: Epoch) -> None:
-            bar.update(line, elbo=f"{epoch.validation:.2f}")
+            nonlocal facts
+            facts = f"ELBO {epoch.validation:.2f}"
+            if begun == [task] and epoch.epoch == 1:
+                limit = f"within --seconds {options.fit.seconds:g}"
+                tracker.announce(f"{task}; others follow if its verdict is not good, {limit}")
 
         def on_stage(stage: posterior.Stage) -> None:
             stages.append(stage)
@@ -100,22 +109,9 @@ def _fit(
 
 def _refine(method: Refiner, options: Posterior, fitted: posterior.Posterior) -> posterior.Refined:
     """Run the Markov chains, with as many draws in total as are written of the fit."""
-    with console.err.status(f"drawing by {method}"):
+    with Tracker(f"drawing by {method}"):
         samples = max(MIN_CHAIN, options.n // CHAINS)
         return fitted.refine(method, chains=CHAINS, samples=samples, seed=options.fit.seed)
-
-
-def _progress() -> Progress:
-    return Progress(
-        TextColumn("[bold]{task.description:<9}"),
-        BarColumn(bar_width=None),
-        MofNCompleteColumn(),
-        TextColumn("ELBO {task.fields[elbo]}"),
-        TimeElapsedColumn(),
-        console=console.err,
-        transient=True,
-        disable=not console.err.is_terminal,  # a log gets one line per stage
-    )
 
 
 def _stage_line(stage: posterior.Stage) -> str:
@@ -143,6 +139,7 @@ def _write(
         _write_parquet(path, data, fitted.values)
     posterior_plots.plot_run(folder / "plots", fitted, target)
     write_json(folder / "summary.json", _finite(_summary(fitted, refined, options.model)))
+    write_report(folder)
 
 
 def _finite(value: Any) -> Any:
@@ -204,7 +201,7 @@ def _chains_summary(chains: posterior.Chains) -> dict[str, Any]:
 
 def _print(fitted: posterior.Posterior, refined: posterior.Refined | None, folder: Path, interrupted: bool) -> None:
     """Print the table and the verdict; a bad verdict goes to stderr too, unless both are the same terminal."""
-    console.out.print(_table(fitted.summary()))
+    console.show(_table(fitted.summary()))
     if fitted.trusted or not (console.out.is_terminal and console.err.is_terminal):
         console.say(fitted.sentence)
     if not fitted.trusted:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 from counterflow.commands import console
 
@@ -16,42 +18,64 @@ SLOWER = 1.5  # factor by which the pause grows from line to line
 
 
 class Tracker:
-    """Progress of work in steps; use as a context.
+    """Progress of work; use as a context.
 
         with Tracker("scoring", "rows") as tracker:
             tracker.update(100, 1000)
+
+    Without a call of `update` it shows the seconds so far, for work that cannot be counted.
 
     Args:
         task: name of the work, until `update` gives another one.
         unit: what is counted.
     """
 
-    def __init__(self, task: str, unit: str) -> None:
+    def __init__(self, task: str, unit: str = "") -> None:
         self.task = task
         self.unit = unit
+        self._counted = ""
         self._started = time.monotonic()
         self._first = 0.0  # number of steps that a resumed run had done before
-        self._in_terminal = console.err.is_terminal
-        self._pause = FIRST_LINE
-        self._last_line = self._started
+        self._done = 0.0
+        self._total: float | None = None
+        in_terminal = console.err.is_terminal
+        self._ended = threading.Event()
+        self._lines = None if in_terminal or console.is_quiet() else threading.Thread(target=self._print, daemon=True)
         self._bar = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.fields[numbers]}"),
+            _Numbers(self),
             console=console.err,
             transient=True,
-            disable=console.is_quiet() or not self._in_terminal,
+            disable=console.is_quiet() or not in_terminal,
         )
-        self._line = self._bar.add_task(task, total=None, numbers="")
+        self._line = self._bar.add_task(task, total=None)
 
     def __enter__(self) -> Tracker:
         self._bar.start()
+        if self._lines is not None:
+            self._lines.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._ended.set()
         self._bar.stop()
+        if self._lines is not None:
+            self._lines.join()
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._started
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Expected seconds until the end; None if nothing is known about them."""
+        if self._total is None or self._done <= self._first:
+            return None
+        return self.elapsed * (self._total - self._done) / (self._done - self._first)
 
     def start_at(self, done: float) -> None:
         """Take `done` steps as those of an earlier run, which say nothing about the speed of this one."""
@@ -68,31 +92,45 @@ class Tracker:
             facts: further numbers, such as the objective.
         """
         self.task = task or self.task
-        numbers = self._numbers(done, total, facts)
-        self._bar.update(self._line, completed=done, total=total, description=self.task, numbers=numbers)
-        now = time.monotonic()
-        if not self._in_terminal and now - self._last_line >= self._pause:
-            console.note(f"{self.task}: {numbers}")
-            self._pause = min(MAX_PAUSE, SLOWER * self._pause)
-            self._last_line = now
-
-    def _numbers(self, done: float, total: float | None, facts: str) -> str:
+        self._done = done
+        self._total = total
         counted = f"{done:,.0f} {self.unit}" if total is None else f"{done:,.0f} of {total:,.0f} {self.unit}"
-        left = self._seconds_left(done, total)
-        return ", ".join(filter(None, [counted, facts, left and f"{left} left"]))
+        left = "" if self.seconds_left is None else f"{duration(self.seconds_left)} left"
+        self._counted = ", ".join(filter(None, [counted, facts, left]))
+        self._bar.update(self._line, completed=done, total=total, description=self.task)
 
-    def _seconds_left(self, done: float, total: float | None) -> str:
-        if total is None or done <= self._first:
-            return ""
-        return duration((time.monotonic() - self._started) * (total - done) / (done - self._first))
+    def announce(self, work: str, times: int = 1) -> None:
+        """Print the estimated duration of a run after its first epoch, if it is worth a remark.
+
+        Args:
+            work: description of the run.
+            times: number of trainings like this one.
+        """
+        seconds = times * (self.elapsed + (self.seconds_left or 0.0))
+        if seconds >= MIN_ANNOUNCED:
+            console.note(f"estimated time: {duration(seconds)} for {work}")
+
+    def describe(self) -> str:
+        """Return the numbers of the last update; the seconds so far if there was none."""
+        return self._counted or f"{duration(self.elapsed)} so far"
+
+    def _print(self) -> None:
+        """Print a line now and then until the work has ended."""
+        pause = FIRST_LINE
+        while not self._ended.wait(pause):
+            console.note(f"{self.task}: {self.describe()}")
+            pause = min(MAX_PAUSE, SLOWER * pause)
 
 
-def announce_duration(first_epoch: float, epochs: int, trainings: int) -> None:
-    """Print an estimate of the duration of all trainings, after the first epoch, if it is worth a remark."""
-    whole = first_epoch * epochs * trainings
-    if whole >= MIN_ANNOUNCED:
-        several = f" of {trainings} trainings" if trainings > 1 else ""
-        console.note(f"an epoch takes {duration(first_epoch)}: at most {duration(whole)} for {epochs} epochs{several}")
+class _Numbers(ProgressColumn):
+    """Column with the numbers of a tracker."""
+
+    def __init__(self, tracker: Tracker) -> None:
+        self._tracker = tracker
+        super().__init__()
+
+    def render(self, task: Task) -> Text:
+        return Text(self._tracker.describe())
 
 
 def duration(seconds: float) -> str:

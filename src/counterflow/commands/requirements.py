@@ -17,6 +17,7 @@ PACKAGES = {  # import name -> the extra that installs it, and its purpose
     "matplotlib": ("plots", "plots"),
     "onnx": ("export", "ONNX files"),
     "onnxscript": ("export", "ONNX files"),
+    "jinja2": ("cli", "report.html"),
     "PIL": ("data", "images"),
     "pyarrow": ("data", "tables"),
     "sklearn": ("data", "density estimation and bundled data"),

@@ -4,7 +4,8 @@ config.json          the options of the command
 metrics.jsonl        one line per epoch or stage
 checkpoints/         while the run is not done: the state of each training
 model.safetensors    the weights
-summary.json         written last: a folder that has it and no checkpoints is done
+summary.json         written after all else: a folder that has it and no checkpoints is done
+report.html          made from the others
 .lock                while a process writes to the folder
 """
 
@@ -13,11 +14,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import time
 import typing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,7 @@ from counterflow.training.checkpoints import Checkpoint, Checkpoints
 from counterflow.training.distributed import Workers
 
 FORMAT = 1  # of the run folder
+DEFAULT_PARENT = Path("runs")  # of run folders without --out
 
 
 def resolve_run(command: Command, name: str) -> tuple[Command, Path | None]:
@@ -93,6 +97,8 @@ def running(command: Command, resumed: Path | None, name: str) -> Iterator[tuple
                     error.add_note(f"continue with --resume {folder}")
                 elif Workers.current().rank == 0 and not any(folder.glob("*.safetensors")):
                     shutil.rmtree(folder, ignore_errors=True)
+                    with suppress(OSError):  # it holds other runs
+                        DEFAULT_PARENT.rmdir()
                 if isinstance(error, KeyboardInterrupt) and stop.signal is not None:
                     error.args = (stop.signal,)
                 raise
@@ -105,9 +111,20 @@ def _open(command: Command, resumed: Path | None, name: str, locks: ExitStack) -
         _remove_partial(resumed)
         return resumed
     folder = new_run_folder(run_folder_of(command).out, name, locks)
-    values = dataclasses.asdict(typing.cast(Any, command))
-    write_json(folder / "config.json", {"format": FORMAT, "command": name, "version": __version__, **values})
+    write_config(folder, name, dataclasses.asdict(typing.cast(Any, command)))
     return folder
+
+
+def write_config(folder: Path, name: str, options: dict[str, Any]) -> None:
+    """Write config.json: the command, its options, the versions and the time."""
+    about = {
+        "format": FORMAT,
+        "command": name,
+        "version": __version__,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S %z"),
+        "versions": {"python": platform.python_version(), **{each: version(each) for each in ("torch", "numpy")}},
+    }
+    write_json(folder / "config.json", {**about, **options})
 
 
 def new_run_folder(out: Path | None, name: str, locks: ExitStack) -> Path:
@@ -118,7 +135,7 @@ def new_run_folder(out: Path | None, name: str, locks: ExitStack) -> Path:
     """
     if out is not None:
         return _claim(out, locks)
-    default = Path("runs") / time.strftime(f"{name}-%Y%m%d-%H%M%S")
+    default = DEFAULT_PARENT / time.strftime(f"{name}-%Y%m%d-%H%M%S")
     with suppress(FileExistsError):  # where another run started in the same second
         return _claim(default, locks)
     return _claim(default.with_name(f"{default.name}-{os.getpid()}"), locks)

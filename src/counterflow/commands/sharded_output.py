@@ -16,22 +16,21 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from rich.status import Status
 
 from counterflow.commands import console
 from counterflow.commands.folder_lock import LOCK, locked
+from counterflow.commands.progress import Tracker
 from counterflow.io.atomic import atomic_write, leftovers
 from counterflow.io.json import read_json, write_json
 from counterflow.training.distributed import Workers
 
 POLL_SECONDS = 0.1  # between two checks for a part of another process
 Piece = TypeVar("Piece")
-Report = Callable[[str], None]
+Report = Callable[[float], None]  # called with the number of rows done
 Sums = dict[str, float]
 
 
@@ -95,6 +94,8 @@ class ShardedOutput:
         pieces: Iterable[Piece],
         write_part: Callable[[int, Piece, Path, Report], Sums],
         describe: Callable[[Sums], str],
+        tracker: Tracker,
+        rows: int | None,
     ) -> int:
         """Write one part per piece of work, without those that exist, and print a description of the whole.
 
@@ -102,8 +103,10 @@ class ShardedOutput:
             about: the inputs, which must equal those of a folder that exists.
             pieces: of work, in order.
             write_part: called with the number of a part, its piece, the file to write and a function that reports
-                progress; returns the sums over the part.
+                the rows done; returns the sums over the part, among them "rows".
             describe: returns a line of text about the sums over all parts.
+            tracker: shows the progress of this process.
+            rows: of all parts, about; None if unknown.
 
         Returns:
             The exit code, 0.
@@ -118,7 +121,7 @@ class ShardedOutput:
         with ExitStack() as locks:  # of rank 0
             if not self._begin(about, locks):
                 with _errors_of_any_rank():
-                    count = self._write_mine(itertools.chain([first], coming), write_part)
+                    count = self._write_mine(itertools.chain([first], coming), write_part, tracker, rows)
                 if Workers.current().rank == 0:
                     self._finish(count)
         if Workers.current().rank == 0:
@@ -168,31 +171,49 @@ class ShardedOutput:
         count = read_json(self._summary, "a summary that counterflow wrote")["parts"]
         return all(self._part(number).exists() for number in range(count))
 
-    def _write_mine(self, pieces: Iterable[Piece], write_part: Callable[[int, Piece, Path, Report], Sums]) -> int:
+    def _write_mine(
+        self,
+        pieces: Iterable[Piece],
+        write_part: Callable[[int, Piece, Path, Report], Sums],
+        tracker: Tracker,
+        rows: int | None,
+    ) -> int:
         """Write the parts of this process; return the number of all parts."""
         workers = Workers.current()
+        total = rows and rows / workers.size
         count = 0
-        with console.err.status("looking for parts to write") as status:
+        done = 0.0
+        with tracker:
             for number, piece in enumerate(pieces):
                 count = number + 1
-                part = self._part(number)
-                if number % workers.size != workers.rank or part.exists():
+                if number % workers.size != workers.rank:
                     continue
+                part = self._part(number)
+                if part.exists():
+                    done += read_json(self._sums(number), "the sums over a part")["rows"]
+                    tracker.start_at(done)
+                    continue
+
+                def report(rows_of_part: float, before: float = done, name: str = part.name) -> None:
+                    tracker.update(before + rows_of_part, total, name)
+
                 _remove_leftovers(part, self._sums(number))
                 with atomic_write(part) as temporary:
-                    sums = write_part(number, piece, temporary, partial(_update, status, part.name))
+                    sums = write_part(number, piece, temporary, report)
                     write_json(self._sums(number), sums)
+                done += sums["rows"]
         return count
 
     def _finish(self, count: int) -> None:
         """Wait for the parts of all processes, and write the sums over all of them."""
         total: Sums = {}
-        with console.err.status("waiting for the parts of other processes"):
+        with Tracker("waiting for the parts of other processes", "parts") as tracker:
             for number in range(count):
                 while not self._part(number).exists():  # if another process fails, torchrun ends this one too
                     time.sleep(POLL_SECONDS)
                 for name, value in read_json(self._sums(number), "the sums over a part").items():
                     total[name] = total.get(name, 0) + value
+                tracker.update(number + 1, count)
         write_json(self._summary, {"parts": count, "sums": total})
 
     @property
@@ -215,10 +236,6 @@ def _remove_leftovers(*paths: Path) -> None:
     for path in paths:
         for file in leftovers(path):
             file.unlink()
-
-
-def _update(status: Status, name: str, progress: str) -> None:
-    status.update(f"{name}: {progress}")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ class Stop:
     """The signal that asked a run to end, if any."""
 
     signal: int | None = None
-    holds: bool = True  # a signal waits for the end of a step
+    holds: bool = False  # a signal waits for the end of a step: from the first step of a training on
 
     @property
     def code(self) -> int:
@@ -40,15 +40,13 @@ class Stop:
         if not handled:
             self.check()
         self.holds = False
-        try:
-            yield
-        finally:
-            self.holds = True
+        yield
 
     def after_step(self, on_step: Callable[..., None]) -> Callable[..., None]:
         """Return a callback that calls `on_step`, and then ends the training if a signal asked for it."""
 
         def callback(*arguments: Any) -> None:
+            self.holds = True
             on_step(*arguments)
             self.check()
 
@@ -57,7 +55,10 @@ class Stop:
 
 @contextmanager
 def stopping() -> Iterator[Stop]:
-    """Hold back the first Ctrl-C or SIGTERM until `Stop.check`; a second one interrupts at once."""
+    """Hold back the first Ctrl-C or SIGTERM of a training until `Stop.check`; a second one interrupts at once.
+
+    Outside of a training, where there is no step to wait for, the first one interrupts at once.
+    """
     stop = Stop()
 
     def handle(number: int, frame: types.FrameType | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from counterflow import plots
 from counterflow.commands import console
+from counterflow.commands.progress import Tracker
 from counterflow.commands.requirements import require_packages
 from counterflow.commands.score import Score
 from counterflow.commands.sharded_output import (
@@ -41,21 +42,25 @@ def sample_from_vae(run: Path, n: int, mean: bool, seed: int, out: Path | None) 
     shards = shard_folder(out)
     model, folder = load_trained_vae(run)
 
-    def draw(rows: int) -> Tensor:
-        return torch.cat([model.sample(portion, mean) for portion in portions(rows, BATCH)])
+    def draw(rows: int, report: Report) -> Tensor:
+        parts = []
+        for portion in portions(rows, BATCH):
+            parts.append(model.sample(portion, mean))
+            report(sum(map(len, parts)))
+        return torch.cat(parts)
 
     if shards is not None:
 
         def write_part(number: int, rows: int, path: Path, report: Report) -> Sums:
-            report(f"drawing {rows:,}")
             torch.manual_seed(seed_of_part(seed, number))
-            _save(path, draw(rows))
+            _save(path, draw(rows, report))
             return {"rows": rows}
 
         about = inputs("sample", [weights_file(run)], None, n=n, seed=seed, mean=mean, rows=ROWS_PER_SAMPLE_PART)
-        return ShardedOutput(shards, ".npy").write(
-            about, portions(n, ROWS_PER_SAMPLE_PART), write_part, lambda sums: f"{sums['rows']:,} samples"
-        )
+        pieces = portions(n, ROWS_PER_SAMPLE_PART)
+        tracker = Tracker("drawing", "samples")
+        output = ShardedOutput(shards, ".npy")
+        return output.write(about, pieces, write_part, lambda sums: f"{sums['rows']:,} samples", tracker, n)
     path = console.new_file(out or folder / "samples.npy")
     if path.suffix != ".npy":
         raise ValueError(f"expected --out to end in .npy, got {path}; the plot is written beside it, as .png")
@@ -63,7 +68,8 @@ def sample_from_vae(run: Path, n: int, mean: bool, seed: int, out: Path | None) 
     if image is not None:
         require_packages("matplotlib")
     torch.manual_seed(seed)
-    x = draw(n)
+    with Tracker("drawing", "samples") as tracker:
+        x = draw(n, lambda done: tracker.update(done, n))
     with atomic_write(path) as temporary:
         _save(temporary, x)
     if image is not None:
@@ -89,25 +95,28 @@ def score_by_vae(options: Score) -> int:
     values = dataset.values if dataset.test is None else torch.cat([dataset.values, dataset.test])
     model.check(values)
 
-    def evaluated(rows: Tensor) -> Evaluation:
-        x = model.likelihood.observe(rows.float())
-        return evaluate(model.to(options.device), x.to(options.device), options.samples)
+    def evaluated(rows: Tensor, report: Report) -> Evaluation:
+        x = model.likelihood.observe(rows.float()).to(options.device)
+        return evaluate(
+            model.to(options.device), x, options.samples, on_batch=lambda done, _: report(done / options.samples)
+        )
 
     def write_part(number: int, piece: tuple[int, Tensor], path: Path, report: Report) -> Sums:
         first, rows = piece
-        report(f"scoring {len(rows)} rows with {options.samples} samples each")
         torch.manual_seed(seed_of_part(options.seed, number))
-        return _write_scores(path, first, evaluated(rows))
+        return _write_scores(path, first, evaluated(rows, report))
 
     if shards is not None:
         values_of = {name: getattr(options, name) for name in ("key", "levels", "samples", "seed")}
         data = Path(options.data).expanduser()
         about = inputs("score", [weights_file(options.run_folder)], data, **values_of, rows=ROWS_PER_SCORE_PART)
         pieces = ((k * ROWS_PER_SCORE_PART, rows) for k, rows in enumerate(values.split(ROWS_PER_SCORE_PART)))
-        return ShardedOutput(shards, ".csv").write(about, pieces, write_part, lambda sums: _describe(model, sums))
+        tracker = Tracker("scoring", "rows")
+        output = ShardedOutput(shards, ".csv")
+        return output.write(about, pieces, write_part, lambda sums: _describe(model, sums), tracker, len(values))
     torch.manual_seed(options.seed)
-    with console.err.status(f"scoring {len(values)} rows with {options.samples} samples each"):
-        evaluation = evaluated(values)
+    with Tracker(f"scoring with {options.samples} samples each", "rows") as tracker:
+        evaluation = evaluated(values, lambda done: tracker.update(done, len(values)))
     with atomic_write(path) as temporary:
         sums = _write_scores(temporary, 0, evaluation)
     console.say(f"{_describe(model, sums)}; wrote {path}")

@@ -14,7 +14,8 @@ from rich.table import Table
 from torch import Tensor
 
 from counterflow.commands import console, vae_plots
-from counterflow.commands.progress import Tracker, announce_duration
+from counterflow.commands.progress import Tracker
+from counterflow.commands.report.write import write_report
 from counterflow.commands.requirements import require_packages
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
@@ -47,7 +48,6 @@ def run(command: Vae) -> int:
     """Train, test and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
     options, resumed = resolve_run(command, "vae")
     require_packages("matplotlib", *packages_for(options.data))
-    _check(options)
     dataset = load(options.data, options.key, options.levels)
     parts = split(to_likelihood_scale(dataset, options.likelihood), seed=options.fit.seed)
     names = [options.posterior] if options.posterior else ["gaussian", "iaf"]
@@ -67,19 +67,6 @@ def run(command: Vae) -> int:
         if Workers.current().rank == 0:
             mark_done(folder)
     return code
-
-
-def _check(options: Vae) -> None:
-    if options.test_samples < 1:
-        raise ValueError(f"expected --test-samples to be at least 1, got {options.test_samples}")
-    if options.test_rows is not None and options.test_rows < 1:
-        raise ValueError(f"expected --test-rows to be at least 1, got {options.test_rows}")
-    if not options.warm_up >= 0:
-        raise ValueError(f"expected --warm-up to be at least 0, got {options.warm_up}")
-    if options.free_bits and options.objective != "elbo":
-        raise ValueError(
-            f"expected --objective elbo with --free-bits, got {options.objective}; leave one of the two out"
-        )
 
 
 def _check_data(options: Vae, models: Mapping[str, VAE], parts: Splits) -> None:
@@ -126,7 +113,8 @@ def _compare(
             summary["results"].append(_result(options, name, model, histories[name], evaluation))
         vae_plots.plot_run(folder / "plots", models, histories, test[:64], options.fit.seed)
     write_json(folder / "summary.json", summary)  # last, as it marks the run as complete
-    console.out.print(_table(summary))
+    write_report(folder)
+    console.show(_table(summary))
     if len(tested) < len(test) and options.test_rows is None:
         console.say(f"to test all rows: --test-rows {len(test)}")
     console.say(f"run folder: {folder}  (plots in {folder / 'plots'})")
@@ -216,7 +204,8 @@ def _train(
             number = f"epoch {epoch.epoch} of {options.fit.epochs}"
             facts = f"{number}, ELBO {epoch.validation:.2f}, {epoch.rows_per_second:,.0f} {unit}/s"
             if is_first and epoch.epoch == 1:
-                announce_duration(epoch.seconds, options.fit.epochs, 1 if options.posterior else 2)
+                trainings, which = (1, "") if options.posterior else (2, " of each posterior")
+                tracker.announce(f"{options.fit.epochs} epochs{which}", trainings)
 
         return fit(
             model,

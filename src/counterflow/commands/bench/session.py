@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table as PrintedTable
 
-from counterflow import __version__, plots
+from counterflow import plots
 from counterflow.commands import console
 from counterflow.commands.bench import report
 from counterflow.commands.bench.command import Bench
@@ -22,7 +21,9 @@ from counterflow.commands.bench.peers import OURS, PEERS
 from counterflow.commands.bench.report import Results, Table
 from counterflow.commands.bench.runner import DIRECTIONS, GROWTH_ROWS, Limits, Runner
 from counterflow.commands.bench.worker import MEASUREMENTS, Settings, Size
-from counterflow.commands.run_folder import FORMAT, new_run_folder
+from counterflow.commands.progress import Tracker
+from counterflow.commands.report.write import write_report
+from counterflow.commands.run_folder import new_run_folder, write_config
 from counterflow.io.json import write_json
 
 SIZES = ("8/64/256", "64/512/256", "64/512/1024", "256/1024/256", "784/1024/100", "784/2048/256")
@@ -47,9 +48,9 @@ def run(options: Bench) -> int:
     _check(options, growth, threads)
     with ExitStack() as locks:
         folder = new_run_folder(options.out, "bench", locks)
-        config = {"format": FORMAT, "command": "bench", "version": __version__, **dataclasses.asdict(options)}
-        write_json(folder / "config.json", {**config, "threads": threads})
+        write_config(folder, "bench", {**dataclasses.asdict(options), "threads": threads})
         _measure(options, sizes, growth, threads, folder)
+        write_report(folder)
     return 0
 
 
@@ -95,15 +96,16 @@ def _runner(options: Bench, names: Sequence[str], threads: int, steps: int) -> I
     if options.quick:
         limits = Limits(min(options.repeats, QUICK_REPEATS), min(options.budget, QUICK_BUDGET), options.cap)
     settings = Settings(threads, GIB * options.memory if options.memory else total_memory() / 2)
-    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=console.err) as bar:
-        task = bar.add_task("", total=steps)
+    done = 0
+    with Tracker("starting", "steps") as tracker:
+
+        def on_step() -> None:
+            nonlocal done
+            done += 1
+            tracker.update(done, steps)
+
         runner = Runner(
-            names,
-            settings,
-            limits,
-            on_turn=lambda text: bar.update(task, description=text),
-            on_step=lambda: bar.advance(task),
+            names, settings, limits, on_turn=lambda text: tracker.update(done, steps, text), on_step=on_step
         )
         try:
             yield runner
@@ -160,7 +162,7 @@ def _report(folder: Path, about: dict[str, Any], runner: Runner) -> None:
     ]
     (folder / "bench.md").write_text(_page(about["machine"], runner.failed, [*printed, *others]))
     for table in printed:
-        console.out.print(_printed(table))
+        console.show(_printed(table))
     for name, failure in runner.failed.items():
         console.warn(f"{name} was left out: {failure}")
     _plot(folder / "plots", growth)
