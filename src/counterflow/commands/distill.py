@@ -17,9 +17,9 @@ class Distill:
     """Distil a trained flow into one that samples in one pass.
 
     The teacher is a flow that is solved for its samples, such as a MAF; the student is one such as an IAF. No data are
-    needed. The run folder holds the student's weights, metrics.jsonl, plots/ and summary.json, which reports how far
-    the student is from its teacher: both KL divergences in nats, effective sample size and a two-sample test. Ctrl-C
-    keeps the best weights so far.
+    needed. The run folder holds the student's weights, metrics.jsonl, plots/, report.html and summary.json, which
+    reports how far the student is from its teacher: both KL divergences in nats, effective sample size and a two-sample
+    test. Ctrl-C keeps the best weights so far.
     """
 
     run_folder: Annotated[Path | None, tyro.conf.Positional, optional("[RUN]")] = None

@@ -28,8 +28,8 @@ class Posterior:
     With --refine, refined.nc holds 4 chains of n / 4 draws, and summary.json their R-hat, effective sample sizes and
     divergences.
 
-    The run folder holds posterior.nc (for ArviZ), draws.parquet, summary.json, metrics.jsonl, plots/ and the files of
-    counterflow.Posterior.load. A bad verdict is also printed to stderr; the exit code is 0 all the same.
+    The run folder holds posterior.nc (for ArviZ), draws.parquet, summary.json, metrics.jsonl, plots/, report.html and
+    the files of counterflow.Posterior.load. A bad verdict is also printed to stderr; the exit code is 0 all the same.
     """
 
     model: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[MODEL]")] = DEFAULT_MODEL

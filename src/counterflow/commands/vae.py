@@ -15,7 +15,8 @@ class Vae:
     """Train VAEs with a Gaussian and an IAF posterior, and compare them.
 
     The seed splits the data into training, validation and test parts; the test part is used once, at the end. The run
-    folder holds the weights of each VAE, metrics.jsonl, summary.json and plots/. Ctrl-C keeps the best weights so far.
+    folder holds the weights of each VAE, metrics.jsonl, summary.json, plots/ and report.html. Ctrl-C keeps the best
+    weights so far.
     """
 
     data: str = "digits"
