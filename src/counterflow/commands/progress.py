@@ -7,6 +7,7 @@ import time
 from types import TracebackType
 
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from counterflow.commands import console
@@ -127,7 +128,7 @@ class _Numbers(ProgressColumn):
 
     def __init__(self, tracker: Tracker) -> None:
         self._tracker = tracker
-        super().__init__()
+        super().__init__(Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
         return Text(self._tracker.describe())
