@@ -234,51 +234,111 @@ def hopeless_pymc():
 # -- Pyro ----------------------------------------------------------------------------------------------
 
 
-def pyro_mixture(y, enumerated):
-    """A mixture of two normals, with a discrete site or with Pyro's own mixture."""
-    import pyro
-    from pyro import distributions as dist
-
-    w = pyro.sample("w", dist.Beta(2.0, 3.0))
-    with pyro.plate("component", 2):
-        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    with pyro.plate("row", len(y)):
-        if enumerated:
-            k = pyro.sample("k", dist.Bernoulli(w)).long()
-            pyro.deterministic("mean", mu[k])
-            pyro.sample("y", dist.Normal(mu[k], 1.0), obs=y)
-        else:
-            weights = dist.Categorical(torch.stack([1 - w, w], -1))
-            pyro.sample("y", dist.MixtureSameFamily(weights, dist.Normal(mu, 1.0)), obs=y)
-    pyro.deterministic("gap", mu[1] - mu[0])
+TAKE = {"pyro": from_pyro, "numpyro": from_numpyro}
 
 
-def test_pyro_sums_out_the_labels_of_a_mixture():
+def mixture(tool, y, enumerated):
+    """Return the target of a mixture of two normals, with a discrete site or with the tool's own mixture."""
+    from importlib import import_module
+
+    ppl, dist = import_module(tool), import_module(f"{tool}.distributions")
+    stack = torch.stack if tool == "pyro" else import_module("jax.numpy").stack
+
+    def model():
+        w = ppl.sample("w", dist.Beta(2.0, 3.0))
+        with ppl.plate("component", 2):
+            mu = ppl.sample("mu", dist.Normal(0.0, 5.0))
+        with ppl.plate("row", len(y)):
+            if enumerated:
+                k = ppl.sample("k", dist.Bernoulli(w))
+                mean = mu[k.long() if tool == "pyro" else k]
+                ppl.deterministic("mean", mean)
+                ppl.sample("y", dist.Normal(mean, 1.0), obs=y if tool == "pyro" else y.numpy())
+            else:
+                weights = dist.Categorical(stack([1 - w, w], -1))
+                of_row = dist.MixtureSameFamily(weights, dist.Normal(mu, 1.0))
+                ppl.sample("y", of_row, obs=y if tool == "pyro" else y.numpy())
+        ppl.deterministic("gap", mu[1] - mu[0])
+
+    return TAKE[tool](model)
+
+
+@pytest.mark.parametrize("tool", TAKE)
+def test_the_labels_of_a_mixture_are_summed_out(tool):
     y = torch.tensor([-2.1, -1.0, 0.3, 2.5, 3.0], dtype=torch.float64)
-    target, expected = (from_pyro(pyro_mixture, y, enumerated) for enumerated in (True, False))
+    target, expected = (mixture(tool, y, enumerated) for enumerated in (True, False))
     theta = target.initial(7, seed=0)
-    assert target.discrete == ("k",) and target.coordinates == expected.coordinates
+    assert target.discrete == ("k",) and expected.discrete == () and target.coordinates == expected.coordinates
     torch.testing.assert_close(target(theta), expected(theta))
     torch.testing.assert_close(gradient(target, theta), gradient(expected, theta))
     values = target.constrain(theta)
     assert {name: tuple(value.shape) for name, value in values.items()} == {"w": (7,), "mu": (7, 2), "gap": (7,)}
     torch.testing.assert_close(target.unconstrain(values), theta)
-    assert target.predictive(theta, seed=0)["y"].shape == (7, 5)
-    assert target._program._over_rows is torch.func.vmap
+    draws = target.predictive(theta[:1].expand(300, -1), seed=0)["y"]
+    mean = values["mu"][0, 0] + values["w"][0] * values["gap"][0]
+    assert draws.shape == (300, 5) and abs(draws.mean() - mean) < 4.5 * draws.std() / 1500**0.5
+    assert target.initial_points(3, torch.Generator().manual_seed(0)).isfinite().all()
 
 
-def test_pyro_draws_the_discrete_sites_given_the_data():
+def test_pyro_evaluates_enumerated_models_in_batches():
+    assert mixture("pyro", torch.zeros(3), True)._program._over_rows is torch.func.vmap
+
+
+@pytest.mark.parametrize("tool", TAKE)
+def test_discrete_sites_are_drawn_given_the_data(tool):
     y = torch.tensor([-0.4, 0.1, 0.9], dtype=torch.float64)
-    target = from_pyro(pyro_mixture, y, True)
+    target = mixture(tool, y, True)
     theta = torch.tensor([[0.3, -0.5, 0.8]], dtype=torch.float64)
     k = target.sample_discrete(theta.expand(400, -1), seed=1)["k"]
     values = {name: value[0] for name, value in target.constrain(theta).items()}
-    log_p = Normal(values["mu"], 1.0).log_prob(y[:, None])
-    log_p = log_p + torch.stack([1 - values["w"], values["w"]]).log()
+    log_p = Normal(values["mu"], 1.0).log_prob(y[:, None]) + torch.stack([1 - values["w"], values["w"]]).log()
     p = log_p.softmax(-1)[:, 1]
-    assert k.shape == (400, 3) and ((k.mean(0) - p).abs() < 4.5 * (p * (1 - p) / 400).sqrt()).all()
+    assert k.shape == (400, 3) and ((k.double().mean(0) - p).abs() < 4.5 * (p * (1 - p) / 400).sqrt()).all()
     assert torch.equal(k, target.sample_discrete(theta.expand(400, -1), seed=1)["k"])
-    assert from_pyro(pyro_mixture, y, False).sample_discrete(theta) == {}
+    assert mixture(tool, y, False).sample_discrete(theta) == {}
+
+
+@pytest.mark.parametrize("tool", TAKE)
+def test_a_support_that_depends_on_a_discrete_site_is_refused(tool):
+    from importlib import import_module
+
+    ppl, dist = import_module(tool), import_module(f"{tool}.distributions")
+
+    def model():
+        k = ppl.sample("k", dist.Bernoulli(0.5))
+        ppl.sample("x", dist.Uniform(0.0, k + 1.0))
+
+    with pytest.raises(ValueError, match="expected supports that do not depend on discrete sites, got that of x"):
+        TAKE[tool](model)
+
+
+def test_numpyro_data_outside_of_an_enumerated_support_have_no_density():
+    import numpyro
+    from numpyro import distributions as dist
+
+    def model():
+        k = numpyro.sample("k", dist.Bernoulli(0.5))
+        mu = numpyro.sample("mu", dist.Normal(0, 1))
+        numpyro.sample("y", dist.Uniform(mu - 1, mu + 1 + k), obs=np.array([0.5]))
+
+    value = from_numpyro(model)(torch.tensor([[0.0], [-1.0], [3.0]], dtype=torch.float64))
+    prior = Normal(0.0, 1.0).log_prob(torch.tensor([0.0, -1.0], dtype=torch.float64))
+    inside = torch.tensor([(1 / 2 + 1 / 3) / 2, 1 / 6], dtype=torch.float64).log()
+    torch.testing.assert_close(value[:2], prior + inside)
+    assert value[2] == -math.inf
+
+
+def test_numpyro_refuses_discrete_sites_inside_a_scan():
+    import numpyro
+    from numpyro import distributions as dist
+    from numpyro.contrib.control_flow import scan
+
+    def model():
+        p = numpyro.sample("p", dist.Beta(1, 1))
+        scan(lambda state, _: (numpyro.sample("state", dist.Bernoulli(p)), None), 0, np.arange(3))
+
+    with pytest.raises(ValueError, match="expected discrete sites outside of scans, got state"):
+        from_numpyro(model)
 
 
 def test_pyro_sums_out_the_states_of_a_hidden_markov_model():

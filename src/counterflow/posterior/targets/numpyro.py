@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,9 @@ def from_numpyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tar
     depend on other sites. `constrain` returns the latent and the deterministic sites, `predictive` draws the observed
     ones anew. Parameters (`numpyro.param`) stay at their initial values.
 
+    Discrete sites with a finite support are summed out, exactly, by NumPyro's enumeration, which needs funsor.
+    `constrain` leaves out what depends on them, and `sample_discrete` draws them.
+
     The model runs in float64 whatever JAX's own setting is, and the setting is left as it was. JAX compiles once for
     each power of two of the batch size; batches are padded.
 
@@ -56,8 +60,9 @@ def from_numpyro(model: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Tar
         kwargs: its keyword arguments.
 
     Raises:
-        ImportError: NumPyro is not installed.
-        ValueError: a discrete or subsampled site, no latent site, or data that do not fit the model.
+        ImportError: NumPyro is not installed, or funsor for a model with discrete sites.
+        ValueError: a subsampled site, a discrete one with an infinite support or inside a scan, no latent site, or data
+            that do not fit the model.
 
     Example:
         >>> import numpyro
@@ -87,7 +92,9 @@ class _NumpyroProgram(Program):
             transforms = {name: _bijection(site) for name, site in latent.items()}
             shapes = {name: transforms[name].inverse_shape(np.shape(site["value"])) for name, site in latent.items()}
             self.observed = {name: np.array(site["value"]) for name, site in sites.items() if is_data(site)}
-            check_same_terms(_terms(sites), _terms(self._run(_at_zero, seed=1)))
+            self.discrete = tuple(name for name, site in sites.items() if _is_enumerable(site))
+            if not self.discrete:
+                check_same_terms(_terms(sites), _terms(self._run(_at_zero, seed=1)))
         check_not_scaled_from_part(sites, self.observed, (model, self._args, self._kwargs))
         self._layout = Layout(shapes)
         self.coordinates = self._layout.coordinates(
@@ -96,6 +103,11 @@ class _NumpyroProgram(Program):
         self.parameters = tuple(shapes)
         self.dims = plate_dims({name: sites[name] for name in (*self.parameters, *self.observed)})
         derived = [name for name, site in sites.items() if site["type"] == "deterministic"]
+        if self.discrete:
+            # One axis of its own for each discrete site, to the left of all axes of the model.
+            self._first_axis = -1 - max(max(_axes(site)) for site in sites.values() if site["type"] == "sample")
+            self._enumeration = require("numpyro.contrib.funsor", "numpyro", "models with discrete sites")
+            derived = self._independent_of_discrete(derived, sites)
         self._variables = [*self.parameters, *derived]
         self._compiled: dict[tuple[Callable[..., Any], int], Any] = {}
         self._min_rows = MIN_ROWS
@@ -141,9 +153,65 @@ class _NumpyroProgram(Program):
     def _density_and_gradient_of_row(self, theta: Any) -> tuple[Any, Any]:
         return self._jax.value_and_grad(self._log_density_of_row)(theta)
 
+    def sample_discrete(self, theta: Tensor, seed: int) -> dict[str, Tensor]:
+        keys = _keys(len(theta), torch.Generator().manual_seed(seed))
+        draws = self._over_rows(self._discrete_draw, (theta.cpu().numpy(), keys))
+        return {name: torch.tensor(np.asarray(draws[name])) for name in self.discrete}
+
+    def _discrete_draw(self, theta_and_key: tuple[Any, Any]) -> dict[str, Any]:
+        theta, key = theta_and_key
+        handlers, enumeration = self._numpyro.handlers, self._enumeration
+        model = enumeration.config_enumerate(handlers.substitute(self._model, self._latent_values(theta)))
+        drawn = enumeration.infer_discrete(model, first_available_dim=self._first_axis, temperature=1, rng_key=key)
+        sites = handlers.trace(handlers.seed(drawn, key)).get_trace(*self._args, **self._kwargs)
+        return {name: sites[name]["value"] for name in self.discrete}
+
+    def _latent_values(self, theta: Any) -> dict[str, Any]:
+        sites = self._run(self._at(theta))
+        return {name: sites[name]["value"] for name in self.parameters}
+
+    def _independent_of_discrete(self, names: list[str], sites: Mapping[str, Any]) -> list[str]:
+        """Return the sites whose values do not depend on the discrete sites.
+
+        Raises:
+            ValueError: the support of a latent site depends on them, or noise that the model draws.
+        """
+        theta = np.random.default_rng(0).normal(size=len(self.coordinates))  # a point without symmetry
+        with self._modes():
+            supports = {name: sites[name]["fn"].enumerate_support(expand=False) for name in self.discrete}
+
+            def with_value(k: int) -> dict[str, Any]:
+                """Return the sites of a run in which each discrete site has its value number k, or its last one."""
+                return self._run(self._at(theta), discrete=lambda site, _: supports[site["name"]][: k + 1][-1])
+
+            runs = [with_value(k) for k in range(max(map(len, supports.values())))]
+            values = [self._enumerated_log_density(theta, seed) for seed in (0, 1)]
+        check_same_terms({"the model": values[0]}, {"the model": values[1]})
+        dependent = {
+            name
+            for name in (*self.parameters, *names)
+            if any(not np.array_equal(run[name]["value"], runs[0][name]["value"]) for run in runs)
+        }
+        for name in self.parameters:
+            if name in dependent:
+                raise ValueError(
+                    f"expected supports that do not depend on discrete sites, got that of {name}; write the model "
+                    "with a variable on a fixed support"
+                )
+        return [name for name in names if name not in dependent]
+
+    def _enumerated_log_density(self, theta: Any, seed: int = 0) -> Any:
+        """Return the log density of the model at theta (D,), without the Jacobian, summed over the discrete sites."""
+        model = self._enumeration.config_enumerate(_data_as_jax()(self._numpyro.handlers.seed(self._model, seed)))
+        enumerated = self._enumeration.enum(model, first_available_dim=self._first_axis)
+        with self._numpyro.validation_enabled(), warnings.catch_warnings():  # see `_log_prob`
+            warnings.filterwarnings("ignore", "Out-of-support values")
+            value, _ = self._enumeration.log_density(enumerated, self._args, self._kwargs, self._latent_values(theta))
+        return value
+
     def _log_density_of_row(self, theta: Any) -> Any:
         sites = self._run(self._at(theta))
-        log_density = sum(_terms(sites).values())
+        log_density = self._enumerated_log_density(theta) if self.discrete else sum(_terms(sites).values())
         for name, unconstrained in self._layout.split(theta).items():
             transform = _bijection(sites[name])
             log_density += transform.log_abs_det_jacobian(unconstrained, sites[name]["value"]).sum()
@@ -195,8 +263,17 @@ class _NumpyroProgram(Program):
         pieces = self._layout.split(theta)
         return lambda site, index: _bijection(site)(pieces[site["name"]][index])
 
-    def _run(self, choose: Chooser, draw_data: Chooser | None = None, seed: int = 0) -> dict[str, Any]:
-        """Return the sites of one run, in which `choose` gives the values of latent sites, and draw_data of data."""
+    def _run(
+        self, choose: Chooser, draw_data: Chooser | None = None, discrete: Chooser | None = None, seed: int = 0
+    ) -> dict[str, Any]:
+        """Return the sites of one run.
+
+        Args:
+            choose: gives the values of latent sites.
+            draw_data: draws data, and discrete sites from their prior.
+            discrete: gives the values of discrete sites that are summed out.
+            seed: seed of all that is given by nobody.
+        """
 
         def substitute(site: Mapping[str, Any]) -> Any:
             if site["type"] == "plate":
@@ -206,6 +283,13 @@ class _NumpyroProgram(Program):
             index = site["infer"].get("_scan_current_index")
             if _is_latent(site):
                 return choose(site, () if index is None else index)
+            if _is_enumerable(site):
+                if index is not None:
+                    raise ValueError(
+                        f"expected discrete sites outside of scans, got {site['name']}; write a loop, or sum it out"
+                    )
+                give = discrete or draw_data
+                return None if give is None else give(site, ())
             return draw_data(site, () if index is None else index) if draw_data and is_data(site) else None
 
         handlers = self._numpyro.handlers
@@ -262,7 +346,19 @@ def _keys(n: int, generator: torch.Generator) -> Array:
 
 
 def _is_latent(site: Mapping[str, Any]) -> bool:
-    return site["type"] == "sample" and not site["is_observed"]
+    return site["type"] == "sample" and not site["is_observed"] and not _is_enumerable(site)
+
+
+def _is_enumerable(site: Mapping[str, Any]) -> bool:
+    """Return True for a site that is summed out: latent, and discrete with a finite support."""
+    if site["type"] != "sample" or site["is_observed"]:
+        return False
+    return bool(site["fn"].support.is_discrete and site["fn"].has_enumerate_support)
+
+
+def _axes(site: Mapping[str, Any]) -> list[int]:
+    """Return the numbers of axes, counted from the right, that a site takes for its batch and for its plates."""
+    return [len(site["fn"].batch_shape), *(-plate.dim for plate in site["cond_indep_stack"])]
 
 
 def _shape(site: Mapping[str, Any]) -> tuple[int, ...]:
@@ -293,6 +389,20 @@ def _log_prob(site: Mapping[str, Any]) -> Any:
     except (TypeError, ValueError) as error:
         raise data_mismatch_error(site["name"], error) from error
     return (log_prob if site["scale"] is None else site["scale"] * log_prob).sum()
+
+
+@cache
+def _data_as_jax() -> Any:
+    """Return an effect handler that makes arrays of JAX of the data: a support of traced bounds takes no others."""
+    from jax.numpy import asarray
+    from numpyro.primitives import Messenger
+
+    class DataAsJax(Messenger):  # type: ignore[misc]
+        def process_message(self, msg: dict[str, Any]) -> None:
+            if is_data(msg):
+                msg["value"] = asarray(msg["value"])
+
+    return DataAsJax
 
 
 def _copy_of_array(value: Any) -> Any:

@@ -284,10 +284,16 @@ def _messengers() -> Any:
             elif site["value"] is None:
                 transform = find_bijection(name, fn.support)
                 unconstrained = self._choose(site, transform)
-                site["value"] = transform(unconstrained)
+                value = transform(unconstrained)
+                if transform.inverse_shape(value.shape) != unconstrained.shape:  # it has the axes of discrete sites
+                    raise ValueError(
+                        f"expected supports that do not depend on discrete sites, got that of {name}; write the model "
+                        "with a variable on a fixed support"
+                    )
+                site["value"] = value
                 self.transforms[name] = transform
                 self.unconstrained[name] = unconstrained
-                self.log_jacobians.append(transform.log_abs_det_jacobian(unconstrained, site["value"]).sum())
+                self.log_jacobians.append(transform.log_abs_det_jacobian(unconstrained, value).sum())
 
     class Unobserved(Messenger):  # type: ignore[misc]
         """Let the model draw its data; poutine.uncondition would draw the deterministic sites as well."""
