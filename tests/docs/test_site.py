@@ -112,7 +112,7 @@ def test_nothing_is_loaded_from_elsewhere(site, pages):
 def test_pages_open_without_errors(browser, address, path, width):
     browser.open(address + path, width)
     if "substitution" in path:
-        browser.wait_for("document.querySelectorAll('mjx-container').length > 5")
+        browser.wait_for("document.querySelectorAll('mjx-container').length > 3")
     assert not browser.errors
     assert browser.evaluate("document.documentElement.scrollWidth") <= width, "expected no scrolling to the side"
     assert browser.evaluate("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
