@@ -22,6 +22,8 @@ from counterflow.posterior.targets.sites import (
     check_not_scaled_from_part,
     check_same_terms,
     data_mismatch_error,
+    dependent_support_error,
+    first_free_axis,
     is_data,
     plate_dims,
 )
@@ -104,8 +106,8 @@ class _NumpyroProgram(Program):
         self.dims = plate_dims({name: sites[name] for name in (*self.parameters, *self.observed)})
         derived = [name for name, site in sites.items() if site["type"] == "deterministic"]
         if self.discrete:
-            # One axis of its own for each discrete site, to the left of all axes of the model.
-            self._first_axis = -1 - max(max(_axes(site)) for site in sites.values() if site["type"] == "sample")
+            # Each discrete site gets an axis, from this one on to the left.
+            self._first_axis = first_free_axis(site for site in sites.values() if site["type"] == "sample")
             self._enumeration = require("numpyro.contrib.funsor", "numpyro", "models with discrete sites")
             derived = self._independent_of_discrete(derived, sites)
         self._variables = [*self.parameters, *derived]
@@ -194,10 +196,7 @@ class _NumpyroProgram(Program):
         }
         for name in self.parameters:
             if name in dependent:
-                raise ValueError(
-                    f"expected supports that do not depend on discrete sites, got that of {name}; write the model "
-                    "with a variable on a fixed support"
-                )
+                raise dependent_support_error(name)
         return [name for name in names if name not in dependent]
 
     def _enumerated_log_density(self, theta: Any, seed: int = 0) -> Any:
@@ -354,11 +353,6 @@ def _is_enumerable(site: Mapping[str, Any]) -> bool:
     if site["type"] != "sample" or site["is_observed"]:
         return False
     return bool(site["fn"].support.is_discrete and site["fn"].has_enumerate_support)
-
-
-def _axes(site: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of axes, counted from the right, that a site takes for its batch and for its plates."""
-    return [len(site["fn"].batch_shape), *(-plate.dim for plate in site["cond_indep_stack"])]
 
 
 def _shape(site: Mapping[str, Any]) -> tuple[int, ...]:

@@ -23,6 +23,8 @@ from counterflow.posterior.targets.sites import (
     check_not_scaled_from_part,
     check_same_terms,
     data_mismatch_error,
+    dependent_support_error,
+    first_free_axis,
     is_data,
     plate_dims,
 )
@@ -92,8 +94,8 @@ class _PyroProgram(Program):
         self.discrete = tuple(latent.discrete)
         if self.discrete:
             infer = require("pyro.infer", "pyro", "models of Pyro")
-            # One axis of its own for each discrete site, to the left of all axes of the model.
-            self._first_axis = -1 - max(max(_axes(site)) for site in sites.values())
+            # Each discrete site gets an axis, from this one on to the left.
+            self._first_axis = first_free_axis(sites.values())
             self._enumerated = infer.config_enumerate(model, "parallel")
         self._layout = Layout({name: tuple(free.shape) for name, free in latent.unconstrained.items()})
         self.coordinates = self._layout.coordinates(
@@ -236,11 +238,6 @@ def _sample_sites(trace: Any) -> dict[str, Any]:
     return {name: site for name, site in samples.items() if not _is_subsample(site)}
 
 
-def _axes(site: Mapping[str, Any]) -> list[int]:
-    """Return the numbers of axes, counted from the right, that a site takes for its batch and for its plates."""
-    return [len(site["fn"].batch_shape), *(-plate.dim for plate in site["cond_indep_stack"] if plate.vectorized)]
-
-
 def _terms(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     return {name: float(site["log_prob_sum"].detach()) for name, site in sites.items()}
 
@@ -286,10 +283,7 @@ def _messengers() -> Any:
                 unconstrained = self._choose(site, transform)
                 value = transform(unconstrained)
                 if transform.inverse_shape(value.shape) != unconstrained.shape:  # it has the axes of discrete sites
-                    raise ValueError(
-                        f"expected supports that do not depend on discrete sites, got that of {name}; write the model "
-                        "with a variable on a fixed support"
-                    )
+                    raise dependent_support_error(name)
                 site["value"] = value
                 self.transforms[name] = transform
                 self.unconstrained[name] = unconstrained

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from inspect import getclosurevars
 from types import FunctionType
 from typing import Any
@@ -89,6 +89,24 @@ def plate_dims(sites: Mapping[str, Mapping[str, Any]]) -> dict[str, list[str]]:
         for name, site in sites.items()
         if (n := len(site["fn"].batch_shape)) and site["cond_indep_stack"]
     }
+
+
+def first_free_axis(sites: Iterable[Mapping[str, Any]]) -> int:
+    """Return the axis, counted from the right, to the left of all batches and plates of sample sites: -1, -2, ..."""
+    return -1 - max(max([len(site["fn"].batch_shape), *(-plate.dim for plate in _plates(site))]) for site in sites)
+
+
+def _plates(site: Mapping[str, Any]) -> list[Any]:
+    """Return the plates of a site that have an axis; in Pyro, a loop over a plate has none."""
+    return [plate for plate in site["cond_indep_stack"] if getattr(plate, "vectorized", True)]
+
+
+def dependent_support_error(site: str) -> ValueError:
+    """Return the error to raise for a latent site whose support depends on discrete sites."""
+    return ValueError(
+        f"expected supports that do not depend on discrete sites, got that of {site}; write the model with a variable "
+        "on a fixed support"
+    )
 
 
 def _plate_at(site: Mapping[str, Any], axis: int) -> str | None:
