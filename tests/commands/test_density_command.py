@@ -231,7 +231,7 @@ BAD = {
     "all dropped": ("density numbers.csv --drop x count income", "expected at least one column besides --context and "),
     "old run": ("density numbers.csv --out plain", "expected a new folder for the run, got plain, which exists"),
     "test part": ("density numbers.csv --test 1", r"expected --test to be in \(0, 1\), got 1"),
-    "epochs": ("density numbers.csv --epochs 0", "expected epochs to be at least 1, got 0"),
+    "epochs": ("density numbers.csv --epochs 0", "expected epochs to be a whole number of at least 1, got 0"),
     "device": ("density numbers.csv --device toaster", "expected device to be an available .* got 'toaster'"),
     "score nothing": ("score plain nowhere.csv", "got nowhere.csv, which does not exist"),
     "score no rows": ("score plain header.csv --out new/a.csv", "expected at least one row in header.csv, got none"),

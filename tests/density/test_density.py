@@ -270,7 +270,7 @@ REFUSED = {
     "cell_points": (ROWS, {"cell_points": 0}, "expected cell_points to be a whole number of at least 1, got 0"),
     "device": (ROWS, {"device": "toaster"}, "expected device to be an available torch device"),
     "flow": (ROWS, {"flow": "nfs"}, "expected flow to be one of nsf, maf, coupling, iaf, or a recipe, got 'nfs'"),
-    "epochs": (ROWS, {"epochs": 0}, "expected epochs to be at least 1, got 0"),
+    "epochs": (ROWS, {"epochs": 0}, "expected epochs to be a whole number of at least 1, got 0"),
     "hidden": (ROWS, {"hidden": (0,)}, r"expected hidden\[0\] to be a whole number"),
     "hidden sizes": (ROWS, {"hidden": 8}, "expected the sizes of the hidden layers, such as .* got hidden=8"),
     "columns": (ROWS, {"columns": 3}, "expected columns to be one of auto, real, integer, ordinal, or kinds by name"),
