@@ -33,6 +33,7 @@ COMMANDS = {  # group -> command -> its one line of help, the first of its docst
     "use": {
         "sample": "Draw from a trained model.",
         "score": "Score data under a trained model, in nats.",
+        "compare": "Test whether the distribution of a table has moved, and report which columns have.",
         "export": "Write a trained model to ONNX or to an archive of torch.export.",
         "report": "Write the report of a run again, or compare several runs.",
     },
@@ -48,6 +49,7 @@ CLASSES = {  # command -> the dataclass of its options, whose method `run` runs 
     "distill": "counterflow.commands.distill:Distill",
     "sample": "counterflow.commands.sample:Sample",
     "score": "counterflow.commands.score:Score",
+    "compare": "counterflow.commands.compare:Compare",
     "export": "counterflow.commands.export:Export",
     "report": "counterflow.commands.report.command:Report",
     "bench": "counterflow.commands.bench.command:Bench",

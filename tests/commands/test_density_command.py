@@ -199,21 +199,21 @@ def material(density_runs, tables, bad_tables, tmp_path):
 
 
 BAD = {
-    "no table": ("density nowhere.csv", "expected a table, .csv, .parquet, .npy or .npz, got nowhere.csv, which does"),
-    "no such format": ("density table.xlsx", "expected a table, .csv, .parquet, .npy, .npz, got table.xlsx; convert"),
-    "empty csv": ("density empty.csv", "expected empty.csv to be a UTF-8 CSV table .* does not read: Empty CSV file"),
+    "no table": ("density nowhere.csv", "expected a table .*, got nowhere.csv, which does"),
+    "no such format": ("density table.ods", "expected a table .*, got table.ods; convert it to one of these"),
+    "empty csv": ("density empty.csv", "expected empty.csv to be a CSV table .* does not read: Empty CSV file"),
     "empty parquet": ("density empty.parquet", "expected empty.parquet to be a Parquet file, but it does not read"),
     "empty npy": ("density empty.npy", "expected empty.npy to be a NumPy .npy file, but it does not read"),
     "empty npz": ("density empty.npz", "expected empty.npz to be a NumPy .npz file, but it does not read"),
     "header alone": ("density header.csv", "expected at least 10 rows in header.csv, got 0"),
     "one row": ("density one.csv", "expected at least 10 rows in one.csv, got 1; provide more data"),
-    "ragged": ("density ragged.csv", "expected ragged.csv to be a UTF-8 CSV table .*Row #3: Expected 3 columns, got 2"),
+    "ragged": ("density ragged.csv", "expected ragged.csv to be a CSV table .*Row #3: Expected 3 columns, got 2"),
     "names twice": ("density twice.csv", r"distinct names of columns in twice.csv, got \['x'\] more than once"),
     "text": ("density table.csv", "got text in 'id' .'r0' in row 0., 'colour' .*; try --drop id colour$"),
     "late text": ("density text.csv", "in every cell of text.csv, got text in 'count' .'high' in row 20000.;"),
     "late gap": ("density gap.csv", "missing cells in 'count' .1, the first in row 20000.; .* leaves out 1 of 20,001"),
     "late nan": ("density nan.csv", "got missing cells in 'count' .1, the first in row 20000.; .*--drop-missing$"),
-    "late inf": ("density inf.csv", "infinite numbers in 'count' .the first in row 20000.; .* --drop count income$"),
+    "late inf": ("density inf.csv", "infinite numbers in 'count' .the first in row 20000.; .* --drop count$"),
     "text in parquet": ("density text.parquet", "of text.parquet, got text in 'count' .'many' in row 1.; rows are"),
     "gap in parquet": ("density gap.parquet", "every cell of gap.parquet, got missing cells in 'x' .1, the first"),
     "corrupt footer": ("density footer.parquet", "expected footer.parquet to be a Parquet file, but it does not read"),
@@ -221,7 +221,7 @@ BAD = {
     "cube": ("density cube.npy", r"expected rows \(N, D\) in cube.npy, got shape \(3, 4, 5\)"),
     "no key": ("density numbers.npz", "expected a key that names one array of numbers.npz, got no key"),
     "key elsewhere": ("density numbers.csv --key a", "expected a key only with an .npz file, got 'a'"),
-    "copies": ("density same.csv", "expected distinct, non-constant columns; 'still' is constant and 'copy' is an aff"),
+    "copies": ("density same.csv --constant error", "non-constant columns; 'still' is constant and 'copy'"),
     "strange context": ("density numbers.csv --context hue", r"expected names of columns \(x, count, income\), got hu"),
     "no bounds": ("density numbers.csv --bounds x", "expected --bounds COLUMN=LOW:HIGH, such as share=0:1 .* got x$"),
     "text as bounds": ("density numbers.csv --bounds x=0:much", "expected --bounds COLUMN=LOW:HIGH, .* got x=0:much"),
@@ -255,7 +255,7 @@ BAD = {
     "score by a missing run": ("score nowhere numbers.csv", "expected a run folder .* got nowhere, which does not exi"),
     "sample nothing": ("sample plain -n 0", "expected -n to be at least 1, got 0"),
     "sample by a posterior": ("sample posterior -n 3", "a run folder of counterflow vae or density, got posterior"),
-    "sample to a picture": ("sample plain --out a.png", "expected --out to end in one of .csv, .parquet, .npy, .npz, "),
+    "sample to a picture": ("sample plain --out a.png", "expected --out to end in one of .csv, .tsv, .csv.gz, "),
     "sample over a file": ("sample plain --out old.csv", "expected a new file, got old.csv, which exists"),
     "sample without context": ("sample given --out a.csv", r"expected --context FILE with \['colour'\], .* got none"),
     "sample with context": ("sample plain --context table.csv --out a.csv", "expected no --context, as this run was t"),
@@ -318,16 +318,16 @@ def test_a_table_as_it_comes_takes_two_runs(here, tmp_path):
     assert code == 2 and not (tmp_path / "run").exists()
     for text in (
         "text in 'id' ('r0' in row 0), 'colour' ('",
-        "'day' ('2024-01-02' in row 0); missing cells in 'grade' (18, the first in row 0)",
-        "'still' is constant, 'copy' is an affine copy of 'x'",
-        "--drop-missing leaves out 18 of 120 rows; try --drop id colour day still copy --drop-missing\n",
+        "; missing cells in 'grade' (18, the first in row 0)",
+        "--drop-missing leaves out 18 of 120 rows; try --drop id colour --drop-missing\n",
     ):
         assert text in err, err
-    options = "--drop id day still copy --drop-missing --context colour --bounds share=0:1 income=0: --ordinal grade"
+    options = "--drop id --drop-missing --context colour --bounds share=0:1 income=0: --ordinal grade"
     code, _, err = here("density", "messy.csv", *options.split(), *ONE_FLOW, "--out", "run")
     assert code == 0, err
     density = cf.FlowDensity.load(tmp_path / "run")
     kinds = {column.name: column.map for column in density.columns_.columns}
+    assert "left out columns: 'day' is constant; 'still' is constant; 'copy' is an affine copy of 'x'" in err
     assert kinds["grade"] == "ordinal" and kinds["share"] == "logit" and kinds["income"] == "log"
 
 

@@ -124,7 +124,13 @@ def test_the_density_outside_of_the_support_is_zero(mixed):
     table = mixed[0].head(3).copy()
     table.loc[0, "share"], table.loc[1, "grade"] = 1.5, 99.0
     scores = density.score_samples(table)
-    assert np.isneginf(scores[:2]).all() and np.isfinite(scores[2])
+    assert (
+        np.isneginf(scores[0]) and np.isfinite(scores[1:]).all() and scores[1] < density.score_samples(mixed[0]).min()
+    )
+    with pytest.warns(
+        UserWarning, match="1 of 3 rows are outside of the support and have log density -inf; the mean of"
+    ):
+        assert density.score(table) == -np.inf
 
 
 def test_noise_is_normal_where_the_density_is_right(mixed):
@@ -260,10 +266,11 @@ def test_a_missing_scikit_learn_is_named_with_the_command_that_installs_it(monke
 HOLES = ROWS.copy()
 HOLES[[3, 7], [1, 0]] = np.nan
 TEXT = pd.DataFrame({"a": RNG.normal(size=20), "b": ["x", "y"] * 10, "c": pd.Categorical(["u", "v"] * 10)})
+COPIES = np.concatenate([ROWS, 3 * ROWS, np.ones((300, 1))], 1)
 REFUSED = {
     "missing": (HOLES, {}, r"got 2 missing \(NaN\): row 3 of 'x1', row 7 of 'x0' .* impute .* or drop 2 of 300 rows"),
     "infinite": (np.where(ROWS > 15, np.inf, ROWS), {}, r"infinite \(inf\): row .* of 'x0'"),
-    "copies": (np.concatenate([ROWS, 3 * ROWS, np.ones((300, 1))], 1), {}, "'x4' is constant, 'x2' is an affine copy"),
+    "copies": (COPIES, {"constant": "error"}, "'x4' is constant, 'x2' is an affine copy"),
     "text": (TEXT, {}, "got text or categories in 'b', 'c'; give them as context"),
     "one row": (ROWS[:1], {}, "minimum of 2 is required"),
     "fraction": (ROWS, {"validation_fraction": 1.0}, r"expected validation_fraction in \(0, 1\), got 1.0"),
@@ -274,6 +281,8 @@ REFUSED = {
     "hidden": (ROWS, {"hidden": (0,)}, r"expected hidden\[0\] to be a whole number"),
     "hidden sizes": (ROWS, {"hidden": 8}, "expected the sizes of the hidden layers, such as .* got hidden=8"),
     "columns": (ROWS, {"columns": 3}, "expected columns to be one of auto, real, integer, ordinal, or kinds by name"),
+    "constant": (ROWS, {"constant": "keep"}, "expected constant to be one of drop, error, got 'keep'"),
+    "nothing varies": (np.ones((30, 2)), {}, "expected at least one column that varies, got constant columns only"),
     "bounds": (ROWS, {"bounds": {"x0": (0, 5)}}, r"expected numbers in \[0, 5\] in column 'x0'"),
 }  # fmt: skip
 

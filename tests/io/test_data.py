@@ -1,6 +1,5 @@
 """Every format that load reads, every error, and the properties of split."""
 
-import datetime
 import gzip
 import io
 import struct
@@ -283,7 +282,7 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str]] = {
 }  # fmt: skip
 
 FILES: dict[str, tuple[str, bytes, str]] = {
-    "unknown": ("x.xlsx", b"", r'expected "digits", .* \.parquet file; got .*x\.xlsx; convert it to one of'),
+    "unknown": ("x.ods", b"", r'expected "digits", .* \.parquet or other table; got .*x\.ods; convert it to one of'),
     # IDX
     "labels": ("a-idx1-ubyte", idx(GREY, magic=0x801), r"begins with 00000803 .* got 00000801.*; labels \("),
     "empty idx": ("a.idx", b"", r"expected .*a\.idx to be an IDX file of images, .* got nothing"),
@@ -320,22 +319,20 @@ FILES: dict[str, tuple[str, bytes, str]] = {
     "text": ("x.csv", b"id,name\n1,2\n3,4\n5,bob\n6,eve\n", r"column 'name' of .*, got 'bob' in row 2 \(count"),
     "late text": ("x.csv", b"a\n" + b"1\n" * 600_000 + b"b\n", r"column 'a' of .*, got 'b' in row 600000 "),
     "underscores": ("x.csv", b"a,b\n1,7\n2,1_000\n", r"numbers in column 'b' of .*x\.csv, got '1_000' in row 1 "),
-    "semicolons": ("x.csv", b"a;b\n1;2\n", r"expected numbers in column 'a;b' of .*x\.csv, got '1;2' in row 0 "),
     "missing": (
         "x.csv",
         b"a,b\n1,\n,3\n4,NA\n5,nan\n6,7\n",
         r"every cell of .*x\.csv, got 4 missing \(NaN\): row 0 of 'b', row 1 of 'a', row 2 of 'b', \.\. .* 4 of 5 rows",
     ),
     "infinity": ("x.csv", b"a,b\n1,2\n3,1e999\n", r"finite numbers in every cell .* 1 infinite \(inf\): row 1 of 'b'"),
-    "ragged": ("x.csv", b"a,b\n1,2\n3\n", r"x\.csv to be a UTF-8 CSV table .*Row #3: Expected 2 columns, got 1: 3"),
+    "ragged": ("x.csv", b"a,b\n1,2\n3\n", r"x\.csv to be a CSV table .*Row #3: Expected 2 columns, got 1: 3"),
     "late ragged": ("x.csv", b"a,b\n" + b"1,2\n" * 300_000 + b"3\n", r"Row #300002: Expected 2 columns, got 1"),
     "index column": ("x.csv", b",a\n0,1\n", r"a name for every column of .*, got ',a' in the first line; name"),
-    "latin-1": ("x.csv", b"\xe9,b\n1,2\n", r"x\.csv to be a UTF-8 CSV table .* does not read: 'utf-8' codec"),
-    "latin-1 cell": ("x.csv", b"a,b\n1,\xe9\n", r"x\.csv to be a UTF-8 CSV table .* does not read: .*invalid UTF8"),
-    "empty csv": ("x.csv", b"", r"x\.csv to be a UTF-8 CSV table .* does not read: Empty CSV file; check that"),
+    "late latin-1": ("x.csv", b"a,b\n" + b"1,2\n" * 300_000 + b"1,\xe9\n", r"x\.csv to be a CSV table .* not read"),
+    "no text": ("x.csv", b"a,b\n1,\x00\n", r"x\.csv to be a CSV table, got bytes that are not text; convert it"),
+    "empty csv": ("x.csv", b"", r"x\.csv to be a CSV table .* does not read: Empty CSV file; check that"),
     "names only": ("x.csv", b"a,b\n", r"at least one row and one column in .*x\.csv, got shape \(0, 2\)"),
     "strings": ("x.parquet", parquet(a=[1, 2], b=[None, "x"]), r"column 'b' of .*, got 'x' in row 1 .* encode it"),
-    "dates": ("x.parquet", parquet(a=[datetime.date(2020, 1, 1)]), r"column 'a' of .*, got datetime\.date\(2020"),
     "null": ("x.parquet", parquet(a=[1, None], b=[2.5, 3.5]), r"got 1 missing \(NaN\): row 1 of 'a' \(rows .* 1 of 2"),
     "all null": ("x.parquet", parquet(a=[None, None]), r"got 2 missing \(NaN\): row 0 of 'a', row 1 of 'a' \(rows"),
     "parquet nan": ("x.parquet", parquet(a=[1.0, np.nan]), r"got 1 missing \(NaN\): row 1 of 'a' .* 1 of 2 rows"),

@@ -12,6 +12,7 @@ from registry import over
 from counterflow.io.data.cells import numbers
 from counterflow.io.data.tables import open_table, read_table
 from counterflow.io.data.writers import table_writer
+from counterflow.io.table_formats import TableOptions
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(101, 3))
@@ -47,7 +48,7 @@ FILES = {
 def test_batches_hold_the_rows_in_order(name, size, tmp_path):
     write, key, named = FILES[name]
     write(tmp_path / name)
-    source = open_table(tmp_path / name, key)
+    source = open_table(tmp_path / name, TableOptions(key=key))
     assert source.named == named and source.names == (list("abc") if named else ["f0", "f1", "f2"])
     assert source.rows in (None, 101)
     batches = list(source.batches(size))
@@ -55,7 +56,7 @@ def test_batches_hold_the_rows_in_order(name, size, tmp_path):
     x = np.concatenate([numbers(batch, source.names, source.path) for batch in batches])
     expected = X.astype(np.float16) if "float16" in name else X
     np.testing.assert_array_equal(x, expected)
-    table, others = read_table(source, source.names[:2], source.names[2:])
+    table, others, _ = read_table(source, source.names[:2], source.names[2:])
     np.testing.assert_array_equal(np.stack([c.to_numpy() for c in table.columns], 1), expected[:, :2])
     np.testing.assert_array_equal(others[source.names[2]], expected[:, 2])
 
@@ -117,5 +118,9 @@ def test_numbers_of_every_arrow_type(tmp_path):
     batch = pa.record_batch(columns)
     expected = [[1, 1, 0.5, 1000, 3, 1], [2, 0, 1.5, 2, 4, 2]]
     np.testing.assert_array_equal(numbers(batch, list(columns), tmp_path), expected)
-    with pytest.raises(ValueError, match=r"expected numbers in column 'when' of .*, got datetime.date.* in row 7"):
-        numbers(pa.record_batch({"when": [datetime.date(2020, 1, 1)]}), ["when"], tmp_path, 7)
+    with pytest.raises(ValueError, match=r"expected numbers in column 'when' of .*, got \['2020'\] in row 7"):
+        numbers(pa.record_batch({"when": [["2020"]]}), ["when"], tmp_path, 7)
+    days = pa.record_batch({"when": [datetime.date(1970, 1, 2)]})
+    np.testing.assert_array_equal(numbers(days, ["when"], tmp_path, types=["timestamp[s]"]), [[86400]])
+    with pytest.raises(ValueError, match=r"expected double in column 'when' of .*, as in training, got date32"):
+        numbers(days, ["when"], tmp_path, types=["double"])

@@ -23,6 +23,7 @@ COLUMNS = {
     "both": LogitColumn("a", -1.0, 3.0, min_distance=1e-9, scale=1.7),
     "tails": AsinhColumn("a", 0.5, unit=0.7, center=0.1, scale=0.8),
     "ordinal": OrdinalColumn("a", (0.0, 1.0, 5.0), (0.2, 0.5, 0.3)),
+    "tails of ordinal": OrdinalColumn("a", (0.0, 1.0, 3.0), (0.2, 0.4, 0.3), tail=0.05, recorded=(0.0, 3.0)),
     "spikes": SpikedColumn(LinearColumn("a"), (0.0, 1.0), (2.0, 0.5), width=0.1),
     "spikes in bounds": SpikedColumn(LogitColumn("a", -0.05, 4.0, min_distance=1e-9), (0.0,), (2.0,), width=0.1),
     "grid": GridColumn(LogColumn("a", low=-0.5, scale=2.0), 1.0, mass=True, minimum=0.0),

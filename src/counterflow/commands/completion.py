@@ -32,9 +32,9 @@ def completion_script(commands: Mapping[str, Any]) -> str:
         commands: dataclasses of options by command.
 
     Example:
-        >>> from counterflow.commands.score import Score
-        >>> print(completion_script({"score": Score}).splitlines()[4])
-                score) words="--help --key --levels --samples --seed --device --out --quiet --verbose --threads" ;;
+        >>> from counterflow.commands.compare import Compare
+        >>> print(completion_script({"compare": Compare}).splitlines()[4][:60])
+                compare) words="--help --key --sep --decimal --encod
     """
     cases = "\n".join(
         f'        {name}) words="{" ".join(["--help", *_flags(with_session(command))])}" ;;'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -40,6 +41,12 @@ def note(text: str) -> None:
     """Print a remark on the progress to stderr, unless -q leaves them out."""
     if not is_quiet():
         warn(text)
+
+
+def note_all(texts: Iterable[str]) -> None:
+    """Print remarks, one line each, as `note` does."""
+    for text in texts:
+        note(text)
 
 
 def warn(text: str) -> None:

@@ -8,8 +8,9 @@ from typing import Annotated
 
 import tyro
 
-from counterflow.commands.options import FLAT, RunFolder, optional
+from counterflow.commands.options import FLAT, RunFolder, TableFile, optional
 from counterflow.density.config import DensityConfig
+from counterflow.io.table_formats import STREAM, TABLE
 
 BUNDLED = "breast-cancer"
 
@@ -18,9 +19,11 @@ BUNDLED = "breast-cancer"
 class Density:
     """Fit the density of the rows of a table.
 
-    DATA is a .csv (with or without a line of names), .parquet, .npy or .npz file. By default it is the table of 569
-    breast tumours with 30 columns that scikit-learn ships. The seed sets rows apart for a test at the end, which
-    compares the flow with scikit-learn's GaussianMixture, its number of components chosen by BIC.
+    DATA is a .csv file (also .tsv, .csv.gz, .csv.zst; with or without a line of names), or a .parquet, .feather,
+    .xlsx, .sqlite, .duckdb, .npy or .npz file. The dialect of a CSV file is found from its first lines and reported. By
+    default DATA is the table of 569 breast tumours with 30 columns that scikit-learn ships. The seed sets rows apart
+    for a test at the end, which compares the flow with scikit-learn's GaussianMixture, its number of components chosen
+    by BIC.
 
         counterflow density table.csv --context country --out run
         counterflow score run more.csv --out scores.csv
@@ -31,9 +34,8 @@ class Density:
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]")] = BUNDLED
-    """.csv, .parquet, .npy or .npz file, or breast-cancer"""
-    key: Annotated[str | None, optional("NAME")] = None
-    """array of an .npz file"""
+    """a table file, - for a table on standard input, or breast-cancer"""
+    table: Annotated[TableFile, FLAT] = TableFile()
     context: Annotated[tuple[str, ...], optional("COLUMN [COLUMN ...]")] = ()
     """columns to condition on, numbers or categories"""
     drop: Annotated[tuple[str, ...], optional("COLUMN [COLUMN ...]")] = ()
@@ -57,8 +59,8 @@ class Density:
         from counterflow.commands.requirements import require_packages
 
         check_run_folder(self.folder)
-        if self.data != BUNDLED and self.folder.resume is None:
-            check_readable(Path(self.data), "a table, .csv, .parquet, .npy or .npz")
+        if self.data not in (BUNDLED, STREAM) and self.folder.resume is None:
+            check_readable(Path(self.data), TABLE)
         require_packages("sklearn", "pyarrow", "matplotlib")
         from counterflow.commands.density_run import run
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,90 +23,112 @@ from counterflow.commands.sharded_output import (
     seed_of_part,
     shard_folder,
 )
+from counterflow.commands.table_streams import input_table, is_stream, output_table
 from counterflow.density.config import DESCRIPTION, MODEL
 from counterflow.density.context import ContextEncoder
 from counterflow.density.model import TableDensity
 from counterflow.io.data.cells import numbers, to_texts
 from counterflow.io.data.source import TablePart, TableSource, located_batches
 from counterflow.io.data.tables import open_table
-from counterflow.io.data.writers import append_batches, check_writable, table_writer
+from counterflow.io.data.types import encode
+from counterflow.io.data.writers import WRITTEN, append_batches, check_writable, table_writer
+from counterflow.io.table_formats import TableOptions, format_of, suffix_of
 
 Array = np.ndarray[Any, Any]
 ROWS_PER_PART = 1 << 18  # seconds to minutes of work, which is all that a kill can lose
 BATCH = 1 << 15  # rows in memory at a time
 SAMPLED = 1 << 20  # bytes of a CSV file from which the number of its rows is estimated
 ADDED = "log_density"  # name of the column
+ARRAYS = ("npy", "npz")  # formats without names and types
+TABLES = ("csv", "parquet", "feather")  # formats that the rows of a sheet or database are written to
 
 
-def score_table(run: Path, data: Path, key: str | None, device: str, out: Path | None) -> int:
+def score_table(run: Path, data: str, options: TableOptions, device: str, out: Path | None) -> int:
     """Write a table with the log density of each row as a column, to a file or a folder of parts; return the exit code.
 
     Args:
         run: run folder of counterflow density, or one of its files.
-        data: table, or folder of Parquet files.
-        key: array of an .npz file.
+        data: table, folder of Parquet files, or "-" for a table on standard input.
+        options: of reading the table.
         device: to score on.
-        out: file or folder to write; a file in the run folder if None.
+        out: file or folder to write, or "-" for standard output; a file in the run folder if None.
     """
-    shards = shard_folder(out)
-    density, folder = _load(run, device)
-    source = open_table(data, key)
+    with input_table(data) as path:
+        return _score_table(run, path, options, device, out)
+
+
+def _score_table(run: Path, data: Path, options: TableOptions, device: str, out: Path | None) -> int:
+    shards = None if is_stream(out) else shard_folder(out)
+    density, folder = load_density(run, device)
+    source = open_table(data, options)
     rows = _expected_rows(source)
-    kind = ".parquet" if data.is_dir() else data.suffix.lower()
-    is_array = kind in (".npy", ".npz")
-    suffix = ".npy" if is_array else kind
-    names, context_names = _column_names(density, source)
+    kind = ".parquet" if data.is_dir() else suffix_of(data)
+    is_array = format_of(kind) in ARRAYS
+    suffix = ".npy" if is_array else kind if format_of(kind) in WRITTEN else ".csv"
+    _column_names(density, source)  # errors should come before there is a file
     if ADDED in source.names:
         raise ValueError(f"expected a table without a column {ADDED!r}, which is added, got one in {data}")
+    console.note_all(source.notes)
     if shards is not None:
 
         def write_part(number: int, part: TablePart, path: Path, report: Report) -> Sums:
             with append_batches(path, suffix, part.rows) as write:
-                return _score(density, names, context_names, [part], write, report)
+                return _score(density, source, [part], write, report)
 
-        about = inputs("score", _files(folder), data, key=key, rows=ROWS_PER_PART)
+        about = inputs("score", _files(folder), data, options=asdict(options), rows=ROWS_PER_PART)
         pieces = source.parts(ROWS_PER_PART)
         tracker = Tracker("scoring", "rows")
         return ShardedOutput(shards, suffix).write(about, pieces, write_part, _describe, tracker, rows)
     path = console.new_file(out or folder / f"scores{suffix}")
-    if path.suffix.lower() not in ({".npy", ".npz"} if is_array else {suffix}):
+    same = format_of(suffix_of(path)) in ARRAYS if is_array else suffix_of(path) == suffix
+    if not (same or is_stream(path) or (suffix != kind and format_of(suffix_of(path)) in TABLES)):
         raise ValueError(
             f"expected --out to end in {suffix}, as {data} is such a table, or to be a name without a suffix, for a "
             f"folder of parts, got {path}"
         )
-    with table_writer(path, source.rows) as write, Tracker("scoring", "rows") as tracker:
-        sums = _score(density, names, context_names, source.parts(None), write, lambda done: tracker.update(done, rows))
+    with (
+        output_table(path, suffix) as file,
+        table_writer(file, source.rows) as write,
+        Tracker("scoring", "rows") as tracker,
+    ):
+        sums = _score(density, source, source.parts(None), write, lambda done: tracker.update(done, rows))
         if not sums["rows"]:
             raise ValueError(f"expected at least one row in {data}, got none; add data")
-    console.say(f"{_describe(sums)}; wrote {path}")
+    _say_written(_describe(sums), path)
     return 0
+
+
+def _say_written(result: str, path: Path) -> None:
+    """Print what was written where; to stderr if the table itself went to stdout."""
+    if is_stream(path):
+        console.note(result)
+    else:
+        console.say(f"{result}; wrote {path}")
 
 
 def _score(
     density: TableDensity,
-    names: Sequence[str],
-    context_names: Sequence[str],
+    source: TableSource,
     pieces: Iterable[TablePart],
     write: Callable[[Any], None],
     report: Report,
 ) -> Sums:
     """Write parts of a table with their log densities; return the sums over the rows."""
-    sums = {"rows": 0, ADDED: 0.0, f"{ADDED}_squared": 0.0}
+    sums = {"rows": 0, "rows_outside": 0, ADDED: 0.0, f"{ADDED}_squared": 0.0}
     with ThreadPoolExecutor(1) as writer:
         written = None
-        for path, first, batch in _read_ahead(located_batches(pieces, BATCH)):
-            x = numbers(batch, names, path, first)
-            context = density.context
-            encoded = None if context is None else _encode(context, context_names, batch, path, first)
+        for x, encoded, batch in trained_columns(density, source, pieces):
             scores = density.score(x, encoded)
             if written is not None:
                 written.result()  # one batch is written while the next one is scored
             columns = [*batch.columns, pyarrow.array(scores)]
-            table = pyarrow.record_batch(columns, names=[*batch.schema.names, ADDED])
+            table = pyarrow.record_batch(columns, names=[*batch.schema.names, ADDED], metadata=batch.schema.metadata)
             written = writer.submit(write, table)
+            inside = scores[np.isfinite(scores)]
             sums["rows"] += len(scores)
-            sums[ADDED] += float(scores.sum())
-            sums[f"{ADDED}_squared"] += float(np.square(scores).sum())
+            sums["rows_outside"] += len(scores) - len(inside)
+            sums[ADDED] += float(inside.sum())
+            sums[f"{ADDED}_squared"] += float(np.square(inside).sum())
             report(sums["rows"])
         if written is not None:
             written.result()
@@ -114,11 +137,15 @@ def _score(
 
 def _describe(sums: Sums) -> str:
     """Return a line with the mean log density and its standard error."""
-    rows = int(sums["rows"])
-    mean = sums[ADDED] / rows
-    variance = max(0.0, sums[f"{ADDED}_squared"] / rows - mean**2)
-    error = f" ± {(variance / (rows - 1)) ** 0.5:.3f}" if rows > 1 else ""
-    return f"{rows:,} rows: mean log density {mean:.3f}{error} nats"
+    rows, outside = int(sums["rows"]), int(sums["rows_outside"])
+    inside = rows - outside
+    if not inside:
+        return f"{rows:,} rows: all outside of the support, with log density -inf"
+    mean = sums[ADDED] / inside
+    variance = max(0.0, sums[f"{ADDED}_squared"] / inside - mean**2)
+    error = f" ± {(variance / (inside - 1)) ** 0.5:.3f}" if inside > 1 else ""
+    text = f"{rows:,} rows: mean log density {mean:.3f}{error} nats"
+    return f"{text} without {outside:,} rows outside of the support, which have -inf" if outside else text
 
 
 def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str, out: Path | None) -> int:
@@ -130,10 +157,10 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
         context: table of the columns to condition on.
         seed: of the draws.
         device: to draw on.
-        out: file or folder to write; a file in the run folder if None.
+        out: file or folder to write, or "-" for CSV on standard output; a file in the run folder if None.
     """
-    shards = shard_folder(out)
-    density, folder = _load(run, device)
+    shards = None if is_stream(out) else shard_folder(out)
+    density, folder = load_density(run, device)
     if (context is None) != (density.context is None):
         wanted = "no --context" if density.context is None else f"--context FILE with {density.context.names}"
         raise ValueError(f"expected {wanted}, as this run was trained, got {context or 'none'}")
@@ -155,17 +182,20 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
         output = ShardedOutput(shards, ".parquet")
         return output.write(about, pieces, write_part, lambda sums: f"{sums['rows']:,} rows", tracker, rows)
     path = console.new_file(out or folder / "samples.csv")
-    check_writable(path)
+    if not is_stream(path):
+        check_writable(path)
     with (
-        table_writer(path, _rows_to_draw(source, n, path)) as write,
+        output_table(path, ".csv") as file,
+        table_writer(file, _rows_to_draw(source, n, path)) as write,
         Tracker("drawing", "rows") as tracker,
     ):
         torch.manual_seed(seed)
         every = source.parts(None) if source else [n]
-        drawn = _sample(density, batches(every), write, lambda done: tracker.update(done, rows))
+        typed = format_of(suffix_of(file)) not in ARRAYS
+        drawn = _sample(density, batches(every), write, lambda done: tracker.update(done, rows), typed)
         if not drawn:
             raise ValueError(f"expected at least one row in {context}, got none; add some")
-    console.say(f"{drawn:,} rows; wrote {path}")
+    _say_written(f"{drawn:,} rows", path)
     return 0
 
 
@@ -184,17 +214,19 @@ def _rows_to_draw(source: TableSource | None, n: int, path: Path) -> int | None:
         return n
     if source.rows is not None:
         return n * source.rows
-    if path.suffix.lower() in (".npy", ".npz"):  # an array starts with its shape
+    if format_of(suffix_of(path)) in ARRAYS:  # an array starts with its shape
         return n * sum(batch.num_rows for batch in source.batches(BATCH))
     return None
 
 
-def _sample(density: TableDensity, batches: Iterable[Any], write: Callable[[Any], None], report: Report) -> int:
-    """Draw batch by batch; return the number of rows."""
+def _sample(
+    density: TableDensity, batches: Iterable[Any], write: Callable[[Any], None], report: Report, typed: bool = True
+) -> int:
+    """Draw batch by batch, in the recorded types if `typed`; return the number of rows."""
     drawn = 0
     for size, context, carried in batches:
         rows = density.sample(size, context)
-        write(pyarrow.RecordBatch.from_pydict({**carried, **_by_name(density, rows)}))
+        write(pyarrow.RecordBatch.from_pydict({**carried, **_by_name(density, rows, typed)}))
         drawn += size
         report(drawn)
     return drawn
@@ -237,13 +269,29 @@ def _files(folder: Path) -> list[Path]:
     return [folder / MODEL, folder / DESCRIPTION]
 
 
-def _load(run: Path, device: str) -> tuple[TableDensity, Path]:
+def load_density(run: Path, device: str) -> tuple[TableDensity, Path]:
+    """Return the density of a run folder, or of one of its files, and the folder."""
     folder = run if run.is_dir() else run.parent
     return TableDensity.load(folder, device), folder
 
 
-def _by_name(density: TableDensity, x: Array) -> dict[str, Array]:
-    return {name: np.ascontiguousarray(column) for name, column in zip(density.names, x.T, strict=True)}
+def _by_name(density: TableDensity, x: Array, typed: bool) -> dict[str, Any]:
+    every = density.restored(x).T
+    columns = {name: np.ascontiguousarray(column) for name, column in zip(density.all_names, every, strict=True)}
+    types = density.types if typed else {}
+    return {name: encode(column, types.get(name, "double")) for name, column in columns.items()}
+
+
+def trained_columns(
+    density: TableDensity, source: TableSource, pieces: Iterable[TablePart] | None = None
+) -> Iterator[tuple[Array, Array | None, Any]]:
+    """Yield (rows of the trained columns, encoded context, Arrow batch) for batches of a table, read ahead."""
+    names, context_names = _column_names(density, source)
+    types = [density.types.get(name) for name in density.names]
+    context = density.context
+    for path, first, batch in _read_ahead(located_batches(source.parts(None) if pieces is None else pieces, BATCH)):
+        encoded = None if context is None else _encode(context, context_names, batch, path, first)
+        yield numbers(batch, names, path, first, types), encoded, batch
 
 
 def _column_names(density: TableDensity, source: TableSource) -> tuple[list[str], list[str]]:

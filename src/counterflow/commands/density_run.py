@@ -20,12 +20,13 @@ from counterflow.commands.progress import Tracker
 from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
+from counterflow.commands.table_streams import input_table
+from counterflow.density.comparison import classifier_test, in_words
 from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import Bounds
 from counterflow.density.fitting import DensityTrainer, build_flow
 from counterflow.density.model import TableDensity
 from counterflow.density.split import split_rows
-from counterflow.density.validation import degenerate_columns
 from counterflow.io.data.cells import is_number
 from counterflow.io.data.faults import TableFaultsError
 from counterflow.io.data.tables import open_table, read_table
@@ -44,11 +45,16 @@ class Rows:
     x: Array  # (N, D) float64
     names: list[str]
     context: dict[str, Array] | None
+    types: dict[str, str] = dataclasses.field(default_factory=dict)  # recorded types of the columns
+
+    def select(self, columns: Sequence[int]) -> Rows:
+        """Return the rows with the columns of these numbers."""
+        return Rows(self.x[:, list(columns)], [self.names[i] for i in columns], self.context, self.types)
 
     def take(self, rows: Array) -> Rows:
         """Return the rows of these numbers."""
         context = self.context and {name: values[rows] for name, values in self.context.items()}
-        return Rows(self.x[rows], self.names, context)
+        return Rows(self.x[rows], self.names, context, self.types)
 
 
 def run(command: Density) -> int:
@@ -72,6 +78,7 @@ def run(command: Density) -> int:
         config=options.fit,
         kinds=dict.fromkeys(options.ordinal, "ordinal") or "auto",
         bounds=bounds or None,
+        types=train.types,
         seed=options.seed,
     )
     with running(options, resumed, "density") as (folder, stop):
@@ -83,6 +90,7 @@ def run(command: Density) -> int:
         density = _fit(options, trainer, folder, stop)
         if Workers.current().rank:  # rank 0 tests and plots
             return 0
+        train, test = train.select(density.kept), test.select(density.kept)
         density.save(folder)  # now: an error in the test must not lose the training
         interrupted = trainer.histories[-1].stopped == "interrupted"
         with stop.at_once(handled=interrupted), Tracker("testing", "Gaussian mixtures") as tracker:
@@ -109,17 +117,20 @@ def _read(options: Density) -> Rows:
         names = _column_names(options, list(columns))
         context = {name: columns[name] for name in options.context}
         x = np.stack([columns[name] for name in names], 1)
+        types: dict[str, str] = {}
     else:
-        source = open_table(Path(options.data), options.key)
-        names = _column_names(options, source.names)
-        try:
-            table, context = read_table(source, names, options.context, options.drop_missing)
-        except TableFaultsError as faults:
-            raise ValueError(f"{faults}; {_advice(faults)}") from None
+        with input_table(options.data) as path:
+            source = open_table(path, options.table.options())
+            console.note_all(source.notes)
+            names = _column_names(options, source.names)
+            try:
+                table, context, types = read_table(source, names, options.context, options.drop_missing)
+            except TableFaultsError as faults:
+                raise ValueError(f"{faults}; {_advice(faults)}") from None
         x = np.stack([column.to_numpy() for column in table.columns], 1)
     if len(x) < MIN_ROWS:
         raise ValueError(f"expected at least {MIN_ROWS} rows in {options.data}, got {len(x)}; provide more data")
-    return Rows(x, names, context or None)
+    return Rows(x, names, context or None, types)
 
 
 def _column_names(options: Density, names: Sequence[str]) -> list[str]:
@@ -147,15 +158,9 @@ def _bounds(texts: Sequence[str]) -> dict[str, Bounds]:
 
 
 def _advice(faults: TableFaultsError) -> str:
-    """Return the options that settle all faults of a table, those of its columns of numbers included."""
-    numeric = [k for k, name in enumerate(faults.names) if name not in {*faults.text, *faults.infinite}]
-    rows = faults.x[:, numeric]
-    rows = rows[~np.isnan(rows).any(1)]
-    degenerate = {}
-    if len(rows) >= MIN_ROWS:
-        degenerate = degenerate_columns(rows, [faults.names[k] for k in numeric])
-    dropped = [*faults.text, *faults.infinite, *degenerate]
-    parts = [f"also, {', '.join(degenerate.values())}"] if degenerate else []
+    """Return the options that settle all faults of a table."""
+    dropped = [*faults.text, *faults.infinite]
+    parts = []
     if faults.text:
         parts.append(f"give columns of text as --context, to condition on them, or --drop ({', '.join(faults.text)})")
     if faults.incomplete:
@@ -220,12 +225,18 @@ def _summary(
         )
         summary["gaussian_mixture"] = {"components": components, **_mean_and_error(others, "test_log_density")}
         summary["difference"] = _mean_and_error(scores - others, "log_density")
+    if len(test.x) >= MIN_ROWS:
+        samples = density.sample(len(test.x), density.encode(test.context), options.seed)
+        summary["two_sample_test"] = classifier_test(test.x, samples, options.seed)._asdict()
     return summary
 
 
 def _mean_and_error(values: Array, name: str) -> dict[str, float | None]:
-    error = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return {name: float(values.mean()), "standard_error": error}
+    """Return the mean of the finite values, its standard error and, if there are any, the number of the others."""
+    inside = values[np.isfinite(values)]
+    error = float(inside.std(ddof=1) / math.sqrt(len(inside))) if len(inside) > 1 else None
+    found = {name: float(inside.mean()) if len(inside) else None, "standard_error": error}
+    return found if len(inside) == len(values) else {**found, "rows_outside": len(values) - len(inside)}
 
 
 def _print(summary: dict[str, Any], folder: Path, interrupted: bool) -> None:
@@ -238,11 +249,21 @@ def _print(summary: dict[str, Any], folder: Path, interrupted: bool) -> None:
         lines.append((f"Gaussian mixture, {components} by BIC", summary["gaussian_mixture"]))
     for name, line in lines:
         error = line["standard_error"]
-        table.add_row(name, f"{line['test_log_density']:.3f}", "" if error is None else f"{error:.3f}")
+        mean = line["test_log_density"]
+        table.add_row(name, "-inf" if mean is None else f"{mean:.3f}", "" if error is None else f"{error:.3f}")
     console.show(table)
-    if "difference" in summary:
-        difference, error = summary["difference"].values()
-        console.say(f"difference, row by row: {difference:+.3f}" + ("" if error is None else f" ± {error:.3f}"))
+    for name, line in lines:
+        if "rows_outside" in line:
+            console.say(f"{name}: {line['rows_outside']} test rows are outside of the support and left out of the mean")
+    difference = summary.get("difference", {"log_density": None})
+    if difference["log_density"] is not None:
+        error = difference["standard_error"]
+        console.say(
+            f"difference, row by row: {difference['log_density']:+.3f}" + ("" if error is None else f" ± {error:.3f}")
+        )
+    test = summary.get("two_sample_test")
+    if test is not None:
+        console.say(f"samples and test rows are {in_words(test['auc'])} by a classifier (AUC {test['auc']:.2f})")
     if summary["holds_rows"]:
         console.note(
             "kernels at the training rows improved the density: the model contains these rows; to avoid it, give "

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 
 from counterflow.io.json import from_json
+from counterflow.io.table_formats import TableOptions
 
 Command = TypeVar("Command")
 
@@ -37,6 +38,30 @@ class RunFolder:
     def __post_init__(self) -> None:
         if not self.save_every >= 0:
             raise ValueError(f"expected --save-every to be at least 0 seconds, got {self.save_every}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TableFile:
+    """Options of reading a table, each of some formats; see `TableOptions`."""
+
+    key: Annotated[str | None, optional("NAME")] = None
+    """array of an .npz file"""
+    sep: Annotated[str | None, optional("CHARACTER")] = None
+    """separator of a CSV file, such as ; or \\t for a tab; by default found from the first lines"""
+    decimal: Annotated[str | None, optional("MARK")] = None
+    """decimal mark of a CSV file, . or a comma; by default found from the first lines"""
+    encoding: Annotated[str | None, optional("NAME")] = None
+    """encoding of a CSV file, such as utf8 or cp1252; by default found from the first lines"""
+    na: Annotated[tuple[str, ...], optional("TEXT [TEXT ...]")] = ()
+    """more texts of a CSV file that stand for a missing cell, such as ?"""
+    sheet: Annotated[str | None, optional("NAME")] = None
+    """sheet of an .xlsx file; needed if there are several"""
+    query: Annotated[str | None, optional("SQL")] = None
+    """query on an .sqlite or .duckdb file, or a table in it; needed if there are several tables"""
+
+    def options(self) -> TableOptions:
+        """Return the options for `open_table`."""
+        return TableOptions(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True)

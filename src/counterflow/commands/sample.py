@@ -15,9 +15,9 @@ from counterflow.commands.options import optional
 class Sample:
     """Draw from a trained model.
 
-    Of a run of counterflow density: rows of the table, written to a .csv, .parquet, .npy or .npz file; with --context,
-    n rows for each row of a table of the columns to condition on. Of a run of counterflow vae: draws of z from the
-    prior and of x from p(x|z), written to an .npy file, with a plot of images.
+    Of a run of counterflow density: rows of the table, in the types of its columns, written to a .csv, .parquet,
+    .feather, .npy or .npz file; with --context, n rows for each row of a table of the columns to condition on. Of a run
+    of counterflow vae: draws of z from the prior and of x from p(x|z), written to an .npy file, with a plot of images.
 
     If --out has no suffix, it is a folder of parts: part-00000.parquet and so on, or .npy for a VAE, without a plot. A
     part depends only on the seed and its number. Parts that exist are not drawn again, so that the same command
@@ -29,13 +29,14 @@ class Sample:
     n: Annotated[int | None, tyro.conf.arg(aliases=["-n"], metavar="INT", help_behavior_hint="")] = None
     """number of draws; by default 64, or 1 for each row of --context"""
     context: Annotated[Path | None, optional("FILE")] = None
-    """density only: table of the columns to condition on, a .csv, .parquet, .npy or .npz file or a folder of Parquet"""
+    """density only: table of the columns to condition on, any table that counterflow density reads"""
     mean: bool = False
     """VAE only: write the mean of p(x|z) in place of a draw from it"""
     seed: int = 0
     """seed of the draws"""
     out: Annotated[Path | None, optional("FILE")] = None
-    """new file, or folder of parts; by default samples.npy (VAE) or samples.csv in the run folder"""
+    """new file, - for standard output, or folder of parts; by default samples.npy (VAE) or samples.csv in the run
+    folder"""
     device: str = "cpu"
     """density only: cpu, cuda or mps"""
 

@@ -8,7 +8,8 @@ from typing import Annotated
 
 import tyro
 
-from counterflow.commands.options import optional
+from counterflow.commands.options import FLAT, TableFile, optional
+from counterflow.io.table_formats import STREAM
 
 
 @dataclass(frozen=True)
@@ -27,9 +28,8 @@ class Score:
     run_folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """run folder of counterflow density or vae, or one of its .safetensors files"""
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATA")]
-    """table or folder of Parquet files, or any --data of counterflow vae; all rows are scored"""
-    key: Annotated[str | None, optional("NAME")] = None
-    """array of an .npz file"""
+    """table, - for standard input, folder of Parquet files, or any --data of counterflow vae; all rows are scored"""
+    table: Annotated[TableFile, FLAT] = TableFile()
     levels: Annotated[int | None, optional("INT")] = None
     """VAE only: number of levels, if an array holds integers 0..levels-1 (256 for 8-bit images)"""
     samples: int = 500
@@ -39,7 +39,8 @@ class Score:
     device: str = "cpu"
     """cpu, cuda or mps"""
     out: Annotated[Path | None, optional("FILE")] = None
-    """new file, or folder of parts; by default scores.csv (or the table's format) in the run folder"""
+    """new file, - for standard output, or folder of parts; by default scores.csv (or the table's format) in the run
+    folder"""
 
     def run(self) -> int:
         """Write the scores; return the exit code."""
@@ -49,7 +50,7 @@ class Score:
         from counterflow.commands.trained import kind_of_run
 
         check_readable(self.run_folder, "a run folder of counterflow density or vae")
-        if self.data != "digits":
+        if self.data not in ("digits", STREAM):
             check_readable(Path(self.data).expanduser(), "a table or other data to score")
         check_new_file_or_parts(self.out)
         check_device(self.device)
@@ -57,7 +58,7 @@ class Score:
             require_packages("sklearn", "pyarrow")
             from counterflow.commands.density_output import score_table
 
-            return score_table(self.run_folder, Path(self.data), self.key, self.device, self.out)
+            return score_table(self.run_folder, self.data, self.table.options(), self.device, self.out)
         from counterflow.commands.vae_output import score_by_vae
 
         return score_by_vae(self)

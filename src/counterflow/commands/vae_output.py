@@ -91,7 +91,7 @@ def score_by_vae(options: Score) -> int:
     model, folder = load_trained_vae(options.run_folder)
     path = console.new_file(options.out or folder / "scores.csv") if shards is None else shards
     likelihood = "discretized_logistic" if isinstance(model.likelihood, DiscretizedLogistic) else "other"
-    dataset = to_likelihood_scale(load(options.data, options.key, options.levels), likelihood)
+    dataset = to_likelihood_scale(load(options.data, options.table.key, options.levels), likelihood)
     values = dataset.values if dataset.test is None else torch.cat([dataset.values, dataset.test])
     model.check(values)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from counterflow.checks import one_of
 from counterflow.training.config import FitConfig
 
 RecipeName = Literal["nsf", "maf", "coupling", "iaf"]
@@ -21,6 +22,7 @@ class DensityConfig:
     layers: int = 3  # autoregressive layers; the order of the columns is reversed between them
     hidden: tuple[int, ...] = (64, 64)  # hidden sizes of each layer's network; more overfits a few thousand rows
     bins: int = 8  # bins of a spline, as in Durkan et al. 2019
+    constant: Literal["drop", "error"] = "drop"  # leave out constant columns and copies with a warning, or refuse them
     members: int = 3  # flows averaged, each with its own seed and validation rows; gains 0.1 to 1.3 nats per row
     kernels: bool = True  # allow kernels at the training rows if they gain 0.1 nats; the model then holds these rows
     epochs: int = 60  # at most; the cosine schedule ends there, and patience ends most trainings before
@@ -40,6 +42,7 @@ class DensityConfig:
                 raise ValueError(f"expected {name} to be a whole number of at least 1, got {value!r}")
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"expected validation_fraction in (0, 1), got {self.validation_fraction}")
+        one_of(self.constant, "constant", ("drop", "error"))
         if self.device.startswith("mps"):
             raise ValueError(f"expected device to be cpu or cuda, got {self.device!r}, which has no float64")
         FitConfig(  # checks the other fields

@@ -23,6 +23,8 @@ KINDS = ("auto", "real", "integer", "ordinal")
 MIN_ROWS = 10  # a column of a table with fewer rows is taken to be real and linear, unless stated otherwise
 MAX_VALUES = 50  # an ordinal column has at most this many distinct values
 MIN_COUNT = 5  # each value of an ordinal column is in at least this many rows: an unseen value is then unlikely
+MAX_FILLED = 1_000  # whole numbers of an ordinal column, those that did not occur included
+UNSEEN = 0.5  # count of a whole number that did not occur, as of Krichevsky and Trofimov 1981
 MIN_STEP = 1e-3  # in standard deviations of the column; numbers on a finer grid are taken to be continuous
 MIN_SPIKE = 0.01  # share of the rows in which a number of a continuous column must repeat to be a spike
 MIN_GAIN = 0.1  # nats per row that another map must be nearer to a normal distribution than the linear one
@@ -60,8 +62,9 @@ def detect(
     First the cells, which recorded numbers fill. A column is ordinal if it has at most 50 distinct values, each in at
     least 5 rows. A column of whole numbers, or of multiples of a whole number, is an integer column: the density counts
     the mass of a cell. Otherwise, numbers with up to eight decimals fill a cell of that width if it is above 0.001
-    standard deviations. In the remaining, continuous columns, numbers that repeat in more than 1 % of the rows are
-    spikes: each fills a cell as wide as the typical gap between numbers.
+    standard deviations. Samples of a column on a finer grid are rounded to its decimals. In the remaining, continuous
+    columns, numbers that repeat in more than 1 % of the rows are spikes: each fills a cell as wide as the typical gap
+    between numbers.
 
     Then the map. One stated bound makes it log, two make it logit. Otherwise log(x), for positive numbers, and
     asinh((x - median) / unit) are compared with x itself by
@@ -101,12 +104,15 @@ def detect(
     if wrong:
         raise ValueError(f"expected kinds of columns among {', '.join(KINDS)}, got {wrong}")
     rng = np.random.default_rng(seed)
-    return TableTransform(
-        [
-            _column(column, name, stated.get(name, "auto"), bounds.get(name), rng)
-            for column, name in zip(x.T, names, strict=True)
-        ]
-    )
+    columns = [
+        _column(column, name, stated.get(name, "auto"), bounds.get(name), rng)
+        for column, name in zip(x.T, names, strict=True)
+    ]
+    decimals = [
+        None if isinstance(column, OrdinalColumn | GridColumn) or stated.get(name) == "real" else _decimals(values)
+        for column, name, values in zip(columns, names, x.T, strict=True)
+    ]
+    return TableTransform(columns, decimals)
 
 
 def _column(x: Array, name: str, kind: Kind, bounds: Bounds | None, rng: np.random.Generator) -> Column:
@@ -154,10 +160,24 @@ def _check_bounds(x: Array, name: str, bounds: Bounds | None) -> None:
 
 
 def _ordinal(name: str, values: Array, counts: Array) -> OrdinalColumn:
-    """Return the ordinal column of these distinct values and their counts."""
+    """Return the ordinal column of these distinct values and their counts.
+
+    Whole numbers that did not occur have a share as well, as if each had been seen half a time: those between others
+    one by one, those beyond the others together, on either side.
+    """
     if len(values) < 2:
         raise ValueError(f"expected more than one value in the ordinal column {name!r}, got {values[0]}")
-    return OrdinalColumn(name, values.tolist(), (counts / counts.sum()).tolist())
+    if not (values == np.round(values)).all():
+        return OrdinalColumn(name, values.tolist(), (counts / counts.sum()).tolist())
+    step = _common_step(values)
+    every = values[0] + step * np.arange(round((values[-1] - values[0]) / step) + 1)
+    recorded = values
+    if len(every) <= MAX_FILLED:
+        seen = np.full(len(every), UNSEEN)
+        seen[np.searchsorted(every, values)] = counts
+        values, counts = every, seen
+    total = counts.sum() + 2 * UNSEEN
+    return OrdinalColumn(name, values.tolist(), (counts / total).tolist(), UNSEEN / total, recorded.tolist())
 
 
 def _find_cells(x: Array, name: str, values: Array, counts: Array, kind: Kind) -> Grid | Spikes | None:
@@ -174,7 +194,7 @@ def _find_cells(x: Array, name: str, values: Array, counts: Array, kind: Kind) -
         if kind == "integer" or step > MIN_STEP * spread:
             return Grid(step, float(values[0]), True, float(values[0]), float(values[-1]))
     if kind == "auto":
-        decimals = next((d for d in range(1, 9) if _on_grid(values, 10.0**-d)), None)
+        decimals = None if whole else _decimals(values)
         if decimals is not None and 10.0**-decimals > MIN_STEP * spread:
             return Grid(10.0**-decimals)
     return _find_spikes(x, values, counts)
@@ -186,6 +206,14 @@ def _common_step(values: Array) -> float:
     if not len(gaps) or values[-1] - values[0] >= 2**53:
         return 1.0
     return float(math.gcd(*(int(gap) for gap in gaps)))
+
+
+def _decimals(x: Array) -> int | None:
+    """Return the number of decimals, up to eight, that all numbers have; None for more, or for too few numbers."""
+    values = np.unique(x)
+    if len(x) < MIN_ROWS:
+        return None
+    return next((places for places in range(9) if _on_grid(values, 10.0**-places)), None)
 
 
 def _on_grid(values: Array, step: float) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 import numpy as np
 
@@ -13,9 +14,10 @@ from counterflow.checks import require
 from counterflow.density.config import DensityConfig, RecipeName
 from counterflow.density.detection import Bounds, Kind
 from counterflow.density.fitting import DensityTrainer, Recipe
-from counterflow.density.inputs import check_no_text, columns_by_name
+from counterflow.density.inputs import columns_by_name, numeric_table
 from counterflow.density.model import TableDensity, not_a_density
 from counterflow.io.data.cells import check_cells
+from counterflow.io.data.types import encode
 from counterflow.io.json import from_json
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
@@ -75,6 +77,8 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         columns: "auto", or the kind of columns by name: "auto", "real", "integer" or "ordinal". The columns of an
             array are called x0, x1, ...
         bounds: (low, high) by name, None for no bound, such as {"age": (0, None)}.
+        constant: "drop" to leave out constant columns, copies of others and linear functions of others, with a warning;
+            the density is then that of the other columns, and samples have all of them. "error" to refuse them.
         cell_points: S, the number of points over which the density of a cell is averaged.
         random_state: seed of validation rows, initial weights, batches and noise.
         device: the torch device of training and scoring, "cpu" or "cuda".
@@ -118,6 +122,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         validation_fraction: float = DensityConfig.validation_fraction,
         columns: Mapping[str, Kind] | Kind = "auto",
         bounds: Mapping[str, Bounds] | None = None,
+        constant: Literal["drop", "error"] = DensityConfig.constant,
         cell_points: int = DensityConfig.cell_points,
         random_state: Any = None,
         device: str = DensityConfig.device,
@@ -137,6 +142,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         self.validation_fraction = validation_fraction
         self.columns = columns
         self.bounds = bounds
+        self.constant = constant
         self.cell_points = cell_points
         self.random_state = random_state
         self.device = device
@@ -169,8 +175,8 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
                 same call resumes from them.
 
         Raises:
-            ValueError: missing or infinite cells, constant columns, copies of columns or text, by name; or settings
-                that no training could have.
+            ValueError: missing or infinite cells or text, by name, no column that varies, or, with constant="error", a
+                constant column or a copy; or settings that no training could have.
         """
         if checkpoints is not None and not isinstance(self.random_state, int | np.integer):
             raise ValueError(
@@ -200,12 +206,15 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
             DensityConfig(**settings),
             kinds=self.columns,
             bounds=self.bounds,
+            types=self._types,
             seed=int(Workers.current().broadcast_value(rng.randint(2**31 - 1))),
         )
 
     def _validated(self, X: Any, *, reset: bool) -> Array:
         """Return X as (N, D) float64, every cell of which is finite."""
-        check_no_text(X)
+        X, types = numeric_table(X)
+        if reset:
+            self._types = types
         rows = 2 if reset else 1
         x: Array = sklearn_validation.validate_data(
             self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=rows
@@ -237,17 +246,41 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         """Return the log density of each row of X, (N,), in nats, given the context of N rows."""
         sklearn_validation.check_is_fitted(self)
         x = self._validated(X, reset=False)
-        return self.density_.score(x, self.density_.encode(context, len(x)))
+        return self.density_.score(x[:, self.density_.kept], self.density_.encode(context, len(x)))
 
     def score(self, X: Any, y: Any = None, context: Any = None) -> float:
-        """Return the mean log density of the rows of X, in nats. y is ignored."""
-        return float(self.score_samples(X, context).mean())
+        """Return the mean log density of the rows of X, in nats. y is ignored.
 
-    def sample(self, n: int = 1, context: Any = None, random_state: Any = None) -> Array:
-        """Draw n rows, (n, D), given a context of one row, or of n rows with one draw for each."""
+        It is -inf if a row is outside of the support; a warning says how many are.
+        """
+        scores = self.score_samples(X, context)
+        outside = int(np.isneginf(scores).sum())
+        if outside:
+            warnings.warn(
+                f"{outside} of {len(scores)} rows are outside of the support and have log density -inf; the mean of "
+                f"the others is {scores[np.isfinite(scores)].mean() if outside < len(scores) else -np.inf:.3f}",
+                stacklevel=2,
+            )
+        return float(scores.mean())
+
+    def sample(self, n: int = 1, context: Any = None, random_state: Any = None, *, as_frame: bool = False) -> Any:
+        """Draw n rows, (n, D), given a context of one row, or of n rows with one draw for each.
+
+        Args:
+            n: the number of rows.
+            context: of one row or of n rows.
+            random_state: seed of the draw.
+            as_frame: return a pandas frame whose columns have the types of the frame in `fit`, such as dates.
+        """
         sklearn_validation.check_is_fitted(self)
         seed = int(sklearn_utils.check_random_state(random_state).randint(2**31 - 1))
-        return self.density_.sample(n, self.density_.encode(context), seed)
+        rows = self.density_.restored(self.density_.sample(n, self.density_.encode(context), seed))
+        if not as_frame:
+            return rows
+        arrow = require("pyarrow", "data", "a data frame")
+        types, names = self.density_.types, self.density_.all_names
+        columns = [encode(column, types.get(name, "double")) for name, column in zip(names, rows.T, strict=True)]
+        return arrow.table(columns, names=names).to_pandas()
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors, which `cf.load` reads as a flow or a mixture, and density.json. Never pickle."""
@@ -269,7 +302,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise not_a_density(folder, error) from None
         estimator.density_ = density
-        estimator.n_features_in_ = len(density.names)
+        estimator.n_features_in_ = len(density.all_names)
         if density.named:
-            estimator.feature_names_in_ = np.array(density.names, dtype=object)
+            estimator.feature_names_in_ = np.array(density.all_names, dtype=object)
         return estimator

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple, get_args
@@ -14,9 +15,10 @@ from torch import Tensor
 from counterflow.density.config import DensityConfig, RecipeName
 from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import Bounds, Kind, detect
+from counterflow.density.left_out import LeftOut, find_left_out
 from counterflow.density.model import TableDensity
 from counterflow.density.preprocessing import dequantized, preprocessing
-from counterflow.density.validation import check_columns, check_sizes
+from counterflow.density.validation import MAX_LISTED, check_columns, check_sizes
 from counterflow.flows.bases import StandardNormal
 from counterflow.flows.flow import Flow
 from counterflow.flows.kde import with_kernel_base
@@ -82,6 +84,7 @@ class DensityTrainer:
         config: the configuration. Its flow may also be a recipe, (features, context) -> Flow.
         kinds: the kind of all columns, or of some by name: "auto", "real", "integer" or "ordinal".
         bounds: (low, high) by name; None for no bound.
+        types: the recorded types of columns by name, which the density keeps.
         seed: seed of validation rows, initial weights, batches and noise.
 
     Attributes:
@@ -102,12 +105,14 @@ class DensityTrainer:
         *,
         kinds: Mapping[str, Kind] | Kind = "auto",
         bounds: Mapping[str, Bounds] | None = None,
+        types: Mapping[str, str] | None = None,
         seed: int = 0,
     ) -> None:
         self.config = config
         self.names = None if names is None else list(names)
         labels = self.names or [f"x{i}" for i in range(x.shape[1])]
         self.seed = seed
+        self.types = types
         self.context = None if context is None else ContextEncoder.from_table(context)
         self.settings = {field.name: getattr(config, field.name) for field in fields(config)}
         self.settings |= {"columns": kinds, "bounds": bounds}
@@ -125,7 +130,16 @@ class DensityTrainer:
             )
         check_sizes(x, labels)
         self.columns = detect(x, labels, kinds, bounds, seed)
-        check_columns(x, labels, self.columns.quantized)
+        if config.constant == "error":
+            check_columns(x, labels, self.columns.quantized)
+        self.left_out = find_left_out(x, labels, self.columns.quantized)
+        if self.left_out:
+            warnings.warn(
+                f"left out columns: {'; '.join(each.reason for each in self.left_out[:MAX_LISTED])}; "
+                'constant="error" refuses such tables',
+                stacklevel=2,
+            )
+            x, labels = self._without(self.left_out, x, labels)
         extra = [torch.from_numpy(part).float() for part in (c, sample_weight) if part is not None]
         self._rows = (torch.from_numpy(np.require(x, requirements=["C", "W"])), *extra)
         self._weights = sample_weight
@@ -134,6 +148,15 @@ class DensityTrainer:
         self.tasks = first + [f"member {k + 1}" for k in range(1, config.members)]
         self.histories: list[History] = []
         self._member(0, correlated=False)  # refuses settings that no training could have
+
+    def _without(self, left_out: Sequence[LeftOut], x: Array, labels: Sequence[str]) -> tuple[Array, list[str]]:
+        """Drop columns from the transform and the names; return the rows and the labels without them."""
+        places = {each.index for each in left_out}
+        kept = [i for i in range(len(labels)) if i not in places]
+        self.columns = TableTransform([self.columns.columns[i] for i in kept], [self.columns.decimals[i] for i in kept])
+        if self.names is not None:
+            self.names = [self.names[i] for i in kept]
+        return x[:, kept], [labels[i] for i in kept]
 
     def fit(
         self,
@@ -195,6 +218,8 @@ class DensityTrainer:
             cell_points=int(self.config.cell_points),
             device=self.config.device,
             settings=self.settings,
+            types=self.types,
+            left_out=self.left_out,
         )
 
     def _member(self, number: int, correlated: bool) -> Member:

@@ -15,6 +15,7 @@ from counterflow.checks import positive
 from counterflow.density.config import DESCRIPTION, MODEL
 from counterflow.density.context import ContextEncoder
 from counterflow.density.inputs import columns_by_name
+from counterflow.density.left_out import LeftOut, restored
 from counterflow.flows.bases import KernelMixture
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
@@ -56,10 +57,13 @@ class TableDensity:
         cell_points: S.
         device: where rows are scored and drawn.
         settings: the settings of the fit, which are saved with the density.
+        types: the recorded types of columns by name, such as "int64" or "date32[day]"; see `counterflow.io.data.types`.
+        left_out: columns of the table that the D columns determine.
 
     Attributes:
         columns: the `TableTransform` of the flow.
         named: True if names were given.
+        kept: the places of the D columns among all columns of the table, those left out included.
 
     Raises:
         ValueError: names or a context that do not fit the flow, a flow that does not begin with columns, or cell_points
@@ -76,9 +80,14 @@ class TableDensity:
         cell_points: int = 16,
         device: str = "cpu",
         settings: Mapping[str, Any] | None = None,
+        types: Mapping[str, str] | None = None,
+        left_out: Sequence[LeftOut] = (),
     ) -> None:
         self.named = names is not None
-        names = [f"x{i}" for i in range(flow.features)] if names is None else list(names)
+        self.left_out = list(left_out)
+        places = {each.index for each in left_out}
+        self.kept = [i for i in range(flow.features + len(places)) if i not in places]
+        names = [f"x{i}" for i in self.kept] if names is None else list(names)
         size = 0 if context is None else context.size
         if (len(names), size) != (flow.features, flow.context):
             raise ValueError(
@@ -93,6 +102,7 @@ class TableDensity:
         self.cell_points = positive(cell_points, "cell_points")
         self.device = device
         self.settings = dict(settings or {})
+        self.types = dict(types or {})
 
     @property
     def members(self) -> list[Flow]:
@@ -103,6 +113,16 @@ class TableDensity:
     def holds_rows(self) -> bool:
         """True if the model holds training rows, as kernels."""
         return any(isinstance(member.base, KernelMixture) for member in self.members)
+
+    @property
+    def all_names(self) -> list[str]:
+        """Names of all columns of the table, those left out included."""
+        names = dict(zip(self.kept, self.names, strict=True)) | {each.index: each.name for each in self.left_out}
+        return [names[i] for i in sorted(names)]
+
+    def restored(self, rows: Array) -> Array:
+        """Return rows (N, D) with the columns that were left out."""
+        return restored(rows, self.left_out)
 
     @property
     def noise_names(self) -> list[str]:
@@ -247,6 +267,8 @@ class TableDensity:
             "seed": self.seed,
             "cell_points": self.cell_points,
             "settings": self.settings,
+            "types": self.types,
+            "left_out": [each.config() for each in self.left_out],
         }
         save(self.flow, Path(folder) / MODEL)
         write_json(Path(folder) / DESCRIPTION, description)
@@ -274,6 +296,8 @@ class TableDensity:
                 cell_points=from_json(description["cell_points"], int, "cell_points"),
                 device=device,
                 settings=from_json(description["settings"], dict[str, Any], "settings"),
+                types=from_json(description.get("types", {}), dict[str, str], "types"),
+                left_out=from_json(description.get("left_out", []), tuple[LeftOut, ...], "left_out"),
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise not_a_density(folder, error) from None

@@ -20,6 +20,7 @@ from counterflow.io.data.conversion import as_levels, as_tensor
 from counterflow.io.data.formats import ACCEPTED
 from counterflow.io.data.images import IDX_FILE, read_digits, read_folder, read_idx
 from counterflow.io.data.tables import read_rows
+from counterflow.io.table_formats import format_of, suffix_of
 
 __all__ = ["Dataset", "Splits", "load", "split"]
 
@@ -73,7 +74,7 @@ def load(source: str | Path, key: str | None = None, levels: int | None = None) 
     | folder of MNIST-style IDX files, or one such file | grey images |
     | folder of PNG or JPEG images | images in the order of their paths, subfolders included |
     | .npy or .npz file | rows (N, D), grey images (N, H, W), or colour images, see below |
-    | .csv or .parquet file | rows (N, D); the first line of a CSV may hold names |
+    | .csv, .parquet, .feather, .xlsx, .sqlite or .duckdb file | rows (N, D); the first line of a CSV may hold names |
 
     Images are grey unless one of them has colour, then all become RGB; alpha is dropped. A colour array is
     (N, C, H, W) with C in (1, 3), or else (N, H, W, C) with C in (1, 3, 4). Arrays and Parquet columns of float64 stay
@@ -166,6 +167,6 @@ def _read_array(path: Path, key: str | None) -> Array:
             return read_npy(path)
         case ".npz":
             return read_npz(path, key)
-        case ".csv" | ".parquet":
-            return read_rows(path)
-    raise ValueError(f"expected {ACCEPTED}; got {path}; convert it to one of these")
+    if format_of(suffix_of(path)) is None:
+        raise ValueError(f"expected {ACCEPTED}; got {path}; convert it to one of these")
+    return read_rows(path)

@@ -12,14 +12,10 @@ from typing import Any
 import numpy as np
 
 from counterflow.checks import require
+from counterflow.io.data.types import MISSING, decode, is_time
 
 Array = np.ndarray[Any, Any]
 
-# texts that pandas and Arrow read as a missing number, and None
-MISSING = {
-    *("", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN"),
-    *("<NA>", "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null"),
-}
 MAX_LISTED = 3  # cells that an error names
 
 
@@ -67,7 +63,9 @@ def is_numeric(column: Array) -> bool:
 
 
 def to_numbers(column: Any, name: str, where: object, first: int = 0) -> Array:
-    """Convert a column (N,) to float64, with NaN for missing cells. Texts that are numbers count as numbers.
+    """Convert a column (N,) to float64, with NaN for missing cells.
+
+    Texts that are numbers count as numbers, dates and times as seconds since 1970, truth values as 0 and 1.
 
     Args:
         column: an Arrow, NumPy or pandas column.
@@ -88,9 +86,23 @@ def to_numbers(column: Any, name: str, where: object, first: int = 0) -> Array:
 (counted from 0); drop the \
 column, encode it as numbers or, for a density, name it as context
     """
-    converted = _arrow_numbers(column) if hasattr(column, "null_count") else _numpy_numbers(column)
-    if converted is not None:
-        return converted
+    return to_typed_numbers(column, name, where, first)[0]
+
+
+def to_typed_numbers(column: Any, name: str, where: object, first: int = 0) -> tuple[Array, str | None]:
+    """Convert a column as `to_numbers` does; return the numbers and the recorded type, None if all cells are missing.
+
+    Example:
+        >>> import pyarrow
+        >>> to_typed_numbers(pyarrow.array(["1970-01-02"]), "day", "table.csv")
+        (array([86400.]), 'date32[day]')
+    """
+    if not hasattr(column, "null_count"):
+        column = _as_arrow(column)
+    if hasattr(column, "null_count"):
+        converted, type = decode(column)
+        if converted is not None:
+            return converted, type
     numbers = np.empty(len(column))
     for row, cell in enumerate(column.to_pylist() if hasattr(column, "null_count") else np.asarray(column).tolist()):
         value = cell.strip() if isinstance(cell, str) else cell
@@ -100,7 +112,7 @@ column, encode it as numbers or, for a density, name it as context
             numbers[row] = float(value)
         else:
             raise NotANumberError(cell, name, where, first + row)
-    return numbers
+    return numbers, "double"
 
 
 def to_texts(column: Any) -> Array:
@@ -118,7 +130,9 @@ def to_numbers_or_texts(column: Any) -> Array:
         return to_texts(column)
 
 
-def numbers(batch: Any, names: Sequence[str], path: Path, first: int = 0) -> Array:
+def numbers(
+    batch: Any, names: Sequence[str], path: Path, first: int = 0, types: Sequence[str | None] | None = None
+) -> Array:
     """Convert columns of an Arrow record batch to a float64 array (N, D), every cell of which is finite.
 
     Args:
@@ -126,13 +140,17 @@ def numbers(batch: Any, names: Sequence[str], path: Path, first: int = 0) -> Arr
         names: the D columns.
         path: the file, for errors.
         first: the number of the batch's first row in the file, for errors.
+        types: the types that the columns had in training; None where that is not known.
 
     Raises:
-        ValueError: a cell is missing, not a number or not finite.
+        ValueError: a cell is missing, not a number or not finite, or a date where numbers were, or the other way round.
     """
     values = np.empty((batch.num_rows, len(names)))
     for k, name in enumerate(names):
-        values[:, k] = to_numbers(batch.column(name), name, path, first)
+        values[:, k], type = to_typed_numbers(batch.column(name), name, path, first)
+        trained = None if types is None else types[k]
+        if trained and type and is_time(trained) != is_time(type):
+            raise ValueError(f"expected {trained} in column {name!r} of {path}, as in training, got {type}")
     check_cells(values, names, path, first)
     return values
 
@@ -178,23 +196,15 @@ def _refusal(wish: str, bad: Array, kind: str, todo: str, names: Sequence[str], 
     return ValueError(f"expected {wish}, got {got}: {', '.join(listed)} (rows counted from 0); {todo} or drop {rows}")
 
 
-def _arrow_numbers(column: Any) -> Array | None:
-    """Convert an Arrow column by Arrow's own cast; None where Arrow refuses."""
-    arrow, compute = (require(module, "data", "a table") for module in ("pyarrow", "pyarrow.compute"))
-    if arrow.types.is_dictionary(column.type):
-        column = column.dictionary_decode()
+def _as_arrow(column: Any) -> Any:
+    """Return a NumPy or pandas column as an Arrow array; the column itself where Arrow does not know its cells."""
+    arrow = require("pyarrow", "data", "a table")
     try:
-        converted: Array = compute.cast(column, arrow.float64()).to_numpy(zero_copy_only=False)
-    except (arrow.ArrowInvalid, arrow.ArrowNotImplementedError):
-        return None
-    return converted
-
-
-def _numpy_numbers(column: Any) -> Array | None:
-    try:
-        return np.asarray(column, dtype=np.float64)
-    except (TypeError, ValueError):
-        return None
+        if isinstance(column, np.ma.MaskedArray):
+            return arrow.array(column.data, mask=np.ma.getmaskarray(column))
+        return arrow.array(column, from_pandas=True)
+    except (arrow.ArrowException, TypeError, ValueError):
+        return column
 
 
 def is_missing(cell: Any) -> bool:

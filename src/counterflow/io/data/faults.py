@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from counterflow.io.data.cells import Array, NotANumberError, is_missing, to_numbers
+from counterflow.io.data.cells import Array, NotANumberError, is_missing, to_typed_numbers
+from counterflow.io.data.types import joined
 
 MAX_LISTED = 20  # columns that an error names
 
@@ -42,16 +43,23 @@ class Faults:
         self.text: dict[str, str] = {}  # column -> its first text, and where it is
         self.infinite: dict[str, str] = {}
         self.missing: dict[str, tuple[int, str]] = {}  # column -> the number of missing cells, and the first one
+        self.types: dict[str, str] = {}  # column -> the recorded type of its cells so far
 
     def numbers(self, batch: Any, names: Sequence[str], path: Path, first: int) -> Array:
         """Convert columns of an Arrow record batch to float64 (N, D), with NaN for missing cells and for texts."""
         x = np.full((batch.num_rows, len(names)), np.nan)
         for k, name in enumerate(names):
             try:
-                x[:, k] = to_numbers(batch.column(name), name, path, first)
+                x[:, k], type = to_typed_numbers(batch.column(name), name, path, first)
             except NotANumberError as error:
                 self.text.setdefault(name, f"{error.cell!r:.50} in row {error.row}")
                 continue
+            if type is not None:
+                both = joined(self.types.get(name), type)
+                if both is None:
+                    self.text.setdefault(name, f"{type} from row {first} on, after {self.types[name]}")
+                    continue
+                self.types[name] = both
             infinite = np.flatnonzero(np.isinf(x[:, k]))
             if len(infinite):
                 self.infinite.setdefault(name, f"row {first + infinite[0]}")

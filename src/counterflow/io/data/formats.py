@@ -2,9 +2,9 @@
 
 ACCEPTED = (
     '"digits", a folder of MNIST-style IDX files (train-images-idx3-ubyte, gz or not), a folder of PNG or '
-    "JPEG images, an IDX file, or a .npy, .npz, .csv or .parquet file"
+    "JPEG images, an IDX file, or a .npy, .npz, .csv, .parquet or other table"
 )
-CSV = "a UTF-8 CSV table with the same number of cells on every line"
+CSV = "a CSV table with the same number of cells on every line"
 IDX = "an IDX file of images"
 IMAGE = "a PNG or JPEG image"
 NPY = "a NumPy .npy file"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from counterflow.checks import require
-from counterflow.io.data.arrow import decoded_bytes, located_errors
+from counterflow.io.data.arrow import decoded_bytes, located_errors, without_index
 from counterflow.io.data.source import TablePart, TableSource
 from counterflow.io.limits import FREE_BYTES, check_memory, decoding
 from counterflow.io.limits.parquet import KIND as PARQUET
@@ -22,11 +22,12 @@ def open_parquet(path: Path) -> TableSource:
     """Open a .parquet file, or a folder of them as one table."""
     files = parquet_files(path)
     names: list[str] = []
+    notes: tuple[str, ...] = ()
     groups: list[tuple[Needs, list[int]]] = []  # of each file: its memory, and the rows of each row group
     for k, file in enumerate(files):
         needs = check_parquet(file)
         with decoding(file, PARQUET), _open(file) as opened:
-            found = list(opened.schema_arrow.names)
+            found, notes = without_index(opened.schema_arrow, path)
             groups.append((needs, [opened.metadata.row_group(g).num_rows for g in range(opened.num_row_groups)]))
         names = names if k else found
         if found != names:
@@ -44,7 +45,7 @@ def open_parquet(path: Path) -> TableSource:
                     yield TablePart(file, first, rows, partial(_batches, file, span, needs=needs))
                 first += rows
 
-    return TableSource(path, names, True, sum(sum(sizes) for _, sizes in groups), parts)
+    return TableSource(path, names, True, sum(sum(sizes) for _, sizes in groups), parts, notes)
 
 
 def parquet_files(path: Path) -> list[Path]:

@@ -29,7 +29,7 @@ class TablePart:
 
 @dataclass(frozen=True)
 class TableSource:
-    """Table in a file, or in a folder of Parquet files.
+    """Table in a file, in a folder of Parquet files, or in memory.
 
     Args:
         path: the file or folder.
@@ -39,6 +39,8 @@ class TableSource:
         parts: function from the maximum number of rows in a part to the parts, in order; with None, each file is one
             part. Row groups of Parquet are not cut, so one with more rows is a part of its own. A CSV and an .npz file
             are read from the start: read one part before asking for the next, which skips the rows that are left.
+            Batches may hold columns beyond the names, such as the index of a pandas frame, which are only copied.
+        notes: one line each on what was found out about the file.
     """
 
     path: Path
@@ -46,6 +48,7 @@ class TableSource:
     named: bool
     rows: int | None
     parts: Callable[[int | None], Iterator[TablePart]]
+    notes: tuple[str, ...] = ()
 
     def batches(self, size: int) -> Iterator[Any]:
         """Yield all rows in Arrow record batches of at most `size` rows."""

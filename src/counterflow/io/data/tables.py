@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,55 +16,93 @@ from counterflow.io.data.arrow import decoded_bytes
 from counterflow.io.data.cells import Array, check_cells, to_numbers, to_numbers_or_texts
 from counterflow.io.data.conversion import narrow
 from counterflow.io.data.csv import open_csv
+from counterflow.io.data.database import open_duckdb, open_sqlite
+from counterflow.io.data.excel import open_excel
 from counterflow.io.data.faults import Faults, TableFaultsError, missing_cells
+from counterflow.io.data.feather import open_feather
 from counterflow.io.data.parquet import open_parquet, parquet_files
 from counterflow.io.data.source import TableSource, located_batches
 from counterflow.io.limits import check_memory
+from counterflow.io.table_formats import TABLE, TableOptions, format_of, suffix_of
 
-SUFFIXES = (".csv", ".parquet", ".npy", ".npz")
 ROWS = 1 << 16  # of a batch, where all rows are read
 BYTES_PER_TEXT = 1 << 6  # of a Python text, without its characters
 TODO = "if it really has that many rows, split the table"
 
 
-def open_table(path: Path, key: str | None = None) -> TableSource:
-    """Open a .csv, .parquet, .npy or .npz file, or a folder of Parquet files, without reading its rows.
+OPTIONS = {  # option -> the formats that it belongs to, and their name
+    "key": (("npz",), "an .npz file"),
+    **dict.fromkeys(("sep", "decimal", "encoding", "na"), (("csv",), "a CSV file")),
+    "sheet": (("excel",), "an .xlsx file"),
+    "query": (("sqlite", "duckdb"), "an SQLite or DuckDB file"),
+}
+DUCKDB_MAGIC = b"DUCK"  # at byte 8
+
+
+class ReadTable(NamedTuple):
+    """Rows of a table: its columns of numbers as an Arrow table in float64, the others, and the recorded types."""
+
+    columns: Any
+    others: dict[str, Array]
+    types: dict[str, str]
+
+
+def open_table(path: Path, options: TableOptions = TableOptions()) -> TableSource:
+    """Open a table without reading its rows: CSV, Parquet, Feather, Excel, SQLite, DuckDB, .npy or .npz.
 
     A folder is one table: the .parquet files in it and in its subfolders, ordered by path, all with the same columns.
     Names that begin with . or _ are left out.
 
     Args:
         path: the file or folder.
-        key: the name of the array, for an .npz file that holds more than one.
+        options: array of an .npz file, dialect of a CSV file, sheet of an .xlsx file, query of a database.
 
     Raises:
         FileNotFoundError: the path does not exist.
+        ImportError: the package that reads the format is not installed.
         ValueError: another format, a file that does not decode, an array that is not (N, D), files whose columns
-            differ, or names that appear twice.
+            differ, names that appear twice, or an option of another format.
     """
-    source = _open(path, key)
+    source = _open(path, options)
     twice = sorted(name for name, count in Counter(source.names).items() if count > 1)
     if twice:
         raise ValueError(f"expected distinct names of columns in {path}, got {str(twice)[:200]} more than once")
     return source
 
 
-def _open(path: Path, key: str | None = None) -> TableSource:
-    suffix = ".parquet" if path.is_dir() else path.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(f"expected a table, {', '.join(SUFFIXES)}, got {path}; convert it to one of these")
-    if key is not None and suffix != ".npz":
-        raise ValueError(f"expected a key only with an .npz file, got {key!r} with {path}; leave the key out")
+def _open(path: Path, options: TableOptions) -> TableSource:
+    kind = "parquet" if path.is_dir() else format_of(suffix_of(path))
+    if kind is None:
+        raise ValueError(f"expected {TABLE}, got {path}; convert it to one of these")
     if not path.exists():
-        raise FileNotFoundError(f"expected a table, {', '.join(SUFFIXES)}; got {str(path)!r}, which does not exist")
-    if suffix == ".npz":
-        return open_npz(path, key)
-    return {".csv": open_csv, ".parquet": open_parquet, ".npy": open_npy}[suffix](path)
+        raise FileNotFoundError(f"expected {TABLE}; got {str(path)!r}, which does not exist")
+    if kind == "database":
+        with path.open("rb") as file:
+            kind = "duckdb" if file.read(12)[8:] == DUCKDB_MAGIC else "sqlite"
+    for field in fields(options):
+        value = getattr(options, field.name)
+        formats, name = OPTIONS[field.name]
+        if value not in (None, ()) and kind not in formats:
+            raise ValueError(
+                f"expected a {field.name} only with {name}, got {value!r} with {path}; leave the {field.name} out"
+            )
+    match kind:
+        case "csv":
+            return open_csv(path, options)
+        case "npz":
+            return open_npz(path, options.key)
+        case "excel":
+            return open_excel(path, options.sheet)
+        case "sqlite":
+            return open_sqlite(path, options.query)
+        case "duckdb":
+            return open_duckdb(path, options.query)
+    return {"parquet": open_parquet, "feather": open_feather, "npy": open_npy}[kind](path)
 
 
 def read_table(
     source: TableSource, names: Sequence[str], others: Sequence[str], drop_missing: bool = False
-) -> tuple[Any, dict[str, Array]]:
+) -> ReadTable:
     """Read all rows of some columns.
 
     Args:
@@ -71,9 +110,6 @@ def read_table(
         names: columns of numbers.
         others: columns of numbers or texts.
         drop_missing: leave out rows with a missing cell.
-
-    Returns:
-        An Arrow table of the columns `names` in float64, and the columns `others` by name.
 
     Raises:
         TableFaultsError: a cell is missing, or a cell of the columns `names` is not a finite number; it names every
@@ -105,7 +141,7 @@ def read_table(
     if faults.missing:
         x = x[~incomplete]
         context = {name: column[~incomplete] for name, column in context.items()}
-    return arrow.table(dict(zip(names, x.T, strict=True))), context
+    return ReadTable(arrow.table(dict(zip(names, x.T, strict=True))), context, faults.types)
 
 
 def _joined(parts: Sequence[Any], names: Sequence[str]) -> dict[str, Array]:
@@ -117,20 +153,21 @@ def _joined(parts: Sequence[Any], names: Sequence[str]) -> dict[str, Array]:
 
 
 def read_rows(path: Path) -> Array:
-    """Read a .csv or .parquet file as an array (N, D), float64 where Parquet holds float64, else see `narrow`.
+    """Read a table as an array (N, D), float64 where Parquet or Arrow hold float64, else see `narrow`.
 
     Raises:
         ValueError: a cell is missing, not a number or not finite, or the rows take more memory than the file's bytes
             account for.
     """
-    source = _open(path)
+    source = _open(path, TableOptions())
     check_memory(path, "its rows", (source.rows or 0) * 8 * len(source.names), path.stat().st_size, TODO)
     blocks: list[Array] = [np.empty((0, len(source.names)))]
     dtype: np.dtype[Any] | None = None
     for _, first, batch in located_batches(source.parts(None), ROWS):
-        block = np.empty((batch.num_rows, batch.num_columns))
+        block = np.empty((batch.num_rows, len(source.names)))
+        kept = [k for k, name in enumerate(batch.schema.names) if name in source.names]
         for k, name in enumerate(source.names):  # by position: names may appear twice
-            block[:, k] = to_numbers(batch.column(k), name, path, first)
+            block[:, k] = to_numbers(batch.column(kept[k]), name, path, first)
         blocks.append(block)
         dtype = _common_dtype(batch.schema.types)
     values = np.concatenate(blocks)

@@ -18,12 +18,15 @@ class OrdinalColumn(Column):
     """Column of a few ordered values: y = Phi^-1(F(x)), where F is linear within the cell of each value.
 
     The cell of a value ends half-way to its neighbours, and F rises by the value's share within it. F is clipped to
-    [1e-12, 1 - 1e-12]. The density counts the mass of the cell.
+    [1e-12, 1 - 1e-12]. The density counts the mass of the cell. With a tail, numbers beyond the outer cells have cells
+    of the same width, whose shares fall by the factor e from one to the next: 1 - F = tail exp(-distance / width).
 
     Args:
         name: the name of the column.
         values: the values, ascending; at least two.
-        shares: the probability of each value, positive, with sum 1.
+        shares: the probability of each value, positive; their sum is 1 - 2 tail.
+        recorded: the values that samples are rounded to; all values by default.
+        tail: the probability of all numbers below the cell of the first value, and of all above that of the last.
 
     Raises:
         ValueError: fewer than two values, values that do not ascend, or shares that are not one positive number each.
@@ -41,31 +44,47 @@ class OrdinalColumn(Column):
 
     MIN_PROBABILITY = 1e-12  # smallest F, and its smallest distance from 1
 
-    _values: Tensor
+    _recorded: Tensor
     _shares: Tensor
     _edges: Tensor  # ends of the cells, one more than there are values
     _widths: Tensor
     _below: Tensor  # F at the lower end of each cell
 
-    def __init__(self, name: str, values: Sequence[float], shares: Sequence[float]) -> None:
+    def __init__(
+        self,
+        name: str,
+        values: Sequence[float],
+        shares: Sequence[float],
+        tail: float = 0.0,
+        recorded: Sequence[float] | None = None,
+    ) -> None:
         super().__init__(name)
+        if not 0 <= tail < 0.5:
+            raise ValueError(f"expected tail of column {name!r} to be in [0, 0.5), got {tail}")
         if len(values) < 2 or any(a >= b for a, b in pairwise(values)):
             raise ValueError(f"expected at least two ascending values for column {name!r}, got {list(values)}")
         if len(shares) != len(values) or min(shares) <= 0:
             raise ValueError(f"expected {len(values)} positive shares for column {name!r}, got {list(shares)}")
         self.values = tuple(values)
         self.shares = tuple(shares)
+        self.tail = float(tail)
+        self.recorded = self.values if recorded is None else tuple(recorded)
         inner = [(a + b) / 2 for a, b in pairwise(values)]
         first = values[0] - (inner[0] - values[0])
         last = values[-1] + (values[-1] - inner[-1])
         edges = torch.tensor([first, *inner, last], dtype=torch.float64)
         probabilities = torch.tensor(shares, dtype=torch.float64)
         # The buffers follow from the constructor's arguments, so they are not saved a second time.
-        self.register_buffer("_values", torch.tensor(values, dtype=torch.float64), persistent=False)
+        self.register_buffer("_recorded", torch.tensor(self.recorded, dtype=torch.float64), persistent=False)
         self.register_buffer("_shares", probabilities, persistent=False)
         self.register_buffer("_edges", edges, persistent=False)
         self.register_buffer("_widths", edges.diff(), persistent=False)
-        self.register_buffer("_below", probabilities.cumsum(0) - probabilities, persistent=False)
+        self.register_buffer("_below", tail + probabilities.cumsum(0) - probabilities, persistent=False)
+
+    def _beyond(self, x: Tensor) -> Tensor:
+        """Return the distance of each number from the outer cells in their widths; negative below, 0 within."""
+        low, high = (x - self._edges[0]) / self._widths[0], (x - self._edges[-1]) / self._widths[-1]
+        return low.clamp_max(0) + high.clamp_min(0)
 
     def _cell(self, x: Tensor) -> Tensor:
         """Return the index of the cell that each number lies in; the outer cells reach to infinity."""
@@ -79,31 +98,64 @@ class OrdinalColumn(Column):
         """Return y and log dy/dx."""
         k = self._cell(x)
         F = self._below[k] + self._shares[k] * (x - self._edges[k]) / self._widths[k]
-        y = torch.special.ndtri(F.clamp(self.MIN_PROBABILITY, 1 - self.MIN_PROBABILITY))
-        return y, self._log_slope(k, y)
+        if not self.tail:
+            y = torch.special.ndtri(F.clamp(self.MIN_PROBABILITY, 1 - self.MIN_PROBABILITY))
+            return y, self._log_slope(k, y)
+        beyond = self._beyond(x)
+        is_beyond = beyond != 0
+        outer = self.tail * torch.exp(-beyond.abs())  # F below the cells, 1 - F above them
+        smaller = torch.where(is_beyond, outer, torch.minimum(F, 1 - F)).clamp_min(self.MIN_PROBABILITY)
+        upper = torch.where(is_beyond, beyond > 0, F > 0.5)
+        y = torch.special.ndtri(smaller) * (1 - 2 * upper.to(x))
+        log_density = math.log(self.tail) - beyond.abs() - self._widths[k].log()
+        return y, torch.where(is_beyond, log_density + (y * y + math.log(2 * math.pi)) / 2, self._log_slope(k, y))
 
     def inverse(self, y: Tensor) -> tuple[Tensor, Tensor]:
         """Return x and log dx/dy."""
         F = torch.special.ndtr(y)
         k = rank(F, self._below[1:])
-        return self._edges[k] + self._widths[k] * (F - self._below[k]) / self._shares[k], -self._log_slope(k, y)
+        x = self._edges[k] + self._widths[k] * (F - self._below[k]) / self._shares[k]
+        log_slope = -self._log_slope(k, y)
+        if not self.tail:
+            return x, log_slope
+        smaller = torch.special.ndtr(-y.abs()).clamp_min(self.MIN_PROBABILITY)
+        distance = math.log(self.tail) - smaller.log()  # from the outer cells, in their widths
+        edge = torch.where(y < 0, self._edges[0], self._edges[-1])
+        width = torch.where(y < 0, self._widths[0], self._widths[-1])
+        is_beyond = distance > 0
+        beyond = edge + y.sign() * width * distance
+        log_density = math.log(self.tail) - distance - width.log()
+        return (
+            torch.where(is_beyond, beyond, x),
+            torch.where(is_beyond, -log_density - (y * y + math.log(2 * math.pi)) / 2, log_slope),
+        )
 
     def inside(self, x: Tensor) -> Tensor:
-        """Return True for each number in one of the cells."""
+        """Return True for each number in one of the cells; for all numbers with a tail."""
+        if self.tail:
+            return torch.ones_like(x, dtype=torch.bool)
         return (x >= self._edges[0]) & (x <= self._edges[-1])
 
     def cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lower end and the width of the cell of each number."""
         k = self._cell(x)
-        return self._edges[k], self._widths[k]
+        beyond = self._beyond(x)
+        edge = torch.where(beyond > 0, self._edges[-1], self._edges[k]) if self.tail else self._edges[k]
+        return edge + beyond.floor() * self._widths[k] * bool(self.tail), self._widths[k]
 
     def snap(self, x: Tensor) -> Tensor:
-        """Round each number to the value of its cell."""
-        return self._values[self._cell(x)]
+        """Round each number to the nearest value that is recorded."""
+        return self._recorded[rank(x, (self._recorded[1:] + self._recorded[:-1]) / 2)]
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        return {"name": self.name, "values": list(self.values), "shares": list(self.shares)}
+        return {
+            "name": self.name,
+            "values": list(self.values),
+            "shares": list(self.shares),
+            "tail": self.tail,
+            "recorded": list(self.recorded),
+        }
 
 
 class GridColumn(Column):
@@ -169,7 +221,10 @@ class GridColumn(Column):
 
     def snap(self, x: Tensor) -> Tensor:
         """Round each number to the grid."""
-        return clamp(self.offset + self.step * torch.round((x - self.offset) / self.step), self.minimum, self.maximum)
+        multiple = torch.round((x - self.offset) / self.step)
+        each = round(1 / self.step)  # 1657 / 10 is the recorded 165.7; 1657 * 0.1 is not
+        distance = multiple / each if self.step < 1 and math.isclose(each * self.step, 1) else multiple * self.step
+        return clamp(self.offset + distance, self.minimum, self.maximum)
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""

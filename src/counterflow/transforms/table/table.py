@@ -21,12 +21,13 @@ class TableTransform(Transform):
     Args:
         columns: one column for each feature: `LinearColumn`, `LogColumn`, `LogitColumn`, `AsinhColumn`,
             `OrdinalColumn`, `GridColumn` or `SpikedColumn`.
+        decimals: the number of decimals of each column that `snap` rounds to, None for no rounding; by default none.
 
     Attributes:
         quantized: the indices of the features some of whose numbers fill a cell.
 
     Raises:
-        ValueError: no columns.
+        ValueError: no columns, or another number of decimals.
 
     Example:
         >>> import torch, counterflow as cf
@@ -40,11 +41,14 @@ class TableTransform(Transform):
     _center: Tensor
     _scale: Tensor
 
-    def __init__(self, columns: Sequence[Column]) -> None:
+    def __init__(self, columns: Sequence[Column], decimals: Sequence[int | None] | None = None) -> None:
         super().__init__()
         if not columns or not all(isinstance(column, Column) for column in columns):
             raise ValueError(f"expected at least one column, and columns only, got {list(columns)}")
+        if decimals is not None and len(decimals) != len(columns):
+            raise ValueError(f"expected decimals of {len(columns)} columns, got {len(decimals)}")
         self.columns = nn.ModuleList(columns)
+        self.decimals = [None] * len(columns) if decimals is None else list(decimals)
         self.features = len(columns)
         self.quantized = [i for i, column in enumerate(columns) if column.quantized]
         self._mass = [i for i, column in enumerate(columns) if column.mass]
@@ -104,15 +108,18 @@ class TableTransform(Transform):
         return width[..., self._mass].log().sum(-1)
 
     def snap(self, x: Tensor) -> Tensor:
-        """Round rows (..., D) to numbers that the columns record: to grids, values and spikes."""
+        """Round rows (..., D) to numbers that the columns record: to grids, values, spikes and decimals."""
         x = x.clone()
         for i in self.quantized:
             x[..., i] = self.columns[i].snap(x[..., i])
+        for i, places in enumerate(self.decimals):
+            if places is not None:
+                x[..., i] = torch.round(x[..., i] * 10**places) / 10**places
         return x
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
-        return {"columns": list(self.columns)}
+        return {"columns": list(self.columns), "decimals": list(self.decimals)}
 
     def __repr__(self) -> str:
         maps = [column.map for column in self.columns]
