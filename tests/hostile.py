@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.feather
 import pyarrow.parquet
 import safetensors.torch
 import torch
@@ -423,6 +424,12 @@ def parquet(table: pa.Table, **more: Any) -> bytes:
     return stream.getvalue()
 
 
+def feather(table: pa.Table, compression: str) -> bytes:
+    stream = io.BytesIO()
+    pyarrow.feather.write_feather(table, stream, compression=compression)
+    return stream.getvalue()
+
+
 def other_footer(content: bytes, random: Random) -> bytes:
     """Change the footer and correct its length; its numbers are varints."""
     if len(content) < 12:
@@ -697,6 +704,7 @@ PARQUET = _under(
         parquet(pa.table({"a": [True, False], "b": pa.array([1, 2], "u1")}), compression="none"),
     ],
 )
+FEATHER = _under("a.feather", [feather(TABLE, "zstd"), feather(TABLE, "lz4"), feather(REPEATED, "uncompressed")])
 NO_NUMBERS = [
     {"a.parquet": parquet(TABLE.append_column("text", pa.array(list("abcdefg"))))},
     {"a.parquet": parquet(pa.table({"a": range(50), "b": ["long " * 40 + str(k % 3) for k in range(50)]}))},
@@ -743,6 +751,7 @@ READERS: dict[str, Reader] = {
     "csv, in batches": Reader(CSV, _stream("a.csv"), knowing=(other_text, wide_line)),
     "parquet": Reader(PARQUET, _load("a.parquet"), knowing=(other_footer, other_page), sound=NO_NUMBERS),
     "parquet, in batches": Reader(PARQUET, _stream("a.parquet"), knowing=(other_footer, other_page), sound=NO_NUMBERS),
+    "feather, in batches": Reader(FEATHER, _stream("a.feather")),
     "checkpoint": Reader(_checkpoints, lambda folder: cf.load(folder / "model.safetensors"), knowing=CHECKPOINT),
     "density": Reader(_densities, cf.FlowDensity.load, ("model.safetensors",), CHECKPOINT),
     "density.json": Reader(_densities, cf.FlowDensity.load, ("density.json",), (other_json,)),

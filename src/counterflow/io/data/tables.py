@@ -64,6 +64,8 @@ def open_table(path: Path, options: TableOptions = TableOptions()) -> TableSourc
             differ, names that appear twice, or an option of another format.
     """
     source = _open(path, options)
+    if not source.names:
+        raise ValueError(f"expected at least one column in {path}, got none; write the table again")
     twice = sorted(name for name, count in Counter(source.names).items() if count > 1)
     if twice:
         raise ValueError(f"expected distinct names of columns in {path}, got {str(twice)[:200]} more than once")
