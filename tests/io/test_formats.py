@@ -271,3 +271,9 @@ def test_a_column_of_dates_and_numbers_is_text(tmp_path):
     (tmp_path / "a.csv").write_text("a\n2020-01-01\n5\n")
     with pytest.raises(ValueError, match=r"got text in 'a' .'2020-01-01' in row 0."):
         read(tmp_path / "a.csv")
+
+
+def test_a_long_cell_takes_linear_time(tmp_path):
+    (tmp_path / "a.csv").write_text(f"a,b\n{'1' * 500_000}x,2\n")
+    (batch,) = open_table(tmp_path / "a.csv").batches(9)
+    assert batch.num_rows == 1

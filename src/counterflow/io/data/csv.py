@@ -25,7 +25,7 @@ def open_csv(path: Path, options: TableOptions = TableOptions()) -> TableSource:
     """Open a CSV file; its cells are read as texts, numbers among them with a decimal point.
 
     The file may be compressed by gzip or Zstandard, as its name says. See `detect_dialect` for what is found from its
-    first lines. Lines that begin with # are left out where they do not have as many cells as the table.
+    first lines. Lines among the rows that begin with # are left out if they have another number of cells.
     """
     arrow = require("pyarrow", "data", "a CSV file")
     with decoding(path, CSV), _open(path) as stream:
@@ -69,7 +69,8 @@ def _reader(path: Path, dialect: Dialect, given: list[str] | None, texts: list[s
         skip_rows=dialect.comments,
         column_names=given,
     )
-    parse = csv.ParseOptions(delimiter=dialect.sep, newlines_in_values=False, invalid_row_handler=_is_comment)
+    handler = _is_comment if dialect.later_comments else None  # it prints where a row is not UTF-8
+    parse = csv.ParseOptions(delimiter=dialect.sep, invalid_row_handler=handler)
     convert = csv.ConvertOptions(column_types=dict.fromkeys(texts, arrow.string()), strings_can_be_null=False)
     return csv.open_csv(_open(path), read_options=options, parse_options=parse, convert_options=convert)
 

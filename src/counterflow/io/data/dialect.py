@@ -7,7 +7,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ DECIMALS = (".", ",")
 ROWS = 1_000  # of the start that are compared
 MIN_SHARE = 0.5  # of these rows that have the same number of cells
 SPACES = " \u00a0\u202f'"  # thousands separators besides the decimal mark that is not in use
-NUMBER = re.compile(r"[+-]?(\d+[.,]?\d*|[.,]\d+)([eE][+-]?\d+)?")  # with either decimal mark
+NUMBER = re.compile(r"[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?")  # with either decimal mark, in linear time
 GROUPED = re.compile(rf"[+-]?\d{{1,3}}([.,{SPACES}])\d{{3}}(\1\d{{3}})*([.,]\d+)?")
 AMBIGUOUS = re.compile(r"[+-]?[1-9]\d{0,2}([.,])\d{3}")  # 1,234 is a thousand, or a little more than one
 
@@ -36,6 +36,7 @@ class Dialect:
         encoding: name of a Python codec.
         comments: number of lines before the table.
         names: names of the columns, where they stand in a comment.
+        later_comments: lines among the rows that begin with # were seen.
     """
 
     sep: str = ","
@@ -44,6 +45,7 @@ class Dialect:
     encoding: str = "utf8"
     comments: int = 0
     names: tuple[str, ...] | None = None
+    later_comments: bool = False
 
     def describe(self) -> str:
         """Return what differs from the usual dialect, on one line; "" for nothing.
@@ -109,7 +111,7 @@ def detect_dialect(start: bytes, is_complete: bool, options: TableOptions, path:
     decimal, thousands = _marks(cells, sep, options.decimal)
     dialect = Dialect(sep, decimal, thousands, encoding, comments)
     names = _commented_names(lines[:comments], body, dialect)
-    return dialect if names is None else Dialect(sep, decimal, thousands, encoding, comments, names)
+    return replace(dialect, names=names, later_comments=any(line.startswith("#") for line in lines[comments:]))
 
 
 def _encoding(start: bytes, stated: str | None, path: Path) -> str:
