@@ -192,7 +192,7 @@ def _density(run: Run) -> Page:
     models = [[Cell("flow"), number(summary["test_log_density"], ".3f"), number(error, ".3f")]]
     if "gaussian_mixture" in summary:
         mixture = summary["gaussian_mixture"]
-        gain, gain_error = summary["difference"].values()
+        gain, gain_error = (summary["difference"][name] for name in ("log_density", "standard_error"))
         name = f"Gaussian mixture, {mixture['components']} by BIC"
         models.append(
             [Cell(name), number(mixture["test_log_density"], ".3f"), number(mixture["standard_error"], ".3f")]
