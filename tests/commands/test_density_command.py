@@ -200,7 +200,7 @@ def material(density_runs, tables, bad_tables, tmp_path):
 
 BAD = {
     "no table": ("density nowhere.csv", "expected a table .*, got nowhere.csv, which does"),
-    "no such format": ("density table.ods", "expected a table .*, got table.ods; convert it to one of these"),
+    "no such format": ("density table.ods", "expected a table .*, got table.ods, which does not exist"),
     "empty csv": ("density empty.csv", "expected empty.csv to be a CSV table .* does not read: Empty CSV file"),
     "empty parquet": ("density empty.parquet", "expected empty.parquet to be a Parquet file, but it does not read"),
     "empty npy": ("density empty.npy", "expected empty.npy to be a NumPy .npy file, but it does not read"),

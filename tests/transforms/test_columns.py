@@ -81,7 +81,7 @@ def test_invalid_arguments_are_refused(make, message):
 
 def test_repr_counts_the_maps():
     t = TableTransform(list(COLUMNS.values()))
-    assert repr(t) == "TableTransform(2 linear, 3 log, 2 logit, 1 asinh, 1 ordinal; 4 with cells)"
+    assert repr(t) == "TableTransform(2 linear, 3 log, 2 logit, 1 asinh, 2 ordinal; 5 with cells)"
     assert repr(COLUMNS["tails"]) == "AsinhColumn(name='a', middle=0.5, unit=0.7, center=0.1, scale=0.8)"
 
 

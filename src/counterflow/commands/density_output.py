@@ -203,9 +203,12 @@ def _expected_rows(source: TableSource) -> int:
     """Return the number of rows; an estimate from the first lines of a CSV file, which does not say it."""
     if source.rows is not None:
         return source.rows
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(source.path.suffix)
     with source.path.open("rb") as file:
-        start = file.read(SAMPLED)
-    return max(1, round(source.path.stat().st_size / max(1, len(start)) * start.count(b"\n")) - source.named)
+        stream = file if codec is None else pyarrow.CompressedInputStream(pyarrow.PythonFile(file), codec)
+        lines = stream.read(SAMPLED).count(b"\n")
+        read = file.tell()  # bytes of the file, compressed or not
+    return max(1, round(source.path.stat().st_size / max(1, read) * lines) - source.named)
 
 
 def _rows_to_draw(source: TableSource | None, n: int, path: Path) -> int | None:

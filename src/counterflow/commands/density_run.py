@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -71,16 +72,20 @@ def run(command: Density) -> int:
     train_rows, test_rows = split_rows(len(table.x), options.test, options.seed, table.context)
     train = table.take(train_rows)
     test = table.take(test_rows)
-    trainer = DensityTrainer(
-        train.x,
-        train.names,
-        train.context,
-        config=options.fit,
-        kinds=dict.fromkeys(options.ordinal, "ordinal") or "auto",
-        bounds=bounds or None,
-        types=train.types,
-        seed=options.seed,
-    )
+    with warnings.catch_warnings(record=True) as raised:
+        warnings.simplefilter("always")
+        trainer = DensityTrainer(
+            train.x,
+            train.names,
+            train.context,
+            config=options.fit,
+            kinds=dict.fromkeys(options.ordinal, "ordinal") or "auto",
+            bounds=bounds or None,
+            types=train.types,
+            seed=options.seed,
+        )
+    for warning in raised:
+        console.warn(str(warning.message))
     with running(options, resumed, "density") as (folder, stop):
         given = f", given {', '.join(table.context)}" if table.context else ""
         console.note(

@@ -30,7 +30,7 @@ class ClassifierTest(NamedTuple):
 
 
 class ColumnShift(NamedTuple):
-    """How far one column has moved between two tables."""
+    """Distance between the values of one column in two tables."""
 
     name: str
     distance: float  # of Kolmogorov and Smirnov: the largest difference of the distribution functions

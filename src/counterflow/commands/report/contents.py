@@ -185,11 +185,12 @@ def _density(run: Run) -> Page:
     rows = summary["rows"]
     error = summary["standard_error"]
     plus_minus = "" if error is None else f" ± {error:.3f}"
-    verdict = (
-        f"The mean log density of {rows['test']:,} held-out rows is {summary['test_log_density']:.3f}{plus_minus} nats."
-    )
+    reached = summary["test_log_density"]  # None for minus infinity
+    verdict = f"The density is 0 at some of {rows['test']:,} held-out rows, so their mean log density is -inf."
+    if reached is not None:
+        verdict = f"The mean log density of {rows['test']:,} held-out rows is {reached:.3f}{plus_minus} nats."
     good = None
-    models = [[Cell("flow"), number(summary["test_log_density"], ".3f"), number(error, ".3f")]]
+    models = [[Cell("flow"), number(reached, ".3f"), number(error, ".3f")]]
     if "gaussian_mixture" in summary:
         mixture = summary["gaussian_mixture"]
         gain, gain_error = (summary["difference"][name] for name in ("log_density", "standard_error"))
@@ -197,11 +198,12 @@ def _density(run: Run) -> Page:
         models.append(
             [Cell(name), number(mixture["test_log_density"], ".3f"), number(mixture["standard_error"], ".3f")]
         )
-        clear = gain_error is not None and abs(gain) > CLEAR * gain_error
-        good = gain > 0 if clear else None
-        judged = ("more than a" if gain > 0 else "less than a") if clear else "about as much as a"
-        shown = f" ({gain:+.3f}{'' if gain_error is None else f' ± {gain_error:.3f}'} nats per row)"
-        verdict += f" That is {judged} Gaussian mixture chosen by BIC gives them{shown}."
+        if gain is not None:
+            clear = gain_error is not None and abs(gain) > CLEAR * gain_error
+            good = gain > 0 if clear else None
+            judged = ("more than a" if gain > 0 else "less than a") if clear else "about as much as a"
+            shown = f" ({gain:+.3f}{'' if gain_error is None else f' ± {gain_error:.3f}'} nats per row)"
+            verdict += f" That is {judged} Gaussian mixture chosen by BIC gives them{shown}."
     warnings = []
     if summary["holds_rows"]:
         warnings.append("The model holds its training rows, as kernels. Fit with --no-kernels before you give it away.")
