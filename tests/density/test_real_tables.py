@@ -93,3 +93,8 @@ def test_what_has_moved_is_named():
     twisted = a * [1, 1, -1]  # the columns are as before, their relation is not
     a[:, 2], twisted[:, 2] = a[:, 0], -a[:, 0]
     assert classifier_test(a, twisted).auc > 0.9 and column_shifts(a, twisted, "abc")[1].p_value > 0.01
+
+
+def test_rows_that_both_tables_hold_are_told_apart_by_chance():
+    a = np.random.default_rng(2).normal(size=(300, 3))
+    assert classifier_test(a, a).auc == 0.5
