@@ -83,7 +83,10 @@ UNREADABLE = {
     "number": ("vae --epochs many", "--epochs"),
     "flag": ("vae --colour red", "--colour"),
     "misspelt flag": ("vae --latnt 3", "--latent"),
-    "command": ("train", "expected a command (vae, posterior, density, distill, sample, score, compare, export, report"),
+    "command": (
+        "train",
+        "expected a command (vae, posterior, density, distill, sample, score, compare, export, report",
+    ),
     "misspelt command": ("postrior", "did you mean posterior?"),
     "nothing": ("", "usage: counterflow COMMAND [OPTIONS]"),
     "no run": ("sample", "RUN"),
