@@ -139,9 +139,11 @@ class OrdinalColumn(Column):
     def cells(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return the lower end and the width of the cell of each number."""
         k = self._cell(x)
+        if not self.tail:
+            return self._edges[k], self._widths[k]
         beyond = self._beyond(x)
-        edge = torch.where(beyond > 0, self._edges[-1], self._edges[k]) if self.tail else self._edges[k]
-        return edge + beyond.floor() * self._widths[k] * bool(self.tail), self._widths[k]
+        edge = torch.where(beyond > 0, self._edges[-1], self._edges[k])
+        return edge + beyond.floor() * self._widths[k], self._widths[k]
 
     def snap(self, x: Tensor) -> Tensor:
         """Round each number to the nearest value that is recorded."""
