@@ -391,7 +391,7 @@ def test_every_size_of_a_constructor_is_counted():
         "contexts",
         "activated_contexts",
     }
-    known |= {"levels", "bins"}
+    known |= {"levels", "bins", "decimals"}
     for cls in TYPES.values():
         for name, parameter in inspect.signature(cls).parameters.items():
             if "int" in str(parameter.annotation):

@@ -322,11 +322,11 @@ def test_parts_of_a_vae(vae, here, tmp_path, monkeypatch):
 
 WISH = "expected --out to be a new folder, or one that this command started, got"
 REFUSED = {
-    "a file": ("score run few.csv --out file", "expected a new file, got file, which exists; give another --out"),
+    "a file": ("score run few.csv --out file", "expected --out without a suffix to be a folder of parts, got file, which is"),
     "something else": ("score run few.csv --out empty", f"{WISH} empty, which holds other files; give another"),
     "other data": ("score run few.npy --out begun", f"{WISH} begun, started with another data; give another --out"),
     "another model": ("score given few.csv --out begun", f"{WISH} begun, started with another model; give another"),
-    "another command": ("sample run --out begun", f"{WISH} begun, started with another command, data, n, seed; giv"),
+    "another command": ("sample run --out begun", f"{WISH} begun, started with another command, data, n, seed, opt"),
     "another seed": ("sample run --seed 1 --out drawn", f"{WISH} drawn, started with another seed; give another --out"),
     "what does not read": ("score run few.csv --out broken", "expected broken/_about.json to be what counterfl"),
     "no rows": ("score run header.csv --out new", "expected at least one row, got none; add some"),
@@ -338,8 +338,8 @@ REFUSED = {
     ),
     "types that differ": (
         "score run types --out new/one.parquet",
-        "expected columns of one type each to write one Parquet file, got pyarrow.Field<c: int64> after another type; "
-        "give --out as a folder",
+        "expected columns of one type each to write a Parquet file, got pyarrow.Field<c: int64> after another type; "
+        "give --out as a folder, whose parts may differ",
     ),
     "another suffix": ("score run few.csv --out a.npy", "to end in .csv, as few.csv is such a table, or to be a na"),
     "an unknown suffix": ("sample run --out a.png", "got a.png; a name without a suffix is a folder of parts"),

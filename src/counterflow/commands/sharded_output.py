@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -62,12 +63,14 @@ def seed_of_part(seed: int, number: int) -> int:
 
 def inputs(command: str, model: list[Path], data: Path | None, **options: Any) -> dict[str, Any]:
     """Return the inputs of the parts as JSON: model files by content, data files by size and time, and options."""
-    return {
+    described = {
         "command": command,
         "model": {file.name: _sha256(file) for file in model},
         "data": None if data is None else _sizes_and_times(data),
         **options,
     }
+    as_read: dict[str, Any] = json.loads(json.dumps(described))  # a tuple is a list where it is read again
+    return as_read
 
 
 def _sha256(path: Path) -> str:

@@ -107,7 +107,8 @@ def score_by_vae(options: Score) -> int:
         return _write_scores(path, first, evaluated(rows, report))
 
     if shards is not None:
-        values_of = {name: getattr(options, name) for name in ("key", "levels", "samples", "seed")}
+        values_of = {name: getattr(options, name) for name in ("levels", "samples", "seed")}
+        values_of["key"] = options.table.key
         data = Path(options.data).expanduser()
         about = inputs("score", [weights_file(options.run_folder)], data, **values_of, rows=ROWS_PER_SCORE_PART)
         pieces = ((k * ROWS_PER_SCORE_PART, rows) for k, rows in enumerate(values.split(ROWS_PER_SCORE_PART)))
