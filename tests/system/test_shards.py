@@ -322,7 +322,7 @@ def test_parts_of_a_vae(vae, here, tmp_path, monkeypatch):
 
 WISH = "expected --out to be a new folder, or one that this command started, got"
 REFUSED = {
-    "a file": ("score run few.csv --out file", "expected --out without a suffix to be a folder of parts, got file, which is"),
+    "a file": ("score run few.csv --out file", "expected --out without a suffix to be a folder of parts, got file,"),
     "something else": ("score run few.csv --out empty", f"{WISH} empty, which holds other files; give another"),
     "other data": ("score run few.npy --out begun", f"{WISH} begun, started with another data; give another --out"),
     "another model": ("score given few.csv --out begun", f"{WISH} begun, started with another model; give another"),
