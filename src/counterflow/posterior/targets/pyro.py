@@ -142,7 +142,8 @@ class _PyroProgram(Program):
 
     def predictive(self, theta: Tensor, seed: int) -> dict[str, Array]:
         predictive = require("pyro.infer", "pyro", "models of Pyro").Predictive
-        latent = self._latent_values(theta)
+        values = self.constrain(theta)
+        latent = {name: values[name] for name in self.parameters}
         model = _messengers().Unobserved(self.observed)(self._model)
         draw = predictive(model, latent, return_sites=tuple(self.observed))
         with seeded(seed), float64_by_default(), _InFloat64():
@@ -183,10 +184,6 @@ class _PyroProgram(Program):
     def _values_of_row(self, theta: Tensor) -> dict[str, Tensor]:
         sites, latent = self._run_at(theta)
         return {name: sites[name]["value"] for name in (*latent.unconstrained, *self._derived)}
-
-    def _latent_values(self, theta: Tensor) -> dict[str, Tensor]:
-        values = self.constrain(theta)
-        return {name: values[name] for name in self.parameters}
 
     def _unconstrain_row(self, values: TensorsByName) -> dict[str, Tensor]:
         _, latent = self._run(lambda site, transform: transform.inv(values[site["name"]]))

@@ -243,7 +243,7 @@ class Target:
         Given draws theta of the posterior, these are draws of the discrete variables from the posterior.
 
         Returns:
-            name -> (S, *shape), integers; empty for a model without discrete variables.
+            name -> (S, *shape), in the dtype of the tool; empty for a model without discrete variables.
 
         Raises:
             TypeError: theta is not a floating-point tensor.
