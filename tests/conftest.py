@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from numba.core.event import install_timer
+from registry import seed_all
 
 from counterflow.cli import main
 
@@ -38,10 +39,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by the folders of FOLDERS."""
+    tiers: dict[Path, list[str]] = {}
     for item in items:
-        for tier, paths in FOLDERS.items():
-            if any(item.path.is_relative_to(path) for path in paths):
-                item.add_marker(tier)
+        if item.path not in tiers:
+            tiers[item.path] = [name for name, paths in FOLDERS.items() if any(map(item.path.is_relative_to, paths))]
+        for tier in tiers[item.path]:
+            item.add_marker(tier)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -70,7 +73,7 @@ def same_start_for_every_test() -> Iterator[None]:
 
     No test changes the default dtype: one that needs float64 says so where it makes its tensors.
     """
-    torch.manual_seed(0)
+    seed_all(0)
     torch.set_num_threads(1)
     torch.distributions.Distribution.set_default_validate_args(True)  # torch.compile turns it off for the process
     yield

@@ -182,10 +182,17 @@ FLOWS: dict[str, Callable[..., cf.Flow]] = {
 }
 
 
+def seed_all(seed: int) -> None:
+    """Seed torch's generators; torch.manual_seed takes a stack trace each time if there is no GPU."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(seed)
+
+
 @contextmanager
 def case(**labels: object) -> Iterator[None]:
     """Run one case of a loop as a test of its own: from seed 0, and named in the report of a failure."""
-    torch.manual_seed(0)
+    seed_all(0)
     try:
         yield
     except Exception as error:

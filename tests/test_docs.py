@@ -24,6 +24,7 @@ OF_TOOLS = (DOCS / "interop", *(DOCS / "tutorials" / name for name in ("pymc.md"
 LONG = [  # pages of the tier `docs`: they train for more than a few seconds
     DOCS / f"{name}.md"
     for name in (
+        "distill",
         "first-steps",
         "howto/bounded-data",
         "howto/conditional-densities",
@@ -32,6 +33,7 @@ LONG = [  # pages of the tier `docs`: they train for more than a few seconds
         "learn/made-vae-distillation",
         "learn/maf-or-iaf",
         "learn/variational-inference",
+        "posterior",
         "tutorials/anomalies",
         "tutorials/slow-maf",
     )

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import counterflow
@@ -67,7 +68,11 @@ LAZY = [
     "zuko",
 ]
 
-TREES = {path.relative_to(SRC): ast.parse(path.read_text("utf-8")) for path in sorted(SRC.rglob("*.py"))}
+
+@cache
+def trees() -> dict[Path, ast.Module]:
+    """Return the syntax tree of each module, by its path in the package."""
+    return {path.relative_to(SRC): ast.parse(path.read_text("utf-8")) for path in sorted(SRC.rglob("*.py"))}
 
 
 def floor(module: Path) -> str:
@@ -77,7 +82,7 @@ def floor(module: Path) -> str:
 def imports(module: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, dotted name in parts) of all that a module imports, wherever in the file the import stands."""
     package = ["counterflow", *module.parts[:-1]]
-    for node in ast.walk(TREES[module]):
+    for node in ast.walk(trees()[module]):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name.split(".")) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -91,7 +96,7 @@ def prints(node: ast.AST) -> bool:
 
 
 def test_every_module_has_its_place_in_the_list():
-    strangers = [str(module) for module in TREES if floor(module) not in (*FLOORS, "__init__")]
+    strangers = [str(module) for module in trees() if floor(module) not in (*FLOORS, "__init__")]
     assert not strangers, (
         f"{strangers}: expected a floor of the list FLOORS in {Path(__file__).name}; "
         "add it there, after everything it imports and before everything that imports it"
@@ -100,7 +105,7 @@ def test_every_module_has_its_place_in_the_list():
 
 def test_imports_point_up_the_list():
     arrows_down = []
-    for module in TREES:
+    for module in trees():
         if floor(module) not in FLOORS:  # the package's own __init__ gathers the public names from everywhere
             continue
         allowed = {*FLOORS[: FLOORS.index(floor(module))], "__version__"}
@@ -121,7 +126,7 @@ def test_importing_counterflow_imports_nothing_heavy_but_torch():
 
 def test_only_the_commands_print():
     offences = []
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         if floor(module) in ("commands", "cli"):
             continue
         offences += [f"{module}:{node.lineno} prints" for node in ast.walk(tree) if prints(node)]
@@ -132,7 +137,7 @@ def test_only_the_commands_print():
 def test_errors_are_raised_not_asserted():
     asserts = [
         f"{module}:{node.lineno}"
-        for module, tree in TREES.items()
+        for module, tree in trees().items()
         for node in ast.walk(tree)
         if isinstance(node, ast.Assert)
     ]
@@ -166,7 +171,7 @@ NOT_FIRST = (
 
 def test_docstrings_begin_with_a_verb_or_a_noun_phrase():
     offences = []
-    for module, tree in TREES.items():
+    for module, tree in trees().items():
         for node in ast.walk(tree):
             if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 text = ast.get_docstring(node) or ""

@@ -54,6 +54,7 @@ for first in ("import counterflow.distill.losses", "import counterflow.distill.d
 """
 
 
+@pytest.mark.system
 def test_the_function_distill_is_not_the_package_of_that_name():
     assert run(FORK) == ["True"] * 3
 

@@ -3,17 +3,21 @@
 import json
 import shutil
 import subprocess
+from contextlib import chdir, redirect_stderr, redirect_stdout
+from io import StringIO
 
 import pytest
-from command_line import NUMBERS, ONE_FLOW, SMALL_DENSITY, SMALL_VAE, SUFFIXES, TABLE, real, write_table
+from command_line import NUMBERS, ONE_FLOW, SMALL_DENSITY, SMALL_VAE, SUFFIXES, TABLE, write_table
 from filelock import FileLock
+
+from counterflow.cli import main
 
 
 @pytest.fixture(scope="session")
 def once(tmp_path_factory, worker_id):
-    """Return a function that runs a command in a process, once for all workers of the test run.
+    """Return a function that runs a command in this process, once for all workers of the test run.
 
-    (name of the run folder, arguments) -> the folder that holds the run folder, and the finished process.
+    (name of the run folder, arguments) -> the folder that holds the run folder, and what ran: exit code and output.
     """
     base = tmp_path_factory.getbasetemp()
     shared = (base if worker_id == "master" else base.parent) / "trained"
@@ -23,8 +27,11 @@ def once(tmp_path_factory, worker_id):
         record = shared / f"{name}.json"
         with FileLock(shared / f"{name}.lock"):
             if not record.exists():
-                ran = real(shared, *arguments, "--out", name)
-                record.write_text(json.dumps([ran.returncode, ran.stdout, ran.stderr]))
+                with pytest.MonkeyPatch.context() as patch, chdir(shared), redirect_stdout(StringIO()) as out:
+                    patch.setenv("COLUMNS", "80")
+                    with redirect_stderr(StringIO()) as err:
+                        code = main([*map(str, arguments), "--out", name])
+                record.write_text(json.dumps([code, out.getvalue(), err.getvalue()]))
         return shared, subprocess.CompletedProcess(arguments, *json.loads(record.read_text()))
 
     return run
@@ -32,20 +39,20 @@ def once(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="session")
 def vae_run(once):
-    """A folder with the run `digits`, and the process that made it."""
+    """A folder with the run `digits`, and what ran."""
     return once("digits", "vae", *SMALL_VAE, "--batch-size", 64)
 
 
 @pytest.fixture(scope="session")
 def posterior_run(once):
-    """The run folder of the eight schools, and the process that made it."""
+    """The run folder of the eight schools, and what ran."""
     folder, ran = once("schools", "posterior", "--steps", 100, "--verdict-samples", 4000, "-n", 500)
     return folder / "schools", ran
 
 
 @pytest.fixture(scope="session")
 def density_runs(once, tables):
-    """A folder with the runs `plain` and `given` (a context), and the process that made `plain`; see `once`."""
+    """A folder with the runs `plain` and `given` (a context), and what ran for `plain`."""
     folder, ran = once("plain", "density", tables / "table.csv", "--drop", "id", "colour", *SMALL_DENSITY)
     once("given", "density", tables / "table.csv", "--context", "colour", "--drop", "id", *ONE_FLOW)
     return folder, ran

@@ -56,6 +56,7 @@ def test_the_line_of_a_command_begins_its_own_help(name, here):
     assert "None" not in out
 
 
+@pytest.mark.system
 @over(["", *CLASSES], "name")
 def test_printing_help_does_not_import_torch(name):
     code = f"import sys; from counterflow.cli import main; main([{name!r}, '--help'] if {name!r} else ['--help'])"
@@ -211,6 +212,7 @@ def test_paths_and_names_are_checked_before_torch_is_imported(line, message, her
     assert everything(tmp_path) == before
 
 
+@pytest.mark.system
 def test_a_mistake_in_a_path_does_not_wait_for_torch(tmp_path):
     code = "import sys; from counterflow.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
     (tmp_path / "program.stan").write_text("data { vector[3] y; } parameters { real mu; }")
@@ -240,6 +242,7 @@ def test_quiet_verbose_and_threads(here):
     assert err.startswith("Traceback") and err.splitlines()[-1].startswith("counterflow: expected device to be")
 
 
+@pytest.mark.system
 @over(["--help", "vae --help", "--version"], "line")
 def test_a_reader_that_closes_the_pipe_gets_no_error(line):
     reader, writer = os.pipe()
@@ -250,6 +253,7 @@ def test_a_reader_that_closes_the_pipe_gets_no_error(line):
     assert (ran.returncode, ran.stderr) == (141, "")
 
 
+@pytest.mark.system
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pseudo-terminals")
 @over([{}, {"NO_COLOR": "1"}], "variables")
 def test_no_color(variables):
@@ -270,6 +274,7 @@ def test_no_color(variables):
     assert (b"\x1b[" in text) == (not variables)
 
 
+@pytest.mark.system
 def test_module_and_script_are_the_same_command(tmp_path):
     ran = subprocess.run([sys.executable, "-m", "counterflow", "--help"], capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (0, real(tmp_path, "--help").stdout)

@@ -275,6 +275,7 @@ def test_bad_input_ends_in_one_line(line, message, material, here):
     assert everything(material) == before
 
 
+@pytest.mark.system
 def test_bad_input_of_a_real_process(material):
     before = everything(material)
     ran = real(material, "score", "plain", "text.csv", "--out", "new/a.csv")

@@ -490,6 +490,7 @@ def test_bad_input_ends_in_one_line(line, message, here, tmp_path):
     check_refused(here, line, message, tmp_path)
 
 
+@pytest.mark.tools
 @pytest.mark.parametrize(("package", "line", "message"), BAD_TOOLS.values(), ids=BAD_TOOLS)
 def test_bad_input_of_modelling_tools_ends_in_one_line(package, line, message, here, tmp_path):
     pytest.importorskip(package)

@@ -157,6 +157,7 @@ def test_what_is_no_run_ends_in_one_line(contents, message, here, tmp_path):
     assert not (tmp_path / "run" / "report.html").exists()
 
 
+@pytest.mark.system
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 @pytest.mark.parametrize("kind", WORDS)
 def test_a_browser_opens_it_without_errors(kind, runs, tmp_path):

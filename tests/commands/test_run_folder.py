@@ -47,6 +47,7 @@ def test_a_lock_is_exclusive_and_leaves_no_file(tmp_path, monkeypatch):
     assert run.is_dir() and not files(run)
 
 
+@pytest.mark.system
 def test_one_of_many_processes_gets_the_lock(tmp_path):
     processes = [holder(tmp_path, 3) for _ in range(6)]
     time.sleep(0.5)
@@ -55,6 +56,7 @@ def test_one_of_many_processes_gets_the_lock(tmp_path):
     assert told[-1] == "locked" and all(line.startswith(BUSY) for line in told[:-1]), told
 
 
+@pytest.mark.system
 def test_the_lock_of_a_killed_process_is_free(tmp_path):
     (tmp_path / "start").touch()
     with holder(tmp_path, 60) as process:
@@ -86,7 +88,7 @@ def test_parts_are_not_written_to_a_folder_in_use(density_runs, tables, here, tm
     assert not (tmp_path / "parts" / ".lock").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_one_of_two_runs_started_into_one_folder_is_refused(tmp_path):
     write_table(NUMBERS, tmp_path / "numbers.csv")
     command = [*COMMAND, "density", "numbers.csv", *ONE_FLOW, "--out", "run"]

@@ -244,7 +244,7 @@ def listens_to_ctrl_c():
     signal.signal(signal.SIGINT, before)
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_ctrl_c_keeps_the_best_weights(tmp_path, listens_to_ctrl_c):
     run = tmp_path / "a folder with a name that is longer than the line" / "run"
     command = [*COMMAND, "vae", *SMALL_VAE, "--epochs", "100000", "--out", str(run)]
@@ -393,7 +393,7 @@ def test_bad_input_ends_in_one_line(line, message, material, here):
     assert everything(material) == before
 
 
-@pytest.mark.slow
+@pytest.mark.system
 def test_bad_input_of_a_real_process(material):
     before = everything(material)
     ran = real(material, "vae", *SMALL_VAE, "--data", "bytes.npy")

@@ -70,6 +70,7 @@ def test_save_and_load(density, tmp_path):
     assert not hasattr(cf.FlowDensity.load(tmp_path / "unnamed"), "feature_names_in_")
 
 
+@pytest.mark.system
 def test_a_saved_density_scores_and_draws_without_scikit_learn(density, tmp_path):
     density.save(tmp_path)
     code = f"""

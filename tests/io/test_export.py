@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -12,9 +13,8 @@ import counterflow as cf
 from counterflow.cli import main
 from counterflow.io.export import graph_of, largest_difference
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxscript")
-pytest.importorskip("onnxruntime")
+PACKAGES = ("onnx", "onnxscript", "onnxruntime")  # looked for, not imported: that takes seconds
+pytestmark = [pytest.mark.skipif(find_spec(name) is None, reason=f"{name} is not installed") for name in PACKAGES]
 
 CURVES = cf.Inverse(
     cf.transforms.QuantileSpline.from_data(torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).square())
@@ -139,6 +139,8 @@ def test_exported_encoders_and_decoders_give_the_vaes_numbers(name):
 @pytest.mark.slow
 def test_the_metadata_of_an_exported_file(tmp_path):
     flow = cf.IAF(4, 2, layers=2, hidden=(9, 7), seed=0)
+    import onnx
+
     model = onnx.load(cf.export(flow, tmp_path / "flow.onnx"))
     onnx.checker.check_model(model)
     assert {p.key: p.value for p in model.metadata_props} == {

@@ -280,6 +280,7 @@ def flat(*tensors):
     return [v if v is None else v.reshape(-1, v.shape[-1]) for v in tensors]
 
 
+@pytest.mark.slow
 @laws(60)
 @given(questions(UNIVARIATES | FOREIGN), st.sampled_from(DIRECTIONS))
 def test_shapes_and_strides(question, direction):
