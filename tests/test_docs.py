@@ -24,6 +24,7 @@ OF_TOOLS = (DOCS / "interop", *(DOCS / "tutorials" / name for name in ("pymc.md"
 LONG = [  # pages of the tier `docs`: they train for more than a few seconds
     DOCS / f"{name}.md"
     for name in (
+        "density",
         "distill",
         "first-steps",
         "howto/bounded-data",

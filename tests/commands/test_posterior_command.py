@@ -14,6 +14,7 @@ import torch
 from command_line import files
 from PIL import Image
 from pyarrow import parquet
+from registry import over
 
 import counterflow as cf
 from counterflow import plots
@@ -274,7 +275,7 @@ def check_kind(here, arguments, names, folder):
     assert all(name in out for name in names.split())
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@over(KINDS, "kind", quick=["a function that returns a target"])
 def test_models_in_torch(kind, here, tmp_path):
     check_kind(here, *KINDS[kind], tmp_path)
 
@@ -394,9 +395,9 @@ PICTURES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("draw", PICTURES.values(), ids=PICTURES)
-def test_pictures_of_unusual_posteriors(draw, tmp_path):
-    path = draw(tmp_path / "plots" / "picture.png")
+@over(PICTURES, quick=["one pair", "stages with gaps", "weights of zero", "a constant"])
+def test_pictures_of_unusual_posteriors(name, tmp_path):
+    path = PICTURES[name](tmp_path / "plots" / "picture.png")
     with Image.open(path) as picture:
         assert min(picture.size) > 100 and np.asarray(picture.convert("L")).std() > 1
 

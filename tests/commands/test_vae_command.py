@@ -165,7 +165,7 @@ OTHERS = {
 }
 
 
-@over(OTHERS, quick=["csv of rows", "folder of images"])
+@over(OTHERS, quick=["csv of rows"])
 def test_vae_on_other_data(name, here, tmp_path):
     write, arguments, shape = OTHERS[name]
     write(tmp_path)

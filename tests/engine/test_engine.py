@@ -337,7 +337,7 @@ def test_rows_may_be_solved_in_parts(context, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # caused by torch's own tracer
-@over(UNIVARIATES, "univariate")
+@over(UNIVARIATES, "univariate", quick=["affine", "spline"])
 @over([0, 2], "context", quick=[2])
 def test_torch_compile_sees_one_graph(univariate, context):
     """Compile without a graph break and compare the numbers."""
