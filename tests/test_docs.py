@@ -2,7 +2,7 @@
 
 A block that cannot run here says why on its fence: ```python no-run: needs MNIST
 
-COUNTERFLOW_PICTURES=1 keeps the pictures that the pages in docs/learn make, in docs/images/learn.
+COUNTERFLOW_PICTURES=1 keeps the pictures that the pages in docs/learn and docs/tutorials make, in docs/images.
 """
 
 import os
@@ -20,31 +20,32 @@ import counterflow as cf
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-OF_TOOLS = (DOCS / "interop", *(DOCS / "tutorials" / name for name in ("pymc.md", "nuts.md")))
-LONG = [  # pages of the tier `docs`: they train for more than a few seconds
-    DOCS / f"{name}.md"
-    for name in (
-        "density",
-        "distill",
-        "first-steps",
-        "howto/bounded-data",
-        "howto/conditional-densities",
-        "howto/k-hat",
-        "learn/change-of-variables",
-        "learn/made-vae-distillation",
-        "learn/maf-or-iaf",
-        "learn/variational-inference",
-        "posterior",
-        "tutorials/anomalies",
-        "tutorials/slow-maf",
-    )
-]
+TIERS = {  # of the pages that do not belong to the default tier
+    "tools": ("interop", "tutorials/nuts.md", "tutorials/pymc.md", "tutorials/stan.md"),
+    "system": ("tutorials/torchrun.md",),
+    "docs": (  # they train for more than a few seconds
+        "density.md",
+        "distill.md",
+        "first-steps.md",
+        "howto/bounded-data.md",
+        "howto/conditional-densities.md",
+        "howto/k-hat.md",
+        "learn/change-of-variables.md",
+        "learn/made-vae-distillation.md",
+        "learn/maf-or-iaf.md",
+        "learn/variational-inference.md",
+        "posterior.md",
+        "tutorials/anomalies.md",
+        "tutorials/slow-maf.md",
+        "tutorials/vae.md",
+    ),
+}
 ALL = [README, *sorted(DOCS.glob("**/*.md"))]  # symbolic links included
 CHINESE = [ROOT / "README.zh-CN.md", *(page for page in ALL if page.name.endswith(".zh.md"))]
 PAGES = [page for page in ALL if page not in CHINESE and not page.is_symlink()]
 
 BLOCK = re.compile(r"^( *)```(?P<info>py[^\n]*)\n(?P<code>.*?)^\1```$", re.M | re.S | re.I)
-PICTURE = re.compile(r"!\[[^\]]+\]\(\.\./images/learn/([\w.-]+)\)")
+PICTURE = re.compile(r"!\[[^\]]+\]\(\.\./images/((?:learn|tutorials)/[\w.-]+)\)")
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
@@ -74,9 +75,8 @@ def english(page: Path) -> Path:
 
 def tier(page: Path) -> tuple[pytest.MarkDecorator, ...]:
     """The marker of a page that does not belong to the default tier."""
-    if any(page.is_relative_to(path) for path in OF_TOOLS):
-        return (pytest.mark.tools,)
-    return (pytest.mark.docs,) if page in LONG else ()
+    of_page = (name for name, paths in TIERS.items() if any(page.is_relative_to(DOCS / path) for path in paths))
+    return tuple(getattr(pytest.mark, name) for name in of_page)
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,11 @@ def test_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for line, code in to_run:
         exec(compile("\n" * line + code, page, "exec"), vars(namespace))  # a traceback names the page's line
-    for name in PICTURE.findall(page.read_text("utf-8")):
-        assert (tmp_path / name).stat().st_size > 1000, f"expected the code of {page.name} to make {name}"
+    for shown in map(Path, PICTURE.findall(page.read_text("utf-8"))):
+        made = tmp_path / shown.name
+        assert made.stat().st_size > 1000, f"expected the code of {page.name} to make {shown.name}"
         if os.environ.get("COUNTERFLOW_PICTURES"):
-            shutil.copy(tmp_path / name, DOCS / "images" / "learn")
+            shutil.copy(made, DOCS / "images" / shown)
 
 
 def test_a_fence_that_would_be_skipped_in_silence_is_an_error(tmp_path):
