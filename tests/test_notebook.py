@@ -24,9 +24,10 @@ def test_flows_show_sizes_and_the_cost_of_each_direction():
 
 
 def test_a_history_shows_its_first_and_last_epochs():
-    epochs = [Epoch(k, -2.0 / k, -3.0 / k, k == 30, 1e-3, 0.5, 100.0, 0) for k in range(1, 31)]
+    epochs = [Epoch(k, -2.0 / k, -3.0 / k, k in (15, 30), 1e-3, 0.5, 100.0, 0) for k in range(1, 31)]
     page = History(epochs, "finished", 15.0)._repr_html_()
-    assert "30 epochs in 15.0 s, finished" in page and "30 (best)" in page and "..." in page
+    assert "30 epochs in 15.0 s, finished; best validation -0.1000 nats, in epoch 30" in page
+    assert "30 (best)" in page and "..." in page
     assert page.count("<tr>") == 22 and "<table>" in History()._repr_html_()
 
 

@@ -73,6 +73,8 @@ class History:
         ]
         header = ("epoch", "training, nats", "validation, nats", "learning rate", "s", "rows/s")
         title = f"{len(rows)} epochs in {self.seconds:.1f} s, {self.stopped}"
+        if best is not None:
+            title += f"; best validation {best.validation:.4f} nats, in epoch {best.epoch}"
         if len(rows) > MAX_SHOWN:
             half = MAX_SHOWN // 2
             rows = [*rows[:half], ("...",) * len(header), *rows[-half:]]
