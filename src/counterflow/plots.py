@@ -72,11 +72,12 @@ def learning_curves(
         epochs = np.arange(1, len(validation) + 1)
         style = {"color": color, "marker": "o" if len(epochs) == 1 else ""}
         axis.plot(epochs, train, lw=0.8, alpha=0.5, **style)
-        axis.plot(epochs, validation, lw=2, label=f"{name}: best {max(validation, default=np.nan):.2f}", **style)
+        axis.plot(epochs, validation, lw=2, label=f"{name}: best {max(validation, default=np.nan):.4g}", **style)
         shown += [value for value in (*train[len(train) // 2 :], *validation[1:]) if np.isfinite(value)]
     if shown:  # the first epochs, and the small KL term of a warm-up, would flatten the rest
         low, high = np.percentile(shown, 8), max(shown)
         axis.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low) + 1e-6)
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.set(xlabel="epoch", ylabel=objective, title="validation (thick) and training (thin, warm-up included)")
     axis.grid(alpha=0.25)
     axis.legend(loc="lower right")

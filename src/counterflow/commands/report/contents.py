@@ -133,7 +133,7 @@ def _posterior(run: Run) -> Page:
                     "marginals",
                     "Marginals",
                     "Draws of the flow, and the same draws with importance weights, which correct them. Where both "
-                    "agree the approximation is right for that number; the share of misplaced mass stands above each "
+                    "agree the approximation is right for that number; the share of misplaced mass stands in each "
                     "panel.",
                 ),
                 run.picture(
