@@ -41,6 +41,7 @@ def test_fit_save_and_load(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, in its compiler
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")  # and another one
 def test_a_solve_inside_torch_compile():
     flow = cf.MAF(3, layers=1, hidden=(8,), seed=0)
     y = torch.randn(6, 3)
