@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from counterflow.density.attribution import cell_gains
 from counterflow.density.model import TableDensity
 
 if TYPE_CHECKING:
@@ -15,14 +16,14 @@ Array = np.ndarray[Any, Any]
 BINS = 20
 MAX_CARDS = 60  # columns
 UNUSUAL = 10  # rows, those with the lowest log density
-TAIL = 0.05  # two-sided share of the training rows beyond a cell, below which the cell is unusual by itself
 MAX_CELLS = 4  # of a row that are named
+MIN_GAIN = 3.0  # nats that a usual value in place of a named cell gains at least: a factor of 20 in density
+MAX_SCORED = 50_000  # rows that are scored to find these cells
 LEVELS = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 
 
-def column_cards(density: TableDensity, rows: Rows, seed: int) -> list[dict[str, Any]]:
+def column_cards(density: TableDensity, rows: Rows, samples: Array) -> list[dict[str, Any]]:
     """Describe the columns of held-out rows: kind, quantiles, and histograms beside those of as many draws."""
-    samples = density.sample(len(rows.x), density.encode(rows.context), seed)
     return [
         {"column": column.name, "kind": column.map, **_card(rows.x[:, k], samples[:, k])}
         for k, column in enumerate(density.columns.columns[:MAX_CARDS])
@@ -44,38 +45,41 @@ def _card(data: Array, samples: Array) -> dict[str, Any]:
     }
 
 
-def unusual_rows(scores: Array, test: Rows, numbers: Array, train: Array) -> list[dict[str, Any]]:
+def unusual_rows(
+    density: TableDensity, scores: Array, test: Rows, numbers: Array, train: Array
+) -> list[dict[str, Any]]:
     """Describe the test rows with the lowest log density, the lowest first.
 
     Args:
+        density: the density.
         scores: log densities of the test rows (M,), nats.
         test: the test rows.
         numbers: their numbers in the table (M,), from 0.
-        train: training rows (N, D), to which cells are compared.
+        train: training rows (N, D), whose quantiles are the usual values.
 
     Returns:
-        For each row its number, its log density, its context, and the cells that are unusual by themselves.
+        For each row its number, its log density, its context, and the cells in whose place a usual value gains most.
     """
     lowest = np.argsort(scores, kind="stable")[:UNUSUAL]
-    ordered = np.sort(train, 0)
+    rows = test.take(lowest)
+    levels = max(2, min(20, MAX_SCORED // rows.x.size))
+    usual = np.quantile(train, (np.arange(levels) + 0.5) / levels, axis=0, method="nearest")
+    gains, values = cell_gains(density, rows.x, usual, density.encode(rows.context))
     found = []
-    for k in lowest:
-        row = test.x[k]
-        below = np.array([np.searchsorted(column, cell) for column, cell in zip(ordered.T, row, strict=True)])
-        above = len(train) - np.array(
-            [np.searchsorted(column, cell, "right") for column, cell in zip(ordered.T, row, strict=True)]
-        )
-        outside = 2 * np.minimum(1 - below / len(train), 1 - above / len(train))
+    for k, row in enumerate(rows.x):
+        most = np.argsort(-gains[k], kind="stable")[:MAX_CELLS]
         cells = [
             {
                 "column": test.names[j],
                 "value": float(row[j]),
-                "side": "high" if below[j] > above[j] else "low",
-                "share": float(max(below[j], above[j]) / len(train)),
+                "usual": float(values[k, j]),
+                "gain": float(gains[k, j]) if np.isfinite(gains[k, j]) else None,
             }
-            for j in np.argsort(outside, kind="stable")[:MAX_CELLS]
-            if outside[j] < TAIL
+            for j in most
+            if gains[k, j] > MIN_GAIN
         ]
-        given = {name: str(values[k]) for name, values in (test.context or {}).items()}
-        found.append({"row": int(numbers[k]), "log_density": float(scores[k]), "given": given, "cells": cells})
+        given = {name: str(column[k]) for name, column in (rows.context or {}).items()}
+        found.append(
+            {"row": int(numbers[lowest[k]]), "log_density": float(scores[lowest[k]]), "given": given, "cells": cells}
+        )
     return found

@@ -99,11 +99,14 @@ def run(command: Density) -> int:
         density.save(folder)  # now: an error in the test must not lose the training
         interrupted = trainer.histories[-1].stopped == "interrupted"
         with stop.at_once(handled=interrupted), Tracker("testing", "Gaussian mixtures") as tracker:
-            summary = _summary(options, density, trainer.histories, train, test, tracker)
-            scores = density.score(test.x, density.encode(test.context))
-            summary["column_cards"] = column_cards(density, test, options.seed)
-            summary["unusual_rows"] = unusual_rows(scores, test, test_rows, train.x)
-            density_plots.plot_run(folder / "plots", density, trainer, test, options.seed)
+            context = density.encode(test.context)
+            scores = density.score(test.x, context)
+            draws = len(test.x) if context is not None else max(len(test.x), density_plots.SHOWN)
+            samples = density.sample(draws, context, options.seed)
+            summary = _summary(options, density, trainer.histories, train, test, scores, samples, tracker)
+            summary["column_cards"] = column_cards(density, test, samples[: len(test.x)])
+            summary["unusual_rows"] = unusual_rows(density, scores, test, test_rows, train.x)
+            density_plots.plot_run(folder / "plots", density, trainer, test, scores, samples, options.seed)
         write_json(folder / "summary.json", summary)  # last, as it marks the run as complete
         write_report(folder)
         if not interrupted:
@@ -208,9 +211,10 @@ def _summary(
     histories: Sequence[History],
     train: Rows,
     test: Rows,
+    scores: Array,
+    samples: Array,
     tracker: Tracker,
 ) -> dict[str, Any]:
-    scores = density.score(test.x, density.encode(test.context))
     summary: dict[str, Any] = {
         "data": options.data,
         "columns": {column.name: column.map for column in density.columns.columns},
@@ -231,8 +235,7 @@ def _summary(
         summary["gaussian_mixture"] = {"components": components, **_mean_and_error(others, "test_log_density")}
         summary["difference"] = _mean_and_error(scores - others, "log_density")
     if len(test.x) >= MIN_ROWS:
-        samples = density.sample(len(test.x), density.encode(test.context), options.seed)
-        summary["two_sample_test"] = classifier_test(test.x, samples, options.seed)._asdict()
+        summary["two_sample_test"] = classifier_test(test.x, samples[: len(test.x)], options.seed)._asdict()
     return summary
 
 

@@ -229,8 +229,9 @@ def _density(run: Run) -> Page:
         ),
         Section(
             "Unusual rows",
-            "The held-out rows with the lowest log density, and the cells that are unusual by themselves. Rows count "
-            "from 0 over the rows that were read. counterflow score does the same for every row of a table.",
+            "The held-out rows with the lowest log density, and the cells that make them so: a usual value in the "
+            "place of the cell would raise the log density by as many nats. Rows count from 0 over the rows that were "
+            "read. counterflow score gives the log density of every row of a table.",
             table=_unusual_table(summary.get("unusual_rows", [])),
         ),
         Section(
@@ -276,16 +277,19 @@ def _unusual_table(rows: list[Any]) -> Table:
     lines = []
     for row in rows:
         cells = [
-            f"{cell['column']} = {cell['value']:.6g} ({'higher' if cell['side'] == 'high' else 'lower'} than "
-            f"{100 * cell['share']:.3g} %)"
+            f"{cell['column']} = {cell['value']:.6g} ({_gain(cell['gain'])} at {cell['usual']:.6g})"
             for cell in row["cells"]
         ]
         given = "; ".join(f"{name} = {value}" for name, value in row["given"].items())
-        described = "; ".join(cells) or "each cell is usual, but not all of them together"
+        described = "; ".join(cells) or "no single cell"
         line = [Cell(str(row["row"]), order=row["row"]), number(row["log_density"], ".2f"), Cell(described)]
         lines.append([*line, Cell(given)] if row["given"] else line)
     has_context = any(row["given"] for row in rows)
     return Table(("row", "log density", "unusual cells", *(("given",) if has_context else ())), lines)
+
+
+def _gain(nats: float | None) -> str:
+    return "inside of the support" if nats is None else f"{nats:+.1f} nats"
 
 
 def _vae(run: Run) -> Page:
