@@ -2,7 +2,8 @@
 
     python benchmarks/extras.py
 
-Run it in an environment that has all extras; a package that is absent counts nothing. Writes benchmarks/results/extras.md.
+Run it in an environment that has all extras; a package that is absent counts nothing. Bytecode does not count, since
+not every installer writes it. Writes benchmarks/results/extras.md.
 """
 
 import importlib.metadata as metadata
@@ -42,7 +43,7 @@ def megabytes(packages: set[str]) -> float:
             files = metadata.files(package) or []
         except metadata.PackageNotFoundError:
             continue
-        paths = [Path(str(file.locate())) for file in files if file.suffix != ".pyc"]  # which not every installer writes
+        paths = [Path(str(file.locate())) for file in files if file.suffix != ".pyc"]
         total += sum(path.stat().st_size for path in paths if path.is_file())
     return total / 1e6
 
@@ -63,7 +64,8 @@ def main() -> None:
     versions = f"Python {platform.python_version()}, torch {metadata.version('torch')}, {system}"
     page = Path(__file__).parent / "results" / "extras.md"
     page.write_text(
-        f"# Installed size of the extras\n\nMade by `python benchmarks/extras.py` on {versions}. Files without bytecode.\n\n"
+        f"# Installed size of the extras\n\nMade by `python benchmarks/extras.py` on {versions}.\n"
+        "Files without bytecode.\n\n"
         "| extra | MB | brings, beyond the library |\n|---|---|---|\n" + "\n".join(rows) + "\n",
         encoding="utf-8",
     )
