@@ -43,11 +43,16 @@ EVERY_MESSAGE = "<!-- every message -->"
 WIDTH = 90  # characters of a line of help, which is the width of the page
 MIN_MESSAGE = 30  # characters; shorter ones hold nothing but what varies
 AS_IT_IS = str.maketrans({mark: f"&#{ord(mark)};" for mark in "<*_[`$"})  # marks of Markdown and of formulas
+ONLY_ENGLISH = "*本页目前只有英文版。*{ .only-english data-search-exclude }"
+TITLE = re.compile(r"^# .*$", re.M)
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:|#|/)([^)\s]+)")
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Let links that leave docs/ find the same file inside it, as links in the repository must work too."""
+    """Let links that leave docs/ find the same file inside it, and fill in what is made here.
+
+    Links in the repository must work too. A page without a translation says so.
+    """
     source = (ROOT / "docs" / page.file.src_uri).resolve().relative_to(ROOT).parent.as_posix()
     here = posixpath.dirname(page.file.src_uri)
     page.meta.setdefault("search", SEARCH.get(here.partition("/")[0], {}))
@@ -60,6 +65,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
                 return posixpath.relpath(there + from_root.removeprefix(outside), here or ".") + hash_sign + anchor
         return link[1]
 
+    if page.file.locale_alternate_of != page.file.locale:  # the page of another language stands in
+        markdown = TITLE.sub(lambda title: f"{title[0]}\n\n{ONLY_ENGLISH}\n", markdown, count=1)
     markdown = LINK.sub(inside, markdown).replace(EVERY_MESSAGE, every_message() if EVERY_MESSAGE in markdown else "")
     return HELP.sub(lambda command: f"```text\n$ {command[1]}\n\n{help_of(command[1])}\n```", markdown)
 
@@ -107,9 +114,14 @@ def on_post_page(output: str, **_: Any) -> str:
 
 
 def on_post_build(config: Any, **_: Any) -> None:
-    """Copy MathJax and its fonts from the package that brings them."""
+    """Copy MathJax and its fonts from the package that brings them, and the pages that llms.txt names, as Markdown."""
     mathjax = Path(str(files("mathjax"))) / "static" / "mathjax" / "es5"
     site = Path(config.site_dir) / "assets" / "mathjax"
     fonts = Path("output", "chtml", "fonts", "woff-v2")
     shutil.copytree(mathjax / fonts, site / fonts, dirs_exist_ok=True)
     shutil.copy(mathjax / "tex-chtml.js", site)
+    docs = ROOT / "docs"
+    for name in LINK.findall((docs / "llms.txt").read_text("utf-8")):
+        page = Path(config.site_dir, name)
+        page.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(docs / name, page)

@@ -1,6 +1,7 @@
 """The built site: links and images, and pages in headless Chromium. Needs the extra `docs` and a Chromium."""
 
 import functools
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ from urllib.parse import unquote, urlsplit
 
 import chromium
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 OPENED = (
@@ -18,6 +20,7 @@ OPENED = (
     "learn/substitution/",
     "reference/flows/",
     "tutorials/pymc/",
+    "tutorials/vae/",
     "troubleshooting/",
     "zh/",
     "zh/learn/substitution/",
@@ -51,12 +54,17 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(tmp_path_factory, worker_id):
+    """The built site, one for all workers of the test run."""
     pytest.importorskip("mkdocs", reason="needs pip install 'counterflow[docs]'")
-    folder = tmp_path_factory.mktemp("site")
-    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
-    built = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
-    assert built.returncode == 0, built.stdout + built.stderr
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "site"
+    # --quiet would hide the warnings from --strict
+    words = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            built = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+            assert built.returncode == 0, built.stdout + built.stderr
     return folder
 
 
@@ -100,6 +108,27 @@ def test_links_and_pictures_lead_somewhere(site, pages):
             if not found.is_file() or (anchor and found in pages and anchor not in pages[found].anchors):
                 broken.append(f"{path.relative_to(site)}: {url}")
     assert not broken
+
+
+def test_the_pages_of_llms_txt_are_there_as_markdown(site):
+    named = re.findall(r"\]\(([^)]+)\)", (site / "llms.txt").read_text("utf-8"))
+    assert named
+    for name in named:
+        assert (site / name).read_text("utf-8").startswith("# ")
+
+
+@pytest.mark.parametrize("readme", ["README.md", "README.zh-CN.md"])
+def test_the_links_of_the_readme_lead_to_pages_of_the_site(site, readme):
+    linked = re.findall(r"\]\(docs/([\w/-]+)(\.zh)?\.md\)", (ROOT / readme).read_text("utf-8"))
+    assert len(linked) > 10
+    for path, chinese in linked:
+        page = path.removesuffix("index").rstrip("/")
+        assert (site / ("zh" if chinese else "") / page / "index.html").is_file()
+
+
+def test_a_page_without_a_translation_says_so(site):
+    for path, says in (("zh/reference/flows", True), ("zh/learn/iaf", False), ("reference/flows", False)):
+        assert ("本页目前只有英文版" in (site / path / "index.html").read_text("utf-8")) == says
 
 
 def test_nothing_is_loaded_from_elsewhere(site, pages):
