@@ -134,6 +134,8 @@ def help_text() -> str:
 
 def _run(name: str, arguments: list[str]) -> int:
     verbose = False
+    if os.environ.get("MPLBACKEND", "").startswith("module://"):  # a notebook's, whose package may be missing here
+        del os.environ["MPLBACKEND"]
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: _note(f"counterflow: {message}")
         try:

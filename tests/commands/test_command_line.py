@@ -212,6 +212,12 @@ def test_paths_and_names_are_checked_before_torch_is_imported(line, message, her
     assert everything(tmp_path) == before
 
 
+def test_a_command_in_a_notebook_does_not_need_its_plots(here, monkeypatch):
+    for backend, left in (("module://matplotlib_inline.backend_inline", None), ("Agg", "Agg")):
+        monkeypatch.setenv("MPLBACKEND", backend)
+        assert here("report", "nowhere")[0] == 2 and os.environ.get("MPLBACKEND") == left
+
+
 @pytest.mark.system
 def test_a_mistake_in_a_path_does_not_wait_for_torch(tmp_path):
     code = "import sys; from counterflow.cli import main; main(sys.argv[1:]); print('torch' in sys.modules)"
