@@ -94,3 +94,23 @@ def test_a_first_run_does_not_wait_for_the_compiler(tmp_path, order):
     while len(list(tmp_path.rglob("*.nbc"))) < 8:  # also when the client has left
         assert time.monotonic() < deadline
         time.sleep(0.2)
+
+
+COMPILE = """
+import sys
+from numba.core.event import install_timer
+from counterflow.engine.cpu.background import compile_all
+compilations = []
+with install_timer("numba:compile", compilations.append):
+    compile_all()
+print(len(compilations) > 0)
+"""
+
+
+@pytest.mark.system
+def test_processes_compile_one_after_the_other(tmp_path):
+    """The second finds on disk what the first has compiled."""
+    environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", COMPILE, "float32", "map 0 0", "map 0 1"]
+    running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert sorted(process.communicate(timeout=200)[0].strip() for process in running) == ["False", "False", "True"]

@@ -3,7 +3,8 @@
 Numba takes 10 to 30 s for the kernels of a flow, once on a machine: machine code is kept on disk. So that nobody waits
 for it, `ready` starts a process that compiles what is missing and ends by itself, also when this process ends first.
 It has no pipes and no input, it is polite (niceness 10), and it shares only the cache on disk, whose files Numba
-replaces atomically. When it has ended, this process loads the kernels.
+replaces atomically. One such process compiles at a time, however many commands were started: the next one waits, and
+then finds on disk what it was to compile. When it has ended, this process loads the kernels.
 
 If COUNTERFLOW_COMPILE=foreground is set, the first call compiles and everything waits for it. The results of a seed are
 then the same bits on the first run as on every later one; torch adds in another order than the kernels.
@@ -15,11 +16,14 @@ import logging
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import torch
+from numba.core.caching import FunctionCache
 
 from counterflow.engine.cpu.compilation import address_of, is_on_disk
 from counterflow.engine.cpu.maps import activation_kernels, map_kernels
@@ -131,5 +135,22 @@ def compile_all() -> None:
     if hasattr(os, "nice"):
         os.nice(10)
     dtype = DTYPES[sys.argv[1]]
-    for name in sys.argv[2:]:
-        address_of(_kernel(name), dtype)
+    with _alone():
+        for name in sys.argv[2:]:
+            address_of(_kernel(name), dtype)
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Wait until no other process compiles into this cache; Windows has no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    folder = Path(FunctionCache(chain_forward).cache_path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "compiling.lock").open("w") as file:  # the system releases the lock when the process ends
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
