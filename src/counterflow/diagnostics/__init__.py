@@ -3,6 +3,7 @@
 from counterflow.diagnostics.agreement import Agreement, agreement
 from counterflow.diagnostics.calibration import Calibration, simulation_based_calibration
 from counterflow.diagnostics.chains import Convergence, convergence
+from counterflow.diagnostics.divergence import KLEstimate, kl_divergence
 from counterflow.diagnostics.estimates import Estimates, weighted_estimates
 from counterflow.diagnostics.importance import (
     SmoothedWeights,
@@ -21,6 +22,7 @@ __all__ = [
     "Calibration",
     "Convergence",
     "Estimates",
+    "KLEstimate",
     "SmoothedWeights",
     "TwoSamples",
     "Verdict",
@@ -32,6 +34,7 @@ __all__ = [
     "energy_test",
     "k_hat",
     "k_hat_threshold",
+    "kl_divergence",
     "psis",
     "resample",
     "simulation_based_calibration",

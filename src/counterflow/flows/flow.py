@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
+from torch.distributions.kl import register_kl
 
 from counterflow.flows.bases import Base
 from counterflow.notebook import html_table
@@ -146,6 +147,14 @@ class FlowDistribution(Distribution):
 
     def __repr__(self) -> str:
         return f"FlowDistribution(batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+
+
+@register_kl(FlowDistribution, FlowDistribution)  # type: ignore[untyped-decorator]  # torch has no types for it
+def _without_closed_form(q: FlowDistribution, p: FlowDistribution) -> Tensor:
+    raise NotImplementedError(
+        "expected distributions whose divergence has a closed form, got two flows; "
+        "cf.diagnostics.kl_divergence(q, p) estimates it with its standard error"
+    )
 
 
 def call_first(module: nn.Module, name: str) -> AttributeError:
