@@ -349,7 +349,7 @@ BAD = {
     "hidden": (GAUSSIAN + "--hidden 0", "expected hidden to be a whole number of at least 1, got 0"),
     "iaf hidden": (GAUSSIAN + "--iaf-hidden 0", r"expected hidden\[0\] to be a whole number of at least 1, got 0"),
     "latent": (GAUSSIAN + "--latent 0", "expected latent to be a whole number of at least 1, got 0"),
-    "convolved rows": (GAUSSIAN + "--network conv", "expected network as mlp, or conv for images, got 'conv'"),
+    "convolved rows": (GAUSSIAN + "--network conv", "expected network to be mlp, or conv for images, got 'conv'"),
     "epochs": (GAUSSIAN + "--epochs 0", "expected epochs to be at least 1, got 0"),
     "batch size": (GAUSSIAN + "--batch-size -1", "expected batch_size to be at least 1, got -1"),
     "learning rate": (GAUSSIAN + "--learning-rate nan", "expected learning_rate to be above 0, got nan"),

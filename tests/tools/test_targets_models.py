@@ -779,7 +779,7 @@ def test_stan_programs_and_data_come_from_files(tmp_path):
     np.testing.assert_array_equal(target.observed["y"], [1.5])
     with pytest.raises(FileNotFoundError, match=r"expected a Stan program in .*nowhere\.stan, got no such file"):
         from_stan(tmp_path / "nowhere.stan")
-    with pytest.raises(FileNotFoundError, match=r"expected data as a mapping or a JSON file, got .*nowhere\.json"):
+    with pytest.raises(FileNotFoundError, match=r"expected data to be a mapping or a JSON file, got .*nowhere\.json"):
         from_stan(tmp_path / "model.stan", tmp_path / "nowhere.json")
 
 

@@ -339,12 +339,21 @@ def test_data_of_another_shape_are_refused(name, shape):
 
 
 UNBUILT = {
-    "likelihood": ({"likelihood": "poisson"}, "expected likelihood as one of bernoulli, gaussian, .*, got 'poisson'"),
-    "posterior": ({"posterior": "maf"}, "expected posterior as gaussian, iaf or a Flow, got 'maf'"),
-    "network": ({"network": "resnet"}, "expected network as mlp, or conv for images, got 'resnet'"),
-    "convolved rows": ({"shape": (16,), "network": "conv"}, "expected network as mlp, or conv for images, got 'conv'"),
-    "matrix": ({"shape": (4, 4)}, r"expected data_shape as \(features,\) or \(channels, height, width\), got \(4, 4\)"),
-    "no shape": ({"shape": ()}, r"expected data_shape as .*, got \(\)"),
+    "likelihood": (
+        {"likelihood": "poisson"},
+        "expected likelihood to be one of bernoulli, gaussian, .*, got 'poisson'",
+    ),
+    "posterior": ({"posterior": "maf"}, "expected posterior to be gaussian, iaf or a Flow, got 'maf'"),
+    "network": ({"network": "resnet"}, "expected network to be mlp, or conv for images, got 'resnet'"),
+    "convolved rows": (
+        {"shape": (16,), "network": "conv"},
+        "expected network to be mlp, or conv for images, got 'conv'",
+    ),
+    "matrix": (
+        {"shape": (4, 4)},
+        r"expected data_shape to be \(features,\) or \(channels, height, width\), got \(4, 4\)",
+    ),
+    "no shape": ({"shape": ()}, r"expected data_shape to be .*, got \(\)"),
     "empty image": ({"shape": (1, 0, 4)}, "expected data_shape to be a whole number of at least 1, got 0"),
     "latent": ({"latent": 0}, "expected latent to be a whole number of at least 1, got 0"),
     "hidden": ({"hidden": (8, 0), "network": "mlp"}, "expected hidden to be a whole number of at least 1, got 0"),

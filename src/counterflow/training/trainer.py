@@ -90,7 +90,8 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = {}
         self.seconds_before = 0.0  # of the runs that this one resumes
         self.started = self.saved = time.perf_counter()
-        self.epoch_seconds = 0.0  # of the steps of this epoch
+        self.epoch_seconds = 0.0  # of the steps of this epoch, since the start or the last resumption
+        self.epoch_steps = 0  # taken in that time
 
     @property
     def has_epochs_left(self) -> bool:
@@ -126,6 +127,7 @@ class Trainer:
                 picked = tuple(part[index] for part in tensors_of(data))
                 yield picked if isinstance(data, tuple) else picked[0]
         self.epoch_seconds = time.perf_counter() - begun
+        self.epoch_steps = self.steps_per_epoch - done
 
     def step(self, batch: Batch, annealed: dict[str, float]) -> None:
         """Take one step down the loss. A step whose loss or gradient is not finite is skipped.
@@ -213,7 +215,7 @@ class Trainer:
             best=better,
             learning_rate=self._learning_rate(),
             seconds=self.epoch_seconds,
-            rows_per_second=self.steps_per_epoch * self.config.batch_size / self.epoch_seconds,
+            rows_per_second=self.epoch_steps * self.config.batch_size / self.epoch_seconds,
             skipped=self.skipped,
         )
         self.history.epochs.append(epoch)

@@ -94,14 +94,14 @@ class VAE(nn.Module):
         }
         self.data_shape = tuple(positive(size, "data_shape") for size in data_shape)
         if len(self.data_shape) not in (1, 3):
-            raise ValueError(f"expected data_shape as (features,) or (channels, height, width), got {self.data_shape}")
+            raise ValueError(f"expected data_shape to be (features,) or (channels, height, width), got {self.data_shape}")
         if network == "auto":
             # On the 8x8 digits the MLP is ahead of the convolutions by 0.3 nats and several times as fast.
             network = "conv" if len(self.data_shape) == 3 and min(self.data_shape[1:]) >= 16 else "mlp"
         if network not in ("conv", "mlp") or (network == "conv" and len(self.data_shape) == 1):
-            raise ValueError(f"expected network as mlp, or conv for images, got {network!r}")
+            raise ValueError(f"expected network to be mlp, or conv for images, got {network!r}")
         if likelihood not in LIKELIHOODS:
-            raise ValueError(f"expected likelihood as one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
+            raise ValueError(f"expected likelihood to be one of {', '.join(LIKELIHOODS)}, got {likelihood!r}")
 
         self.latent = positive(latent, "latent")
         positive(context, "context")
@@ -145,7 +145,7 @@ class VAE(nn.Module):
                 )
             self.posterior = Flow(DiagonalNormal(latent, context), transform)
         else:
-            raise ValueError(f"expected posterior as gaussian, iaf or a Flow, got {posterior!r}")
+            raise ValueError(f"expected posterior to be gaussian, iaf or a Flow, got {posterior!r}")
 
     def check(self, x: Tensor) -> None:
         """Raise ValueError unless x (B, *data_shape) has the shape and the values that the model was built for."""

@@ -109,7 +109,7 @@ def _values(data: Mapping[str, Any] | str | Path) -> dict[str, Any]:
         return {name: _to_json(name, value) for name, value in data.items()}
     path = Path(data).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"expected data as a mapping or a JSON file, got {path}, which is no file")
+        raise FileNotFoundError(f"expected data to be a mapping or a JSON file, got {path}, which is no file")
     return read_json(path, "the data of a Stan program")
 
 
