@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from counterflow.targets import Target
 from torch import Tensor
 from torch.distributions import constraints
 
 import counterflow as cf
+from counterflow.posterior.targets.target import Target
 
 RESULT = Path(__file__).parent / "results" / "modes.md"
 ModeOf = Callable[[dict[str, Tensor]], Tensor]  # the number of the mode (S,) of draws by name
