@@ -350,7 +350,7 @@ def test_a_bad_verdict_is_printed_on_stderr_and_the_exit_code_is_0(here, tmp_pat
 
 
 def test_two_modes_are_reported(here, tmp_path):
-    code, out, _ = here("mine.py:modes", *QUICK, "--steps", "60", "--out", "run")
+    code, out, _ = here("mine.py:modes", *QUICK, "--out", "run")
     weights = summary(tmp_path / "run")["mode_weights"]
     assert code == 0 and weights == pytest.approx([0.5, 0.5], abs=0.05) and summary(tmp_path / "run")["trusted"]
     assert "2 modes, each with a flow of its own, of weights 0." in out

@@ -407,7 +407,7 @@ def test_parameters_and_data_are_drawn_from_the_model(name):
         assert set(truth) == set(target.parameters)
         effects = target.constrain(target.unconstrain({k: v[None] for k, v in truth.items()}))["theta"][0].numpy()
         scores += [*(simulated.observed["y"] - effects) / SIGMA, truth["mu"].item() / 5]
-    assert abs(np.mean(scores)) < 4 / len(scores) ** 0.5 and np.std(scores) == pytest.approx(1, abs=0.15)
+    assert abs(np.mean(scores)) < 4 / len(scores) ** 0.5 and np.std(scores) == pytest.approx(1, abs=0.25)
     assert torch.equal(target.simulate(seed)[0]["mu"], truth["mu"])
     expected = Normal(target.constrain(theta)["theta"], torch.tensor(SIGMA))
     y = torch.as_tensor(np.array(simulated.observed["y"])).double()
