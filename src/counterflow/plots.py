@@ -191,7 +191,13 @@ def histograms(path: Path, samples: Mapping[str, Array], label: str, title: str)
 
 
 def uniform_histograms(
-    path: Path, u: Array, names: Sequence[str], title: str, max_panels: int = 20, columns: int = 5
+    path: Path,
+    u: Array,
+    names: Sequence[str],
+    title: str,
+    label: str = "held-out rows",
+    max_panels: int = 20,
+    columns: int = 5,
 ) -> Path:
     """Plot histograms of the columns of u (n, D) in [0, 1], with the band of nine of ten bars of uniform numbers.
 
@@ -205,7 +211,7 @@ def uniform_histograms(
     spread = 1.645 * np.sqrt((bins - 1) / len(u))  # of a bar of mean 1: the binomial's, in the normal approximation
     for axis, i in zip(axes, chosen, strict=True):
         axis.axhspan(max(1 - spread, 0), 1 + spread, color="0.88", label="nine of ten bars of uniform numbers")
-        axis.hist(u[:, i], bins=bins, range=(0, 1), density=True, label="held-out rows", **OUTLINED)
+        axis.hist(u[:, i], bins=bins, range=(0, 1), density=True, label=label, **OUTLINED)
         axis.set(xlim=(0, 1), ylim=(0, None), xticks=[0, 1], yticks=[])
         axis.set_title(names[i] if len(names[i]) <= 22 else names[i][:20] + "..", fontsize=8)
     if len(chosen) < u.shape[1]:

@@ -57,6 +57,17 @@ def modes(theta):
     return torch.logaddexp(-(theta - 8).square().sum(-1) / 2, -(theta + 8).square().sum(-1) / 2)
 modes.dim = 1
 
+def model_of(y, width):
+    def log_density(mu):
+        return -mu.square() / 2 - ((mu[:, None] - y) / width).square().sum(-1) / 2
+    def simulate(seed):
+        generator = torch.Generator().manual_seed(seed)
+        mu = torch.randn((), generator=generator).double()
+        return {"mu": mu}, model_of(mu + torch.randn(3, generator=generator).double(), width)
+    return cf.targets.from_torch(log_density, shapes={"mu": ()}, simulate=simulate)
+simulated = model_of(torch.zeros(3).double(), 1.0)
+too_narrow = model_of(torch.zeros(3).double(), 0.3)
+
 def nowhere(theta):
     return theta.sum(-1) * float("nan")
 nowhere.dim = 2
@@ -332,10 +343,63 @@ def test_the_tool_is_detected_from_what_a_function_calls(package, code, here, tm
 
 
 def test_a_bad_verdict_is_printed_on_stderr_and_the_exit_code_is_0(here, tmp_path):
-    code, out, err = here("mine.py:modes", *QUICK, "--out", "run")
+    code, out, err = here("mine.py:modes", *QUICK, "--modes", "1", "--out", "run")
     verdict = summary(tmp_path / "run")["verdict"]
     assert code == 0 and "cannot be trusted" in verdict and not summary(tmp_path / "run")["trusted"]
     assert verdict in out and f"counterflow: {verdict}" in err and "not corrected" in err
+
+
+def test_two_modes_are_reported(here, tmp_path):
+    code, out, _ = here("mine.py:modes", *QUICK, "--out", "run")
+    weights = summary(tmp_path / "run")["mode_weights"]
+    assert code == 0 and weights == pytest.approx([0.5, 0.5], abs=0.05) and summary(tmp_path / "run")["trusted"]
+    assert "2 modes, each with a flow of its own, of weights 0." in out
+    assert "weights of the modes" in (tmp_path / "run" / "report.html").read_text()
+
+
+CALIBRATED = ("config.json", "metrics.jsonl", "summary.json", "report.html", "ranks.parquet", "plots/ranks.png")
+
+
+def test_calibration_by_simulated_data(here, tmp_path):
+    code, out, err = here("mine.py:simulated", *QUICK, "--calibrate", "12", "--processes", "1", "--out", "run")
+    assert code == 0, err
+    found = summary(tmp_path / "run")
+    assert found["calibrated"] and found["replications"] == 12 and found["calibration"] in out
+    assert [row["variable"] for row in found["table"]] == ["mu"] and files(tmp_path / "run") == set(CALIBRATED)
+    ranks = parquet.read_table(tmp_path / "run" / "ranks.parquet").column("mu").to_numpy()
+    assert len(ranks) == 12 and (ranks > 0).all() and (ranks < 1).all()
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 12
+
+
+def test_calibration_of_a_wrong_model_finds_it(here, tmp_path):
+    code, out, err = here("mine.py:too_narrow", *QUICK, "--calibrate", "40", "--processes", "1", "--out", "run")
+    assert code == 0 and not summary(tmp_path / "run")["calibrated"]
+    assert "The posteriors are not calibrated in 40 simulated data sets" in out and "not calibrated" in err
+
+
+@pytest.mark.slow
+def test_calibration_in_processes_gives_the_same_ranks(here, tmp_path):
+    for processes in (1, 2):
+        run = str(tmp_path / f"run{processes}")
+        code, _, err = here("mine.py:simulated", *QUICK, "--calibrate", 4, "--processes", processes, "--out", run)
+        assert code == 0, err
+    one, two = (parquet.read_table(tmp_path / f"run{n}" / "ranks.parquet").column("mu").to_pylist() for n in (1, 2))
+    assert one == two
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibrate", "1"], "expected --calibrate to be at least 2 data sets, got 1"),
+        (["--processes", "2"], "expected --processes only with --calibrate"),
+        (["--calibrate", "5", "--processes", "0"], "expected --processes to be at least 1, got 0"),
+        (["--calibrate", "5", "--refine", "imh"], "expected --calibrate without --refine and --resume"),
+        (["--calibrate", "5"], "expected a model from which parameters and data can be drawn"),
+    ],
+)
+def test_calibration_that_cannot_be_done(here, options, message):
+    code, _, err = here("mine.py:banana", *options)
+    assert code == 2 and message in err and "Traceback" not in err
 
 
 def test_the_discrepancy_finds_the_pair_that_the_weights_couple():

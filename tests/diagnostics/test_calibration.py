@@ -5,7 +5,7 @@ import torch
 from registry import over
 from scipy import stats
 
-from counterflow.diagnostics.calibration import simulation_based_calibration
+from counterflow.diagnostics.calibration import calibration, randomized_ranks, simulation_based_calibration
 
 NOISE = torch.tensor([0.5, 1.0, 2.0]).double()
 
@@ -72,3 +72,17 @@ def test_truth_and_draws_of_different_size_are_refused():
     message = r"truth \(D,\) from simulate and draws \(L, D\) from fit, got \(3,\) and \(50, 2\)"
     with pytest.raises(ValueError, match=message):
         simulation_based_calibration(simulate, lambda _: torch.randn(50, 2))
+
+
+def test_the_parts_give_the_same_as_the_whole():
+    state = torch.random.get_rng_state()
+    whole = simulation_based_calibration(simulate, fit(0, 1), 30)
+    torch.random.set_rng_state(state)
+    ranks = []
+    for _ in range(30):
+        theta, data = simulate()
+        ranks.append(randomized_ranks(theta, fit(0, 1)(data)))
+    parts = calibration(torch.stack(ranks))
+    assert all(torch.equal(getattr(parts, name), getattr(whole, name)) for name in ("probabilities", "bias", "spread"))
+    with pytest.raises(ValueError, match=r"expected probabilities \(R, D\) of at least 2 replications, got \(1, 3\)"):
+        calibration(torch.rand(1, 3))

@@ -293,3 +293,21 @@ def test_expand_keeps_the_subclass_and_the_validation():
     assert type(named) is Named and named.batch_shape == (2,) and not named._validate_args
     mixture = cf.flows.FlowMixture([FLOWS["MAF"](), FLOWS["NSF"]()])().expand((2,))
     assert mixture.batch_shape == (2,) and mixture.sample((5,)).shape == (5, 2, 3)
+
+
+def test_a_weighted_mixture():
+    left, right = (cf.Flow(cf.bases.StandardNormal(1), at) for at in (shifted(-4.0), shifted(4.0)))
+    mixture = cf.flows.FlowMixture([left, right], [0.25, 0.75])
+    x = again(mixture().sample, 4_000)
+    assert (x < 0).double().mean().item() == pytest.approx(0.25, abs=0.03)
+    expected = 0.25 * left().log_prob(x).exp() + 0.75 * right().log_prob(x).exp()
+    torch.testing.assert_close(mixture().log_prob(x).exp(), expected)
+    assert mixture().sample((0,)).shape == (0, 1) and mixture.config()["weights"] == (0.25, 0.75)
+    assert mixture().expand((2,)).weights == (0.25, 0.75)
+    for weights in ([0.5], [0.5, 0.6], [1.5, -0.5]):
+        with pytest.raises(ValueError, match="expected 2 positive weights that sum to one, got"):
+            cf.flows.FlowMixture([left, right], weights)
+
+
+def shifted(at):
+    return cf.Inverse(cf.Standardize(torch.tensor([at]), torch.ones(1)))

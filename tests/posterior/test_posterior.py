@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from log_densities import QUICK, banana, gaussian, normal, schools
@@ -18,6 +19,11 @@ from counterflow.posterior.targets.function import from_torch
 @pytest.fixture(scope="module")
 def curved():
     return cf.fit_posterior(banana, cf.PosteriorConfig(stages=2), dim=2)
+
+
+@pytest.fixture(scope="module")
+def curved_quickly():
+    return cf.fit_posterior(banana, replace(QUICK, steps=10), dim=2)
 
 
 @pytest.mark.slow
@@ -99,7 +105,13 @@ def named():
         return normal(mu) - tau.square() + normal(effects, mu[:, None], 1.0).sum(-1) + normal(y, effects, 1.0).sum(-1)
 
     shapes = {"mu": (), "tau": (), "effects": (3,)}
-    target = from_torch(model, shapes=shapes, constraints={"tau": constraints.positive}, observed={"y": y.numpy()})
+    target = from_torch(
+        model,
+        shapes=shapes,
+        constraints={"tau": constraints.positive},
+        log_likelihood=lambda mu, tau, effects: {"y": normal(y, effects, 1.0)},
+        observed={"y": y.numpy()},
+    )
     return cf.fit_posterior(target, replace(QUICK, layers=4, steps=150, samples=256))
 
 
@@ -144,10 +156,30 @@ def test_log_prob_is_that_of_the_flow(named):
 def test_arviz(named):
     data = named.to_arviz(samples=200)
     assert data["posterior"]["effects"].shape == (1, 200, 3) and data["posterior"]["tau"].shape == (1, 200)
-    assert data["observed_data"]["y"].shape == (3,)
+    assert data["observed_data"]["y"].shape == (3,) and "log_likelihood" not in data
+    assert data["unconstrained_posterior"]["effects"].shape == (1, 200, 3)
+    assert data["unconstrained_posterior"]["log(tau)"].values == pytest.approx(np.log(data["posterior"]["tau"].values))
+    assert named.to_arviz(50, log_likelihood=True)["log_likelihood"]["y"].shape == (1, 50, 3)
     weight, lp, log_q = (data["sample_stats"][name].values for name in ("log_weight", "lp", "log_q"))
     assert weight == pytest.approx(lp - log_q)
     assert data["posterior"].attrs["trusted"] == 1 and data["posterior"].attrs["verdict"] == named.sentence
+
+
+def test_leave_one_out(named):
+    with pytest.warns(UserWarning, match="k-hat|Pareto"):  # every observation has an effect of its own
+        loo = named.loo(samples=1_000)
+    assert loo["n_samples"] == 1_000 and loo["n_data_points"] == 3
+    for arguments, message in (
+        ({"samples": 20}, "expected samples of at least 25, got 20"),
+        ({"var_name": "x"}, "expected var_name to be one of y, got x"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            named.loo(**arguments)
+
+
+def test_leave_one_out_needs_the_log_likelihood_of_each_observation(curved_quickly):
+    with pytest.raises(ValueError, match=r"gives the log likelihood of each observation, .* or pass log_likelihood="):
+        curved_quickly.loo()
 
 
 def test_refined_by_metropolis(named):

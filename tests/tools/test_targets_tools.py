@@ -45,6 +45,8 @@ model {
 }
 generated quantities {
   vector[J] y_rep = to_vector(normal_rng(theta, sigma));
+  vector[J] log_lik;
+  for (j in 1:J) log_lik[j] = normal_lpdf(y[j] | theta[j], sigma[j]);
 }
 """
 LOGISTIC_STAN = """
@@ -378,6 +380,43 @@ def test_predictive_draws_have_the_shape_and_the_law_of_the_data(name):
         sd = np.sqrt(mean * (1 - mean))
     assert draws.shape == (400, *mean.shape)
     assert (np.abs(draws.mean(0) - mean) / sd * 20).max() < 4.5  # standard errors; 400 = 20^2
+
+
+@pytest.mark.parametrize("name", [param for param in MODELS if "centered" in param.values[0]])
+def test_the_log_likelihood_of_each_observation(name):
+    target, reference = build(name)
+    theta = reference.initial(5, seed=5)
+    ((data, found),) = target.log_likelihood(theta).items()
+    expected = Normal(target.constrain(theta)["theta"], torch.tensor(SIGMA)).log_prob(torch.tensor(Y))
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    assert data == ("log_lik" if "stan" in name else "y")
+
+
+@pytest.mark.parametrize("name", [param for param in MODELS if "centered" in param.values[0]])
+def test_parameters_and_data_are_drawn_from_the_model(name):
+    target, reference = build(name)
+    if "stan" in name:
+        with pytest.raises(TypeError, match="expected a model from which parameters and data can be drawn, got one of"):
+            target.simulate(0)
+        return
+    theta = reference.initial(3, seed=6)
+    before = target.log_likelihood(theta)["y"]
+    scores = []
+    for seed in range(12 if "numpyro" in name else 40):
+        truth, simulated = target.simulate(seed)
+        assert set(truth) == set(target.parameters)
+        effects = target.constrain(target.unconstrain({k: v[None] for k, v in truth.items()}))["theta"][0].numpy()
+        scores += [*(simulated.observed["y"] - effects) / SIGMA, truth["mu"].item() / 5]
+    assert abs(np.mean(scores)) < 4 / len(scores) ** 0.5 and np.std(scores) == pytest.approx(1, abs=0.25)
+    assert torch.equal(target.simulate(seed)[0]["mu"], truth["mu"])
+    expected = Normal(target.constrain(theta)["theta"], torch.tensor(SIGMA))
+    y = torch.as_tensor(np.array(simulated.observed["y"])).double()
+    torch.testing.assert_close(
+        simulated.log_likelihood(theta)["y"].double(), expected.log_prob(y), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(target.log_likelihood(theta)["y"], before)
+    difference = expected.log_prob(y).sum(-1) - before.sum(-1)
+    torch.testing.assert_close(simulated(theta) - target(theta), difference, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("tool", TOOLS)

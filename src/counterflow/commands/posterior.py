@@ -28,6 +28,10 @@ class Posterior:
     With --refine, refined.nc holds 4 chains of n / 4 draws, and summary.json their R-hat, effective sample sizes and
     divergences.
 
+    With --calibrate R, R data sets are simulated from the model in place of a fit, and each is fitted, in --processes
+    processes: the run folder then holds the ranks of the true parameters in their posteriors (plots/ranks.png,
+    ranks.parquet) and, in summary.json, tests of their uniformity. --stages 2 and the like make each fit short.
+
     The run folder holds posterior.nc (for ArviZ), draws.parquet, summary.json, metrics.jsonl, plots/, report.html and
     the files of counterflow.Posterior.load. A bad verdict is also printed to stderr; the exit code is 0 all the same.
     """
@@ -46,8 +50,22 @@ class Posterior:
     """number of draws in posterior.nc and draws.parquet"""
     refine: Annotated[Refiner | None, optional("{nuts,neutra,imh}")] = None
     """Markov chains through the flow after the fit: NUTS by nutpie or by NumPyro, or independence Metropolis"""
+    calibrate: Annotated[int | None, optional("INT")] = None
+    """number of data sets to simulate and fit, for simulation-based calibration of the whole procedure; 100 is usual"""
+    processes: Annotated[int | None, optional("INT")] = None
+    """processes of --calibrate; by default one for each core"""
     folder: Annotated[RunFolder, FLAT] = RunFolder()
     fit: Annotated[PosteriorConfig, FLAT] = PosteriorConfig()  # frozen
+
+    def __post_init__(self) -> None:
+        if self.calibrate is not None and self.calibrate < 2:
+            raise ValueError(f"expected --calibrate to be at least 2 data sets, got {self.calibrate}; 100 is usual")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"expected --processes to be at least 1, got {self.processes}")
+        if self.calibrate is None and self.processes is not None:
+            raise ValueError("expected --processes only with --calibrate, got it without")
+        if self.calibrate is not None and (self.refine is not None or self.folder.resume is not None):
+            raise ValueError("expected --calibrate without --refine and --resume, got one of them")
 
     def run(self) -> int:
         """Fit, write and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
@@ -64,6 +82,10 @@ class Posterior:
         sampler = {"nuts": ("nutpie",), "neutra": ("numpyro",)}.get(self.refine or "", ())
         chains = chains_modules() if self.refine else ()
         require_packages(*NETCDF_MODULES, "pyarrow", "matplotlib", *chains, *sampler)
+        if self.calibrate is not None:
+            from counterflow.commands.posterior_calibration import calibrate
+
+            return calibrate(self, self.calibrate)
         from counterflow.commands.posterior_run import run
 
         return run(self)

@@ -94,7 +94,8 @@ def _fit(
         def on_stage(stage: posterior.Stage) -> None:
             stages.append(stage)
             write(_finite({"stage": len(stages), **dataclasses.asdict(stage)}))
-            console.note(f"stage {len(stages)}: {_stage_line(stage)}")
+            flow = f"flow {stage.mode}, " if stage.mode > 1 else ""
+            console.note(f"{flow}stage {len(stages)}: {_stage_line(stage)}")
 
         return posterior.fit_posterior(
             target,
@@ -174,6 +175,7 @@ def _summary(fitted: posterior.Posterior, refined: posterior.Refined | None, mod
         "elbo_error": fitted.verdict.elbo_error,
         "iw_elbo": fitted.verdict.iw_elbo,
         "missed": fitted.missed,
+        "mode_weights": fitted.mode_weights,
         "unreliable": fitted.verdict.unreliable,
         "seconds": round(fitted.seconds, 2),
         "refined": None if refined is None else _chains_summary(refined.chains),
@@ -202,6 +204,9 @@ def _chains_summary(chains: posterior.Chains) -> dict[str, Any]:
 def _print(fitted: posterior.Posterior, refined: posterior.Refined | None, folder: Path, interrupted: bool) -> None:
     """Print the table and the verdict; a bad verdict goes to stderr too, unless both are the same terminal."""
     console.show(_table(fitted.summary()))
+    if len(fitted.mode_weights) > 1:
+        weights = ", ".join(f"{weight:.2f}" for weight in fitted.mode_weights)
+        console.say(f"{len(fitted.mode_weights)} modes, each with a flow of its own, of weights {weights}.")
     if fitted.trusted or not (console.out.is_terminal and console.err.is_terminal):
         console.say(fitted.sentence)
     if not fitted.trusted:

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from counterflow.checks import require
+from counterflow.diagnostics.importance import k_hat_threshold
 
 Array = npt.NDArray[Any]
 EXTRA = "posterior"
@@ -56,7 +57,7 @@ def draws_tree(
     Args:
         groups: group -> variable -> array; draws are (chains, draws, *shape), data (*shape).
         attributes: attributes of the group "posterior".
-        dims: names of each variable's dimensions; `x_dim_0`, ... where a variable x has none.
+        dims: names of each variable's dimensions; `x_dim_0`, ... where a variable x has none, or others in number.
         coords: labels of the coordinates along each dimension; 0, 1, ... where a dimension has none.
 
     Raises:
@@ -69,7 +70,10 @@ def draws_tree(
         arrays, labels = {}, {}
         for name, given in variables.items():
             array = np.asarray(given)
-            own = dims.get(name) or [f"{name}_dim_{k}" for k in range(array.ndim - len(leading))]
+            axes = array.ndim - len(leading)
+            own = dims.get(name, ())
+            if len(own) != axes:  # such as the log likelihood of rows of a multivariate variable
+                own = [f"{name}_dim_{k}" for k in range(axes)]
             arrays[name] = ((*leading, *own), array)
             for dim, size in zip((*leading, *own), array.shape, strict=True):
                 labels[dim] = list(coords[dim]) if dim in coords else np.arange(size)
@@ -90,6 +94,67 @@ def arviz_data(tree: Any) -> Any:
         warnings.simplefilter("ignore")  # on import, ArviZ 0.23 announces version 1
         arviz = require("arviz", EXTRA, "to_arviz")
     return arviz.InferenceData(**{name: group.to_dataset() for name, group in tree.children.items()})
+
+
+def approximate_loo(tree: Any, var_name: str) -> Any:
+    """Estimate leave-one-out predictive densities from draws of an approximation, by the installed ArviZ.
+
+        elpd_i = log sum_s w_is p(y_i | x_s) / sum_s w_is,    w_is = psis(p(x_s) / q(x_s) / p(y_i | x_s))
+
+    Args:
+        tree: draws of q in the groups posterior and log_likelihood; sample_stats has their lp and log_q.
+        var_name: the observed variable.
+
+    Returns:
+        arviz-stats' ELPDData of `loo_approximate_posterior`; the ELPDData of `az.loo` for ArviZ 0.
+
+    Raises:
+        ImportError: neither arviz-stats nor ArviZ 0 is installed.
+
+    Source: Magnusson et al. 2019, "Bayesian leave-one-out cross-validation for large data", section 2.2.
+    """
+    stats = tree["sample_stats"]
+    if _uses_version_1():
+        loo = require("arviz_stats", EXTRA, "leave-one-out cross-validation").loo_approximate_posterior
+        return loo(tree, stats["lp"], stats["log_q"], pointwise=True, var_name=var_name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on import, ArviZ 0.23 announces version 1
+        arviz = require("arviz", EXTRA, "leave-one-out cross-validation")
+    log_ratio = stats["lp"] - stats["log_q"]
+    log_likelihood = tree["log_likelihood"][var_name]
+    sample = {"__sample__": ("chain", "draw")}
+    log_w, pareto_k = arviz.psislw((log_ratio - log_likelihood).stack(sample))
+    terms = log_likelihood.stack(sample)
+    elpd = _log_sum(log_w + terms).rename("loo_i")
+    in_sample = _log_sum(terms + log_ratio.stack(sample)) - _log_sum(log_ratio.stack(sample))
+    S, N = terms.sizes["__sample__"], elpd.size
+    good_k = k_hat_threshold(S)
+    is_bad = bool((pareto_k > good_k).any())
+    facts = {
+        "elpd_loo": elpd.values.sum(),
+        "se": (N * elpd.values.var()) ** 0.5,
+        "p_loo": (in_sample - elpd).values.sum(),
+        "n_samples": S,
+        "n_data_points": N,
+        "warning": is_bad,
+        "loo_i": elpd,
+        "pareto_k": pareto_k,
+        "scale": "log",
+        "good_k": good_k,
+    }
+    if is_bad:
+        warnings.warn(
+            f"k-hat is above {good_k:.2f} for {int((pareto_k > good_k).sum())} of {N} observations: their terms are "
+            "unreliable; use k-fold cross-validation, or a model with heavier tails",
+            stacklevel=3,
+        )
+    return arviz.stats.ELPDData(data=list(facts.values()), index=list(facts))
+
+
+def _log_sum(terms: Any) -> Any:
+    """Return log sum exp over the samples."""
+    largest = terms.max("__sample__")
+    return np.log(np.exp(terms - largest).sum("__sample__")) + largest
 
 
 def chains_modules() -> tuple[str, ...]:

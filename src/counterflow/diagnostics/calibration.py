@@ -56,8 +56,18 @@ def simulation_based_calibration(
     """
     if replications < 2:
         raise ValueError(f"expected replications of at least 2, got {replications}")
-    p = torch.stack([_randomised_rank(*_replicate(simulate, fit)) for _ in range(replications)])
-    return Calibration(p, _symmetry(p), _scatter(p))
+    return calibration(torch.stack([randomized_ranks(*_replicate(simulate, fit)) for _ in range(replications)]))
+
+
+def calibration(probabilities: Tensor) -> Calibration:
+    """Test the posterior probabilities (R, D) below the truth in R replications: see `simulation_based_calibration`.
+
+    Raises:
+        ValueError: not (R, D) with R of at least 2.
+    """
+    if probabilities.dim() != 2 or len(probabilities) < 2:
+        raise ValueError(f"expected probabilities (R, D) of at least 2 replications, got {tuple(probabilities.shape)}")
+    return Calibration(probabilities, _symmetry(probabilities), _scatter(probabilities))
 
 
 def _replicate(simulate: Callable[[], tuple[Tensor, Any]], fit: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
@@ -71,8 +81,13 @@ def _replicate(simulate: Callable[[], tuple[Tensor, Any]], fit: Callable[[Any], 
     return truth, draws
 
 
-def _randomised_rank(truth: Tensor, draws: Tensor) -> Tensor:
-    """Randomised ranks (D,), exactly uniform for any number of draws if truth and draws have the same distribution."""
+def randomized_ranks(truth: Tensor, draws: Tensor) -> Tensor:
+    """Ranks (D,) of the truth (D,) among draws (L, D), in (0, 1), with ties broken by torch's global generator.
+
+        p_i = (#{draws of theta_i below the truth} + u) / (L + 1),    u ~ U(0, 1)
+
+    They are exactly uniform for any number of draws if truth and draws have the same distribution.
+    """
     return ((draws < truth).sum(0).cpu() + torch.rand(len(truth), dtype=torch.float64)) / (len(draws) + 1)
 
 

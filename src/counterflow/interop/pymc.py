@@ -22,6 +22,7 @@ def fit(
     samples: int = 4000,
     starts: Mapping[str, Any] | None = None,
     log_likelihood: bool = True,
+    posterior_predictive: bool = False,
 ) -> Any:
     """Fit the posterior of a PyMC model and return draws as ArviZ's data, where `pm.sample` would be called.
 
@@ -30,15 +31,16 @@ def fit(
         az.summary(data), az.loo(data), pm.sample_posterior_predictive(data, model)
 
     The groups are those of `Posterior.to_arviz`: posterior with the model's dims and coords and its deterministic
-    variables, sample_stats with the log weights, posterior_predictive, observed_data; and log_likelihood. The
-    attributes of posterior hold the verdict; a bad one is also a warning.
+    variables, unconstrained_posterior, sample_stats with the log weights, log_likelihood, observed_data and
+    constant_data. The attributes of posterior hold the verdict; a bad one is also a warning.
 
     Args:
         model: the model; None takes that of the `with` block.
         config: configuration of the fit.
         samples: number of draws, as one chain.
         starts: values of variables at which to start as well: see `counterflow.fit_posterior`.
-        log_likelihood: compute the log likelihood of each observation, which `az.loo` needs.
+        log_likelihood: compute the log likelihood of each observation, which `az.loo` and `az.compare` need.
+        posterior_predictive: draw new data as well, as `pm.sample_posterior_predictive` does later from the result.
 
     Raises:
         ImportError: PyMC or ArviZ is not installed.
@@ -52,7 +54,4 @@ def fit(
     posterior = fit_posterior(from_pymc(model), config, starts=starts)
     if not posterior.trusted:
         warnings.warn(posterior.sentence, RuntimeWarning, stacklevel=2)
-    data = posterior.to_arviz(samples)
-    if log_likelihood and model.observed_RVs:
-        pymc.compute_log_likelihood(data, model=model, progressbar=False)
-    return data
+    return posterior.to_arviz(samples, predictive=posterior_predictive, log_likelihood=log_likelihood)

@@ -20,6 +20,7 @@ class PosteriorConfig:
     activation: str = "elu"  # smooth, since the path gradient differentiates the flow's density
     df: float = 25.0  # maximum degrees of freedom of the Student t base, whose heavy tails bound the importance weights
     starts: int = 8  # starting points; as many again, far around the best one, search for other modes
+    modes: int = 8  # maximum number of flows; one is fitted to each mode that is found
     estimator: Estimator = "path"  # gradient estimator; the path derivative has no variance if the flow is exact
     samples: int = 256  # S, draws of the flow in each step
     steps: int = 250  # steps of the first stage; later stages take more
@@ -30,7 +31,7 @@ class PosteriorConfig:
     seed: int = 0  # seed of starting points, initial weights and all noise
 
     def __post_init__(self) -> None:
-        for name in ("layers", "starts", "samples", "steps", "stages"):
+        for name in ("layers", "starts", "modes", "samples", "steps", "stages"):
             if getattr(self, name) < 1:
                 raise ValueError(f"expected {name} of at least 1, got {getattr(self, name)}")
         for name in ("df", "learning_rate", "seconds"):

@@ -15,7 +15,7 @@ import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,8 +25,12 @@ from counterflow.checks import require
 from counterflow.diagnostics.chains import Convergence, convergence
 from counterflow.diagnostics.importance import check_log_weights
 from counterflow.flows.flow import Flow
+from counterflow.flows.mixture import FlowMixture
 from counterflow.posterior.evaluation import MAX_POINTS, LogDensity, log_density, log_density_and_score
+from counterflow.posterior.stages import sample_and_log_prob
 from counterflow.random import seeded
+
+AnyFlow = TypeVar("AnyFlow", bound=Flow | FlowMixture)
 
 MAX_R_HAT = 1.01  # above it, the chains still depend on their starts (Vehtari et al. 2021)
 
@@ -55,7 +59,13 @@ class Chains:
 
 
 def independence_metropolis(
-    flow: Flow, target: LogDensity, *, chains: int = 16, samples: int = 1000, warm_up: int = 100, seed: int = 0
+    flow: Flow | FlowMixture,
+    target: LogDensity,
+    *,
+    chains: int = 16,
+    samples: int = 1000,
+    warm_up: int = 100,
+    seed: int = 0,
 ) -> Chains:
     """Run Metropolis-Hastings with independent draws of the flow as proposals.
 
@@ -66,7 +76,7 @@ def independence_metropolis(
     beforehand.
 
     Args:
-        flow: q, without a context; it is not changed.
+        flow: q, a flow or a mixture of flows, without a context; it is not changed.
         target: log p up to a constant, theta (B, D) -> (B,) in float64; NaN counts as -inf.
         chains: number of chains.
         samples: draws of each chain after the warm-up.
@@ -90,7 +100,7 @@ def independence_metropolis(
     flow = frozen_copy(flow, chains, samples, warm_up)
     steps = warm_up + samples
     with torch.no_grad(), seeded(seed, cuda=True):
-        parts = [flow().rsample_and_log_prob((n,)) for n in _chunk_sizes(steps * chains)]
+        parts = [sample_and_log_prob(flow, n) for n in _chunk_sizes(steps * chains)]
         log_u = torch.rand(steps, chains, dtype=torch.float64).log()
     z, log_q = (torch.cat(part) for part in zip(*parts, strict=True))
     log_w = (log_density(target, z) - log_q).reshape(steps, chains).cpu()
@@ -166,7 +176,7 @@ def neutra(
     return Chains(z, acceptance, divergences, convergence(z), energy.evaluations)
 
 
-def frozen_copy(flow: Flow, chains: int, samples: int, warm_up: int) -> Flow:
+def frozen_copy(flow: AnyFlow, chains: int, samples: int, warm_up: int) -> AnyFlow:
     """Check the arguments and return a float64 copy of the flow whose weights require no gradient."""
     if flow.context:
         raise ValueError(f"expected a flow without a context, got context={flow.context}")
@@ -175,7 +185,9 @@ def frozen_copy(flow: Flow, chains: int, samples: int, warm_up: int) -> Flow:
             f"expected chains of at least 1, samples of at least 4 and warm_up of at least 0, got {chains}, {samples} "
             f"and {warm_up}"
         )
-    return copy.deepcopy(flow).double().eval().requires_grad_(False)
+    frozen = copy.deepcopy(flow)
+    frozen.double().eval().requires_grad_(False)
+    return frozen
 
 
 def _chunk_sizes(n: int) -> list[int]:

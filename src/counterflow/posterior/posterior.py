@@ -2,36 +2,40 @@
 
 from __future__ import annotations
 
+import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from counterflow.checks import one_of
-from counterflow.diagnostics.arviz import arviz_data, draws_tree
+from counterflow.diagnostics.arviz import approximate_loo, arviz_data, draws_tree
 from counterflow.diagnostics.estimates import unreliable_features
-from counterflow.diagnostics.importance import psis, resample
+from counterflow.diagnostics.importance import MIN_SAMPLES, psis, resample
 from counterflow.diagnostics.verdict import Verdict
 from counterflow.flows.flow import Flow
+from counterflow.flows.mixture import FlowMixture
 from counterflow.io.atomic import write_bytes
 from counterflow.io.json import MAX_QUOTED, from_json, read_json, write_json
 from counterflow.io.serialization import load, save
 from counterflow.io.tensors import contiguous_copies, read_tensors
 from counterflow.posterior.config import PosteriorConfig, Refiner
 from counterflow.posterior.mcmc import Chains, independence_metropolis, neutra
-from counterflow.posterior.modes import missed_mass
+from counterflow.posterior.mixtures import fit_modes
 from counterflow.posterior.nuts import nuts
 from counterflow.posterior.propriety import check_proper
-from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws, draw_with_densities, fit_flow
+from counterflow.posterior.stages import FlowFit, Stage, WeightedDraws, draw_with_densities
 from counterflow.posterior.starts import initial_gaussians, starting_points
 from counterflow.posterior.summary import Summary, summary_rows
 from counterflow.posterior.targets.function import as_target
-from counterflow.posterior.targets.layout import element_names
+from counterflow.posterior.targets.layout import element_names, variables_of
 from counterflow.posterior.targets.target import Target
 from counterflow.random import seeded
 from counterflow.training.checkpoints import Checkpoints
@@ -67,8 +71,10 @@ def fit_posterior(
     L is a location and a triangular scale, which come from Newton paths from several points and from matching the
     scores there. Each stage ends with draws whose importance weights give a verdict (Pareto k-hat). If it is not good,
     the next stage trains longer, then deeper, then by the forward KL, within `config.stages` and `config.seconds`.
-    Other modes are searched from all starting points, far around, and where p / q is large. If the flow leaves one of
-    them out, the posterior is not trusted, however good k-hat is.
+    Other modes are searched from all starting points, far around, and where p / q is large. Each that the flow leaves
+    out gets a flow of its own, up to `config.modes`; the flows are weighted by the evidence of their modes, and the
+    verdict is that of the mixture. If a mode is left out nevertheless, the posterior is not trusted, however good k-hat
+    is.
 
     With a process group of torch.distributed, all its processes call this function with the same arguments; each makes
     its share of the draws, with its own noise.
@@ -113,11 +119,11 @@ def fit_posterior(
     check_proper(target, points, target.coordinates, config.seed)
     gaussians = initial_gaussians(target, points, generator)
     with seeded(group.rank_seed(config.seed)):
-        fitted = fit_flow(target, gaussians, config, begun + config.seconds, on_stage, on_epoch, on_step, checkpoints)
-        missed = group.broadcast_value(missed_mass(target, fitted.flow, gaussians, config.starts, generator))
+        deadline = begun + config.seconds
+        fitted = fit_modes(target, gaussians, config, deadline, generator, on_stage, on_epoch, on_step, checkpoints)
     values = target.constrain(fitted.draws.theta)
     unreliable = _unreliable_parameters(target, values, fitted.draws.log_weights)
-    fitted = fitted._replace(verdict=replace(fitted.verdict, missed=missed, unreliable=unreliable))
+    fitted = fitted._replace(verdict=replace(fitted.verdict, unreliable=unreliable))
     return Posterior(target, config, fitted, values, time.perf_counter() - begun)
 
 
@@ -155,7 +161,7 @@ class Posterior:
     """Fitted posterior: draws of the model's variables, and a verdict on them.
 
     Attributes:
-        flow: the approximation q over unconstrained theta (D,).
+        flow: the approximation q over unconstrained theta (D,): a `Flow`, or a `FlowMixture` of one flow per mode.
         draws: the S draws of q that were judged, with log p, log q and their Pareto-smoothed importance weights.
         values: the draws as the model's variables, name -> (S, *shape), constrained.
         verdict: quality of q: see `counterflow.diagnostics.Verdict`.
@@ -201,6 +207,11 @@ class Posterior:
     def elbo(self) -> float:
         """Evidence lower bound, nats."""
         return self.verdict.elbo
+
+    @property
+    def mode_weights(self) -> tuple[float, ...]:
+        """Weights of the modes, one for each flow of q: their shares of the evidence."""
+        return self.flow.weights or (1.0,) if isinstance(self.flow, FlowMixture) else (1.0,)
 
     @property
     def missed(self) -> float:
@@ -261,50 +272,120 @@ class Posterior:
         log_weights = self.log_weights if self.verdict.usable_weights else torch.zeros_like(self.log_weights)
         return Summary(summary_rows(self.values, log_weights), self.sentence)
 
-    def to_arviz(self, samples: int = 4000) -> Any:
+    def to_arviz(self, samples: int = 4000, *, predictive: bool = True, log_likelihood: bool = False) -> Any:
         """Convert draws to ArviZ's data structure: InferenceData in version 0, an xarray DataTree from version 1 on.
 
         The groups are those of `to_xarray`.
 
         Args:
             samples: number of draws, chosen as in `sample`.
+            predictive: draw new data, for the group posterior_predictive.
+            log_likelihood: compute the log likelihood of each observation, for the group of this name.
 
         Raises:
             ImportError: ArviZ is not installed.
         """
-        return arviz_data(self.to_xarray(samples))
+        return arviz_data(self.to_xarray(samples, predictive=predictive, log_likelihood=log_likelihood))
 
-    def to_xarray(self, samples: int = 4000) -> Any:
+    def to_xarray(self, samples: int = 4000, *, predictive: bool = True, log_likelihood: bool = False) -> Any:
         """Put draws into an xarray DataTree with the groups of ArviZ's schema.
 
-        Groups: posterior (one chain), sample_stats (log_weight, lp, log_q), and if the target has them
-        posterior_predictive and observed_data. The attributes of posterior contain the verdict. ArviZ is not needed,
-        and reads the file that `tree.to_netcdf(path, engine="h5netcdf")` writes.
+        Groups: posterior (one chain), sample_stats (log_weight, lp, log_q), and with the target unconstrained_posterior
+        and, if the target has them, posterior_predictive, log_likelihood, observed_data and constant_data. The
+        attributes of posterior contain the verdict. ArviZ is not needed, and reads the file that
+        `tree.to_netcdf(path, engine="h5netcdf")` writes.
 
         Args:
             samples: number of draws, chosen as in `sample`.
+            predictive: draw new data, for the group posterior_predictive.
+            log_likelihood: compute the log likelihood of each observation, for the group of this name: an array of
+                samples x observations.
 
         Raises:
             ImportError: xarray is not installed.
         """
-        index = self._pick(self.log_weights, samples)
-        log_p, log_q = self.draws.log_p, self.draws.log_q
-        stats = {"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q}
-        groups: dict[str, dict[str, Any]] = {
-            "posterior": {name: value[index][None].numpy() for name, value in self.values.items()},
-            "sample_stats": {name: value[index][None].numpy() for name, value in stats.items()},
+        return self._tree(self._pick(self.log_weights, samples), predictive, log_likelihood)
+
+    def _tree(self, index: Tensor, predictive: bool, log_likelihood: bool) -> Any:
+        """Put the draws with these indices into the groups of `to_xarray`."""
+        log_p, log_q, target = self.draws.log_p, self.draws.log_q, self.target
+        theta = self.draws.theta[index]
+        groups: dict[str, Mapping[str, Any]] = {
+            "posterior": {name: value[index] for name, value in self.values.items()},
+            "sample_stats": {
+                name: value[index] for name, value in {"lp": log_p, "log_q": log_q, "log_weight": log_p - log_q}.items()
+            },
         }
-        target = self.target
         if target is not None:
-            predictive = target.predictive(self.draws.theta[index], self.config.seed)
-            groups["posterior_predictive"] = {name: value[None] for name, value in predictive.items()}
-            groups["observed_data"] = dict(target.observed)
+            groups["unconstrained_posterior"] = variables_of(theta, target.coordinates)
+            groups["posterior_predictive"] = target.predictive(theta, self.config.seed) if predictive else {}
+            groups["log_likelihood"] = target.log_likelihood(theta) if log_likelihood else {}
+        chains = {
+            group: {name: np.asarray(value)[None] for name, value in variables.items()}
+            for group, variables in groups.items()
+        }
+        data = {} if target is None else {"observed_data": target.observed, "constant_data": target.constants}
         return draws_tree(
-            {name: group for name, group in groups.items() if group},
+            {name: group for name, group in {**chains, **data}.items() if group},
             {"verdict": self.sentence, "k_hat": self.k_hat, "trusted": int(self.trusted)},
             {} if target is None else target.dims,
             {} if target is None else target.coords,
         )
+
+    def loo(self, var_name: str | None = None, *, samples: int = 4000) -> Any:
+        """Estimate by leave-one-out cross-validation how well the model predicts each observation.
+
+        The draws are those of q, and log p - log q corrects for the difference to the posterior, together with the
+        weights that leave an observation out: see `counterflow.diagnostics.arviz.approximate_loo`. It needs memory for
+        an array of samples x observations.
+
+        Args:
+            var_name: the observed variable; needed if there are several.
+            samples: number of draws of q, at most that of the verdict's draws.
+
+        Returns:
+            ArviZ's `ELPDData`, pointwise, which `az.compare` takes. k-hat of each observation is in `pareto_k`.
+
+        Raises:
+            ValueError: a target that does not give the log likelihood of each observation, several observed variables
+                without var_name, samples below 25, or a posterior that was loaded without its target.
+            ImportError: ArviZ is not installed.
+
+        Warns:
+            RuntimeWarning: the approximation cannot be trusted.
+            UserWarning: k-hat is too large at some observations.
+
+        Source: Magnusson et al. 2019, "Bayesian leave-one-out cross-validation for large data".
+
+        Example:
+            >>> import torch, counterflow as cf
+            >>> y = torch.tensor([0.2, 1.1, -0.4], dtype=torch.float64)
+            >>> def log_likelihood(mu):
+            ...     return {"y": torch.distributions.Normal(mu[:, None], 1.0).log_prob(y)}
+            >>> def model(mu):
+            ...     return -mu.square() / 2 + log_likelihood(mu)["y"].sum(-1)
+            >>> target = cf.targets.from_torch(model, shapes={"mu": ()}, log_likelihood=log_likelihood)
+            >>> loo = cf.fit_posterior(target, cf.PosteriorConfig(layers=1, steps=20)).loo()
+            >>> round(loo.elpd_loo, 1)
+            -4.0
+        """
+        self._require_target()
+        if samples < MIN_SAMPLES:
+            raise ValueError(f"expected samples of at least {MIN_SAMPLES}, got {samples}; k-hat needs a tail")
+        possible = (self.draws.log_p > -math.inf).nonzero()[:, 0]  # the other draws have a weight of zero
+        tree = self._tree(possible[:samples], predictive=False, log_likelihood=True)
+        names = list(tree["log_likelihood"].data_vars) if "log_likelihood" in tree else []
+        if not names:
+            raise ValueError(
+                "expected a target that gives the log likelihood of each observation, got one that does not; write it "
+                "as a generated quantity log_lik in Stan, or pass log_likelihood= to from_torch; with discrete "
+                "variables that are summed out there is none"
+            )
+        if var_name not in names and (var_name is not None or len(names) > 1):
+            raise ValueError(f"expected var_name to be one of {', '.join(names)}, got {var_name}")
+        if not self.verdict.usable_weights:
+            warnings.warn(self.sentence, RuntimeWarning, stacklevel=2)
+        return approximate_loo(tree, var_name or names[0])
 
     def refine(
         self,
@@ -316,7 +397,8 @@ class Posterior:
     ) -> Refined:
         """Draw from the posterior by Markov chains that use the flow: see `counterflow.posterior.mcmc`.
 
-        The draws are exact in the limit of long chains, but no chain finds a mode that q leaves out.
+        The draws are exact in the limit of long chains, but no chain finds a mode that q leaves out. With flows for
+        several modes, only "imh" moves between the modes.
 
         Args:
             method: "nuts", nutpie's NUTS in the flow's latent space, in coordinates that each chain scales;
@@ -326,11 +408,17 @@ class Posterior:
             seed: seed of the chains.
 
         Raises:
-            ValueError: an unknown method, or a posterior that was loaded without its target.
+            ValueError: an unknown method, one other than "imh" for several modes, or a posterior that was loaded
+                without its target.
             ImportError: nutpie for "nuts", NumPyro for "neutra", or ArviZ, which computes R-hat, is not installed.
         """
         one_of(method, "method", REFINERS)
         target = self._require_target()
+        if isinstance(self.flow, FlowMixture) and method != "imh":
+            raise ValueError(
+                f"expected method imh for a posterior with flows for {len(self.flow.flows)} modes, got {method}, whose "
+                "chains do not move between modes"
+            )
         found = REFINERS[method](self.flow, target, chains=chains, samples=samples, seed=seed)
         values = target.constrain(found.draws.flatten(0, 1))
         return Refined({name: value.unflatten(0, (chains, samples)) for name, value in values.items()}, found)
@@ -372,7 +460,7 @@ class Posterior:
             raise FileNotFoundError(f"expected a folder written by Posterior.save, got {folder} without {missing[0]}")
         facts = read_json(folder / FACTS_FILE, "the facts that Posterior.save writes")
         tensors, _ = read_tensors(folder / DRAWS_FILE)
-        flow: Flow = load(folder / FLOW_FILE)
+        flow: Flow | FlowMixture = load(folder / FLOW_FILE)
         try:
             config, verdict, stages, variables, seconds = (
                 from_json(facts[name], hint, name) for name, hint in FACTS.items()
@@ -398,8 +486,11 @@ class Posterior:
         usable = self.verdict.usable_weights
         how = "resampled by importance weights" if usable else "of the approximation itself, NOT corrected"
         stages = f"{len(self.stages)} stage{'s' if len(self.stages) > 1 else ''}"
+        weights = ", ".join(f"{weight:.2f}" for weight in self.mode_weights)
+        modes = f"  {len(self.mode_weights)} modes of weights {weights}\n" if len(self.mode_weights) > 1 else ""
         return (
             f"Posterior({self.flow.features} dimensions: {', '.join(self.values)}; {stages}, {self.seconds:.1f} s)\n"
+            f"{modes}"
             f"  {self.sentence}\n"
             f"  draws: {how}"
         )

@@ -22,6 +22,7 @@ from counterflow.diagnostics.importance import psis
 from counterflow.diagnostics.verdict import Verdict, diagnose
 from counterflow.flows.bases import StudentT
 from counterflow.flows.flow import Flow
+from counterflow.flows.mixture import FlowMixture
 from counterflow.flows.recipes import stack
 from counterflow.objectives import DensityMode, Draws, draw_from
 from counterflow.posterior.config import Estimator, PosteriorConfig
@@ -59,6 +60,7 @@ class Stage:
     verdict_samples: int  # number of the verdict's draws
     elbo: float  # ELBO of the verdict, nats
     good: bool  # good enough to end the fit
+    mode: int = 1  # number of the flow, one for each mode, in the order of the fits
 
 
 class WeightedDraws(NamedTuple):
@@ -95,9 +97,9 @@ class TargetModel:
 
 
 class FlowFit(NamedTuple):
-    """Result of `fit_flow`: the flow of the stage with the best verdict, and its draws."""
+    """Result of `fit_flow`, the flow of the stage with the best verdict and its draws, or of a mixture of flows."""
 
-    flow: Flow
+    flow: Flow | FlowMixture
     draws: WeightedDraws
     verdict: Verdict
     stages: tuple[Stage, ...]
@@ -108,6 +110,7 @@ def fit_flow(
     start: Gaussians,
     config: PosteriorConfig,
     deadline: float,
+    mode: int = 1,
     on_stage: Callable[[Stage], None] | None = None,
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
@@ -122,6 +125,7 @@ def fit_flow(
         start: Gaussians, the best one first.
         config: configuration of the fit.
         deadline: value of time.perf_counter() after which no further stage should end.
+        mode: number of the flow among those of several modes.
         on_stage: called after each stage, on rank 0.
         on_epoch: called as on_epoch(task, epoch) ten times per stage, on rank 0.
         on_step: called as on_step(task, done, total) after each step.
@@ -133,7 +137,7 @@ def fit_flow(
     stages: list[Stage] = []
     best: FlowFit | None = None
     for number, plan in enumerate(stage_plans(config)):
-        task = f"stage {number + 1}"
+        task = f"stage {number + 1}" if mode == 1 else f"mode {mode} stage {number + 1}"
         task_checkpoints = None if checkpoints is None else checkpoints.for_task(task)
         late = bool(stages) and time.perf_counter() + _expected_seconds(plan, stages[-1]) > deadline
         if group.broadcast_value(late) and (task_checkpoints is None or task_checkpoints.load() is None):
@@ -143,8 +147,8 @@ def fit_flow(
             layers = [*_new_layers(config, number, start), *layers]
         flow = Flow(base, Compose(layers)).double()
         history = _train(flow, target, plan, start, config, number, task, on_epoch, on_step, task_checkpoints)
-        draws, verdict = _draw_and_judge(target, flow, config.verdict_samples, group)
-        stages.append(_stage(layers, plan, history, verdict, time.perf_counter() - begun))
+        draws, verdict = draw_and_judge(target, flow, config.verdict_samples, group)
+        stages.append(_stage(layers, plan, history, verdict, time.perf_counter() - begun, mode))
         if on_stage is not None and group.rank == 0:
             on_stage(stages[-1])
         if best is None or _quality(verdict) > _quality(best.verdict):
@@ -163,7 +167,9 @@ def _expected_seconds(plan: StagePlan, last: Stage) -> float:
     return depth * last.seconds * plan.steps / last.steps * plan.samples / last.samples
 
 
-def _stage(layers: list[Transform], plan: StagePlan, history: History, verdict: Verdict, seconds: float) -> Stage:
+def _stage(
+    layers: list[Transform], plan: StagePlan, history: History, verdict: Verdict, seconds: float, mode: int
+) -> Stage:
     return Stage(
         estimator=plan.estimator,
         layers=sum(isinstance(layer, Autoregressive) and layer.univariate != SinhArcsinh() for layer in layers),
@@ -178,10 +184,13 @@ def _stage(layers: list[Transform], plan: StagePlan, history: History, verdict: 
         verdict_samples=verdict.samples,
         elbo=verdict.elbo,
         good=verdict.k_hat < plan.max_k_hat and verdict.ess >= MIN_EFFICIENCY * verdict.samples,
+        mode=mode,
     )
 
 
-def _draw_and_judge(target: LogDensity, flow: Flow, n: int, group: Workers) -> tuple[WeightedDraws, Verdict]:
+def draw_and_judge(
+    target: LogDensity, flow: Flow | FlowMixture, n: int, group: Workers
+) -> tuple[WeightedDraws, Verdict]:
     """Draw n times from the flow, each process its share, and judge the flow by the weights."""
     mine = draw_with_densities(target, flow, -(-n // group.size))
     theta, log_p, log_q = (torch.cat(group.gather(part))[:n] for part in mine)
@@ -191,10 +200,18 @@ def _draw_and_judge(target: LogDensity, flow: Flow, n: int, group: Workers) -> t
 
 
 @torch.no_grad()
-def draw_with_densities(target: LogDensity, flow: Flow, n: int) -> tuple[Tensor, Tensor, Tensor]:
+def draw_with_densities(target: LogDensity, flow: Flow | FlowMixture, n: int) -> tuple[Tensor, Tensor, Tensor]:
     """Draw n times from the flow: theta (n, D), and the log densities (n,) of the target and of the flow."""
-    theta, log_q = flow().rsample_and_log_prob((n,))
+    theta, log_q = sample_and_log_prob(flow, n)
     return theta, log_density(target, theta), log_q
+
+
+def sample_and_log_prob(flow: Flow | FlowMixture, n: int) -> tuple[Tensor, Tensor]:
+    """Draw n times from the flow: theta (n, D) and its log density (n,), from a single pass if it is one flow."""
+    if not isinstance(flow, FlowMixture):
+        return flow().rsample_and_log_prob((n,))
+    theta = flow().sample((n,))
+    return theta, flow().log_prob(theta)
 
 
 def _new_layers(config: PosteriorConfig, number: int, like: Gaussians) -> list[Transform]:

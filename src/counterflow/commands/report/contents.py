@@ -33,6 +33,14 @@ def page_of(run: Run) -> Page:
 def key_numbers(run: Run) -> dict[str, Cell]:
     """Return the numbers by which runs of one command are compared."""
     summary = run.summary
+    if run.command == "posterior" and "calibration" in summary:
+        return {
+            "calibrated": _yes(summary["calibrated"]),
+            "smallest p-value": number(summary["p_value"], ".2g"),
+            "trusted fits": number(summary["trusted_fits"], ",.0f"),
+            "data sets": number(summary["replications"], ",.0f"),
+            "time, s": number(summary["seconds"], ",.1f"),
+        }
     if run.command == "posterior":
         return {
             "trusted": _yes(summary["trusted"]),
@@ -84,14 +92,47 @@ def _about(run: Run) -> dict[str, str]:
     return about | {str(name): str(version) for name, version in config.get("versions", {}).items()}
 
 
-def _posterior(run: Run) -> Page:
+def _calibration(run: Run) -> Page:
     summary = run.summary
+    facts = {
+        "data sets": f"{summary['replications']:,}",
+        "trusted fits": f"{summary['trusted_fits']:,}",
+        "smallest p-value": f"{summary['p_value']:.2g}",
+        "time": duration(summary["seconds"]),
+    }
+    rows = [
+        [
+            Cell(row["variable"]),
+            number(row["mean_rank"], ".3f"),
+            *(number(row[name], ".2g", "bad" if row[name] < MIN_P else "") for name in ("bias", "spread")),
+        ]
+        for row in summary["table"]
+    ]
+    note = (
+        "Ranks of the true parameters among the draws of their posteriors. They are uniform, with mean 0.5, if the "
+        "procedure is exact. A small p-value of bias means posteriors to one side of the truth, one of spread "
+        "posteriors that are too narrow or too wide."
+    )
+    ranks = run.picture("ranks", "Ranks", "Histograms of the ranks. Bars outside of the grey band are unlikely.")
+    sections = [
+        Section("Parameters", table=Table(("variable", "mean rank", "p of bias", "p of spread"), rows, note)),
+        Section("Are the ranks uniform?", pictures=[ranks]),
+    ]
+    return _page(run, summary["model"], summary["calibration"], summary["calibrated"], [], facts, sections)
+
+
+def _posterior(run: Run) -> Page:
+    if "calibration" in run.summary:
+        return _calibration(run)
+    summary = run.summary
+    weights = summary.get("mode_weights", [])
     facts = {
         "k-hat": f"{summary['k_hat']:.2f}" if summary["k_hat"] is not None else "not finite",
         "effective draws": f"{summary['ess']:,.0f} of {summary['samples']:,}",
         "ELBO": f"{summary['elbo']:.3f} nats" if summary["elbo"] is not None else "not finite",
         "log evidence, at least about": f"{summary['iw_elbo']:.3f} nats" if summary["iw_elbo"] is not None else "",
         "stages": str(summary["stages"]),
+        "weights of the modes": ", ".join(f"{w:.2f}" for w in weights) if len(weights) > 1 else "",
         "time": duration(summary["seconds"]),
     }
     warnings = []

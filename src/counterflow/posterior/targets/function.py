@@ -22,6 +22,8 @@ def from_torch(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     constraints: Mapping[str, Constraint] = EMPTY,
     derived: Callable[..., Mapping[str, Tensor]] | None = None,
+    log_likelihood: Callable[..., Mapping[str, Tensor]] | None = None,
+    simulate: Callable[[int], tuple[Mapping[str, Tensor], Target]] | None = None,
     observed: Mapping[str, Array] = EMPTY,
     dims: Mapping[str, Sequence[str]] = EMPTY,
     coords: Mapping[str, Sequence[Any]] = EMPTY,
@@ -44,6 +46,10 @@ def from_torch(
         shapes: name -> shape of each variable, in place of dim.
         constraints: name -> one of torch.distributions.constraints; a variable without one is unconstrained.
         derived: takes the variables as log_density does and returns further ones for `constrain`, name -> (B, *shape).
+        log_likelihood: takes what log_density takes and returns the log likelihood of each observation, name of the
+            data -> (B, *shape), for `Posterior.loo`.
+        simulate: takes a seed and returns parameters drawn from the prior, name -> (*shape), and the target of data
+            drawn given them, for simulation-based calibration.
         observed: the data by name, for ArviZ.
         dims: names of the dimensions of each variable, for ArviZ.
         coords: labels along each dimension, for ArviZ.
@@ -74,7 +80,7 @@ def from_torch(
             "expected either dim, for a log density of theta (B, dim), or shapes, for one of named variables, got "
             f"dim={dim} and shapes={shapes}; models of Pyro and NumPyro have from_pyro and from_numpyro"
         )
-    program = _TorchProgram(log_density, dim, shapes, constraints, derived)
+    program = _TorchProgram(log_density, dim, shapes, constraints, derived, log_likelihood, simulate)
     program.observed = observed
     program.dims = dims
     program.coords = coords
@@ -115,10 +121,14 @@ class _TorchProgram(Program):
         shapes: Mapping[str, tuple[int, ...]] | None,
         constraints: Mapping[str, Constraint],
         derived: Callable[..., Mapping[str, Tensor]] | None,
+        log_likelihood: Callable[..., Mapping[str, Tensor]] | None,
+        simulate: Callable[[int], tuple[Mapping[str, Tensor], Target]] | None,
     ) -> None:
         self._function = log_density
         self._by_name = shapes is not None
         self._derived = derived
+        self._log_likelihood = log_likelihood
+        self._simulate = simulate
         self._variables = _bijections({"theta": (positive(dim, "dim"),)} if shapes is None else shapes, constraints)  # type: ignore[arg-type]
         self._layout = self._variables.layout
         self.coordinates = self._layout.coordinates(self._variables.labels)
@@ -141,6 +151,20 @@ class _TorchProgram(Program):
             return values
         with float64_by_default():
             return {**values, **self._derived(**values)}
+
+    def log_likelihood(self, theta: Tensor) -> dict[str, Tensor]:
+        if self._log_likelihood is None:
+            return {}
+        with float64_by_default():
+            if not self._by_name:
+                return dict(self._log_likelihood(theta))
+            return dict(self._log_likelihood(**self._variables.constrain(self._layout.split(theta))))
+
+    def simulate(self, seed: int) -> tuple[dict[str, Tensor], Target]:
+        if self._simulate is None:
+            return super().simulate(seed)
+        values, target = self._simulate(seed)
+        return dict(values), target
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         return self._layout.join(self._variables.unconstrain(values))

@@ -54,6 +54,23 @@ class Layout:
         return tuple(element for name, shape in names for element in element_names(name, shape))
 
 
+def variables_of(theta: Tensor, coordinates: Sequence[str]) -> dict[str, Tensor]:
+    """Return theta (S, D) by variable, name -> (S, *shape), for the names of its coordinates.
+
+    Example:
+        >>> found = variables_of(torch.arange(4.0)[None], ("log(tau)", "z[0]", "z[1]", "w[0]"))
+        >>> {name: value.tolist() for name, value in found.items()}
+        {'log(tau)': [0.0], 'z': [[1.0, 2.0]], 'w': [[3.0]]}
+    """
+    columns: dict[str, list[int]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for column, coordinate in enumerate(coordinates):
+        name, _, index = coordinate.removesuffix("]").partition("[")
+        columns.setdefault(name, []).append(column)
+        shapes[name] = tuple(int(i) + 1 for i in index.split(",")) if index else ()  # the last index is the largest
+    return {name: theta[:, columns[name]].reshape(-1, *shape) for name, shape in shapes.items()}
+
+
 def element_name(name: str, index: Sequence[int]) -> str:
     """Return the name of one element of a variable, such as "theta[0,1]"; the name itself for an empty index."""
     return f"{name}[{','.join(map(str, index))}]" if index else name

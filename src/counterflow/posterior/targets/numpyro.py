@@ -32,6 +32,7 @@ from counterflow.posterior.targets.target import (
     Array,
     Program,
     Target,
+    check_simulates,
     describe_nonfinite,
     log_density_with_gradient,
 )
@@ -134,6 +135,16 @@ class _NumpyroProgram(Program):
         keys = _keys(len(theta), torch.Generator().manual_seed(seed))
         draws = self._over_rows(self._predictive_draw, (theta.cpu().numpy(), keys))
         return {name: np.asarray(draws[name]) for name in self.observed}
+
+    def log_likelihood(self, theta: Tensor) -> dict[str, Tensor]:
+        if self.discrete or not self.observed:
+            return {}
+        values = self._over_rows(self._log_likelihood_of_row, theta.cpu().numpy())
+        return {name: torch.tensor(np.asarray(values[name])) for name in self.observed}
+
+    def _log_likelihood_of_row(self, theta: Any) -> dict[str, Any]:
+        sites = self._run(self._at(theta))
+        return {name: _log_prob(sites[name]) for name in self.observed}
 
     def bytes_per_point(self, theta: Tensor) -> float:
         rows = np.repeat(theta.cpu().numpy(), MIN_ROWS, 0)
@@ -251,6 +262,26 @@ class _NumpyroProgram(Program):
         sites = self._run(self._at(theta), draw_data=draw)
         return {name: sites[name]["value"] for name in self.observed}
 
+    def simulate(self, seed: int) -> tuple[dict[str, Tensor], Target]:
+        key = _keys(1, torch.Generator().manual_seed(seed))[0]
+
+        def draw(site: Mapping[str, Any], index: Any) -> Any:
+            own = self._key_of_site(key, site, index)
+            return site["fn"](rng_key=own, sample_shape=site["kwargs"].get("sample_shape", ()))
+
+        with self._modes():
+            at_zero = [site for site in self._run(_at_zero).values() if site["type"] == "sample"]
+            kinds = {site["name"]: type(site["fn"]).__name__ for site in at_zero}
+            check_simulates(
+                [name for name, kind in kinds.items() if kind == "Unit"],
+                [name for name, kind in kinds.items() if kind == "ImproperUniform"],
+            )
+            sites = self._run(draw, draw_data=draw)
+            values = {name: torch.tensor(np.array(sites[name]["value"])) for name in self.parameters}
+            data = {name: np.array(sites[name]["value"]) for name in self.observed}
+        model = self._numpyro.handlers.substitute(self._model, data=data)
+        return values, from_numpyro(model, *self._args, **self._kwargs)
+
     def _key_of_site(self, key: Any, site: Mapping[str, Any], index: Any) -> Any:
         """Return a random key of the site's own, and of its step in a scan."""
         fold_in = self._jax.random.fold_in
@@ -367,11 +398,14 @@ def _bijection(site: Mapping[str, Any]) -> Any:
 
 def _terms(sites: Mapping[str, Any]) -> dict[str, Any]:
     """Return the log density of each sample site, scaled. Its mask is part of its distribution."""
-    return {name: _log_prob(site) for name, site in sites.items() if site["type"] == "sample"}
+    return {name: _log_prob(site).sum() for name, site in sites.items() if site["type"] == "sample"}
 
 
 def _log_prob(site: Mapping[str, Any]) -> Any:
-    """Return the log density of a site, -inf for data outside of the support: NumPyro checks it in validation only."""
+    """Return the log density of each element of a site, -inf for data outside of the support.
+
+    NumPyro checks the support in validation only.
+    """
     from jax.numpy import asarray
     from numpyro.distributions.distribution import validation_enabled
 
@@ -382,7 +416,7 @@ def _log_prob(site: Mapping[str, Any]) -> Any:
             log_prob = site["fn"].log_prob(value)
     except (TypeError, ValueError) as error:
         raise data_mismatch_error(site["name"], error) from error
-    return (log_prob if site["scale"] is None else site["scale"] * log_prob).sum()
+    return log_prob if site["scale"] is None else site["scale"] * log_prob
 
 
 @cache

@@ -18,6 +18,7 @@ from counterflow.posterior.targets.target import (
     Program,
     Target,
     check_has_free_variables,
+    check_simulates,
     describe_nonfinite,
     log_density_with_gradient,
 )
@@ -30,6 +31,7 @@ CompiledFunction = Callable[..., list[Array]]
 
 # PyTensor's mode for functions that are called a few times: they run as plain Python, as compiling would take longer.
 RARELY_CALLED = "FAST_COMPILE"
+FLAT_PRIORS = ("FlatRV", "HalfFlatRV")
 
 
 def from_pymc(model: Model | None = None) -> Target:
@@ -128,6 +130,7 @@ class _PymcProgram(Program):
         self.coordinates = self._layout.coordinates(_labels(model))
         self.parameters = tuple(self._layout.shapes)
         self.observed = _observations(model)
+        self.constants = _constants(model)
         self.dims = {name: dims for name, dims in model.named_vars_to_dims.items() if None not in dims}
         self.coords = {name: list(values) for name, values in model.coords.items() if values is not None}
         self._value_and_gradient = self._compile_value_and_gradient()
@@ -176,6 +179,50 @@ class _PymcProgram(Program):
         columns = [values[name].cpu().numpy() for name in self.parameters]
         draws = zip(*(draw(*row) for row in zip(*columns, strict=True)), strict=True)
         return {variable.name: np.stack(rows) for variable, rows in zip(observed, draws, strict=True)}
+
+    def log_likelihood(self, theta: Tensor) -> dict[str, Tensor]:
+        observed = self._model.observed_RVs
+        if not observed:
+            return {}
+        point = self._theta()
+        densities = [_without_checks(density) for density in self._model.logp(vars=observed, sum=False)]
+        evaluate = _vectorized([point], self._as_functions_of(point, densities), RARELY_CALLED)
+        values = zip(observed, evaluate(theta.cpu().numpy()), strict=True)
+        return {variable.name: torch.tensor(value, dtype=torch.float64) for variable, value in values}
+
+    def simulate(self, seed: int) -> tuple[dict[str, Tensor], Target]:
+        from pymc import draw
+
+        check_simulates([potential.name for potential in self._model.potentials])
+        free, observed = self._model.free_RVs, self._model.observed_RVs
+        try:
+            drawn = draw([*free, *observed], random_seed=seed)
+        except NotImplementedError:  # a flat prior
+            check_simulates([], [rv.name for rv in free if type(rv.owner.op).__name__ in FLAT_PRIORS])
+            raise
+        data, target = self._simulated
+        for variable, rv, value in zip(data, observed, drawn[len(free) :], strict=True):
+            variable.set_value(value)
+            target.observed[rv.name] = value
+        values = zip(free, drawn[: len(free)], strict=True)
+        return {rv.name: torch.tensor(np.asarray(value)) for rv, value in values}, target
+
+    @cached_property
+    def _simulated(self) -> tuple[list[Any], Target]:
+        """Return shared variables for the data, and the target of a copy of the model that reads them at every call."""
+        from pymc.model.fgraph import clone_model
+        from pytensor import shared
+
+        model = clone_model(self._model)
+        data = []
+        for rv in model.observed_RVs:
+            before = model.rvs_to_values[rv]
+            value = shared(np.asarray(before.eval()), name=before.name, shape=before.type.shape)
+            model.rvs_to_values[rv] = value
+            del model.values_to_rvs[before]
+            model.values_to_rvs[value] = rv
+            data.append(value)
+        return data, Target(_PymcProgram(model))
 
     def explain(self, theta: Tensor) -> str:
         terms = [*self._model.basic_RVs, *self._model.potentials]
@@ -248,6 +295,12 @@ def _observations(model: Model) -> dict[str, Array]:
     from pymc.backends.arviz import find_observations
 
     return {name: np.asarray(value) for name, value in find_observations(model).items()}
+
+
+def _constants(model: Model) -> dict[str, Array]:
+    from pymc.backends.arviz import find_constants
+
+    return {name: np.asarray(value) for name, value in find_constants(model).items()}
 
 
 def _without_checks(log_density: Any) -> Any:

@@ -33,6 +33,7 @@ from counterflow.posterior.targets.target import (
     Array,
     Program,
     Target,
+    check_simulates,
     describe_nonfinite,
     float64_by_default,
 )
@@ -149,6 +150,15 @@ class _PyroProgram(Program):
         with seeded(seed), float64_by_default(), _InFloat64():
             return {name: value.numpy() for name, value in draw(*self._args, **self._kwargs).items()}
 
+    def log_likelihood(self, theta: Tensor) -> dict[str, Tensor]:
+        if self.discrete or not self.observed:
+            return {}
+        return self._over_rows(self._log_likelihood_of_row)(theta)
+
+    def _log_likelihood_of_row(self, theta: Tensor) -> dict[str, Tensor]:
+        sites, _ = self._run_at(theta)
+        return {name: sites[name]["log_prob"] for name in self.observed}
+
     def sample_discrete(self, theta: Tensor, seed: int) -> dict[str, Tensor]:
         infer_discrete = require("pyro.infer", "pyro", "models of Pyro").infer_discrete
 
@@ -163,6 +173,19 @@ class _PyroProgram(Program):
 
         with seeded(seed), self._pyro.validation_enabled(False), float64_by_default(), _InFloat64():
             return _one_by_one(of_row)(theta)
+
+    def simulate(self, seed: int) -> tuple[dict[str, Tensor], Target]:
+        original = self._model
+        self._model = _messengers().Unobserved(self.observed)(original)
+        try:
+            with seeded(seed):
+                sites, latent = self._run(_draw_from_prior, enumerated=False)
+        finally:
+            self._model = original
+        check_simulates([name for name, site in sites.items() if type(site["fn"]).__name__ == "Unit"], latent.improper)
+        data = {name: sites[name]["value"] for name in self.observed}
+        model = _messengers().Observed(data)(original)
+        return {name: sites[name]["value"] for name in self.parameters}, from_pyro(model, *self._args, **self._kwargs)
 
     def explain(self, theta: Tensor) -> str:
         sites, _ = self._run_at(theta)
@@ -253,7 +276,7 @@ def _draw_from_prior(site: Mapping[str, Any], transform: Transform) -> Tensor:
 
 @cache
 def _messengers() -> Any:
-    """Return two classes of effect handlers, which can only be defined once Pyro is imported."""
+    """Return classes of effect handlers, which can only be defined once Pyro is imported."""
     from pyro.poutine.messenger import Messenger
 
     class Latent(Messenger):  # type: ignore[misc]
@@ -266,6 +289,7 @@ def _messengers() -> Any:
             self.unconstrained: dict[str, Tensor] = {}
             self.log_jacobians: list[Tensor] = []
             self.discrete: list[str] = []  # sites whose value is left to others
+            self.improper: list[str] = []  # sites whose distribution cannot be drawn from
 
         def _pyro_sample(self, site: dict[str, Any]) -> None:
             name = site["name"]
@@ -283,6 +307,8 @@ def _messengers() -> Any:
                     raise dependent_support_error(name)
                 site["value"] = value
                 self.transforms[name] = transform
+                if type(fn).__name__ == "ImproperUniform":
+                    self.improper.append(name)
                 self.unconstrained[name] = unconstrained
                 self.log_jacobians.append(transform.log_abs_det_jacobian(unconstrained, value).sum())
 
@@ -297,7 +323,18 @@ def _messengers() -> Any:
             if site["name"] in self._data:
                 site.update(value=None, is_observed=False, done=False)
 
-    return SimpleNamespace(Latent=Latent, Unobserved=Unobserved)
+    class Observed(Messenger):  # type: ignore[misc]
+        """Put other data in the place of the model's."""
+
+        def __init__(self, data: TensorsByName) -> None:
+            super().__init__()
+            self._data = data
+
+        def _pyro_sample(self, site: dict[str, Any]) -> None:
+            if site["name"] in self._data:
+                site.update(value=self._data[site["name"]], is_observed=True)
+
+    return SimpleNamespace(Latent=Latent, Unobserved=Unobserved, Observed=Observed)
 
 
 def _one_by_one(function: RowFunction) -> RowFunction:

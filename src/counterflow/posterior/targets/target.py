@@ -38,6 +38,7 @@ class Program(ABC):
         parameters: names in `constrain` that are free variables.
         discrete: names of the variables that are summed out of the density.
         observed: the data by name, as ArviZ wants them.
+        constants: the data that are not observations, such as predictors, by name.
         dims: names of the dimensions of each variable, as ArviZ wants them.
         coords: labels along each dimension, as ArviZ wants them.
     """
@@ -46,6 +47,7 @@ class Program(ABC):
     parameters: tuple[str, ...]
     discrete: tuple[str, ...] = ()
     observed: Mapping[str, Array] = EMPTY
+    constants: Mapping[str, Array] = EMPTY
     dims: Mapping[str, Sequence[str]] = EMPTY
     coords: Mapping[str, Sequence[Any]] = EMPTY
 
@@ -68,9 +70,20 @@ class Program(ABC):
         """Return one draw of new data for each row of theta (S, D): name -> (S, *shape)."""
         return {}
 
+    def log_likelihood(self, theta: Tensor) -> dict[str, Tensor]:
+        """Return the log likelihood of each observation at theta (S, D): name of the data -> (S, *shape)."""
+        return {}
+
     def sample_discrete(self, theta: Tensor, seed: int) -> dict[str, Tensor]:
         """Return one draw of the discrete variables, given theta (S, D) and the data: name -> (S, *shape)."""
         raise NotImplementedError
+
+    def simulate(self, seed: int) -> tuple[dict[str, Tensor], Target]:
+        """Return parameters drawn from the prior, name -> (*shape), and the target of data drawn given them."""
+        raise TypeError(
+            "expected a model from which parameters and data can be drawn, got one of Stan or of torch; write it for "
+            "PyMC, Pyro or NumPyro, or pass simulate= to from_torch"
+        )
 
     def bytes_per_point(self, theta: Tensor) -> float:
         """Return about how much memory each point takes in `log_density` with its gradient.
@@ -110,6 +123,7 @@ class Target:
         parameters: the names in `constrain` that are free variables; the others are computed from them.
         discrete: the names of the discrete variables, which are summed out of the density.
         observed: the data by name.
+        constants: the data that are not observations, such as predictors, by name.
         dims: names of the dimensions of each variable.
         coords: labels along each dimension.
         initial_points: (n, generator) -> n points (n, D) to start from: the model's own initial point first, then draws
@@ -128,6 +142,7 @@ class Target:
         self.parameters = tuple(program.parameters)
         self.discrete = tuple(program.discrete)
         self.observed = dict(program.observed)
+        self.constants = dict(program.constants)
         self.dims = dict(program.dims)
         self.coords = dict(program.coords)
         self.initial_points = getattr(program, "initial_points", None)
@@ -237,6 +252,42 @@ class Target:
             draws = [self._program.predictive(part, seed) for part, seed in zip(parts, seeds, strict=True)]
         return {name: np.concatenate([part[name] for part in draws]) for name in draws[0]}
 
+    def log_likelihood(self, theta: Tensor) -> dict[str, Tensor]:
+        """Return the log likelihood of each observation at theta (S, D), in nats.
+
+        PyMC, Pyro and NumPyro give it for every observed variable without discrete variables that are summed out, a
+        Stan program as its generated quantities `log_lik` or `log_lik_...`, and a function of torch by the argument
+        log_likelihood of `from_torch`.
+
+        Returns:
+            name -> (S, *shape); empty if the model does not give it.
+
+        Raises:
+            TypeError: theta is not a floating-point tensor.
+            ValueError: theta has another shape.
+        """
+        theta = self._checked(theta.detach())
+        with torch.no_grad():
+            parts = [self._program.log_likelihood(part) for part in theta.split(self.max_points)] if len(theta) else []
+        return {name: torch.cat([part[name] for part in parts]) for name in (parts[0] if parts else ())}
+
+    def simulate(self, seed: int) -> tuple[dict[str, Tensor], Target]:
+        """Draw parameters from the prior and data given them, for simulation-based calibration.
+
+        Args:
+            seed: seed of both.
+
+        Returns:
+            The parameters, name -> (*shape), and the same model with the data in place of its own. This target may
+            change at the next call.
+
+        Raises:
+            TypeError: parameters and data cannot be drawn from the model, as from Stan's programs.
+            ValueError: an improper prior, or terms of the density that are not those of a variable.
+        """
+        with torch.no_grad():
+            return self._program.simulate(seed)
+
     def sample_discrete(self, theta: Tensor, seed: int = 0) -> dict[str, Tensor]:
         """Return one draw of the discrete variables from their distribution given theta (S, D) and the data.
 
@@ -321,6 +372,16 @@ def check_has_free_variables(variables: Sequence[Any]) -> None:
         raise ValueError(
             "expected a model with a free continuous variable, got none; leave one unobserved, or there is no "
             "posterior to fit"
+        )
+
+
+def check_simulates(terms: Sequence[str], improper: Sequence[str] = ()) -> None:
+    """Raise ValueError for a model with terms that are not those of a variable, or with improper priors."""
+    if terms or improper:
+        kind, names = ("terms that belong to no variable", terms) if terms else ("improper priors", improper)
+        raise ValueError(
+            f"expected a model from which parameters and data can be drawn, got {kind}: {', '.join(names)}; write them "
+            "as variables with distributions"
         )
 
 
