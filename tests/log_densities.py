@@ -6,7 +6,7 @@ import torch
 
 import counterflow as cf
 
-QUICK = cf.PosteriorConfig(layers=2, steps=60, samples=64, stages=1, verdict_samples=2_000, starts=4)
+QUICK = cf.PosteriorConfig(layers=2, steps=60, samples=64, stages=1, verdict_samples=2_000, starts=4, modes=1)
 
 
 def normal(x, mean=0.0, sd=1.0):

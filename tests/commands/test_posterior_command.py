@@ -371,6 +371,7 @@ def test_calibration_by_simulated_data(here, tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 12
 
 
+@pytest.mark.slow
 def test_calibration_of_a_wrong_model_finds_it(here, tmp_path):
     code, out, err = here("mine.py:too_narrow", *QUICK, "--calibrate", "40", "--processes", "1", "--out", "run")
     assert code == 0 and not summary(tmp_path / "run")["calibrated"]

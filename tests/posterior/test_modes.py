@@ -64,7 +64,7 @@ def test_the_share_of_each_gaussian_that_a_flow_leaves_out():
 
 @over([0.5, 0.9], "share")
 def test_a_mode_that_gets_no_flow_is_flagged(share):
-    posterior = cf.fit_posterior(lambda theta: modes(theta, 8.0, share), replace(QUICK, modes=1), dim=2)
+    posterior = cf.fit_posterior(lambda theta: modes(theta, 8.0, share), QUICK, dim=2)
     assert posterior.k_hat < 0.7  # so k-hat alone is not enough
     assert posterior.missed == pytest.approx(1 - share, abs=0.1)
     assert not posterior.trusted and posterior.mode_weights == (1.0,)
@@ -74,7 +74,7 @@ def test_a_mode_that_gets_no_flow_is_flagged(share):
 
 @pytest.fixture(scope="module")
 def bimodal():
-    return cf.fit_posterior(lambda theta: modes(theta, 5.0, 0.3), QUICK, dim=2)
+    return cf.fit_posterior(lambda theta: modes(theta, 5.0, 0.3), replace(QUICK, modes=8), dim=2)
 
 
 def test_two_modes_are_fitted_and_weighted(bimodal):

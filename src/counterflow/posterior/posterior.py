@@ -366,7 +366,7 @@ class Posterior:
             ...     return -mu.square() / 2 + log_likelihood(mu)["y"].sum(-1)
             >>> target = cf.targets.from_torch(model, shapes={"mu": ()}, log_likelihood=log_likelihood)
             >>> loo = cf.fit_posterior(target, cf.PosteriorConfig(layers=1, steps=20)).loo()
-            >>> round(loo.elpd_loo, 1)
+            >>> round(float(loo.elpd_loo), 1)
             -4.0
         """
         self._require_target()
