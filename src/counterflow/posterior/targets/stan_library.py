@@ -26,7 +26,7 @@ from counterflow.posterior.targets.target import Array
 INTERFACE = Path(__file__).with_name("stan.cpp")
 
 # The flags with which httpstan compiles its models. The libraries that it ships have the ABI of manylinux2014.
-FLAGS = ("-shared", "-fPIC", "-O3", "-std=c++14", "-w", "-D_GLIBCXX_USE_CXX11_ABI=0")
+FLAGS = ("-shared", "-fPIC", "-O3", "-std=c++17", "-w", "-D_GLIBCXX_USE_CXX11_ABI=0")
 DEFINES = ("-DSTAN_THREADS", "-D_REENTRANT", "-DBOOST_DISABLE_ASSERTS", "-DBOOST_PHOENIX_NO_VARIADIC_EXPRESSION")
 LIBRARIES = ("-lsundials_cvodes", "-lsundials_idas", "-lsundials_nvecserial", "-ltbb")
 
