@@ -69,3 +69,14 @@ def test_a_name_that_does_not_exist():
         cf.flow_density  # noqa: B018
     with pytest.raises(ImportError, match="cannot import name 'Densities' from 'counterflow'"):
         from counterflow import Densities  # noqa: F401
+
+
+@pytest.mark.tools
+@over(["hub", "nessai", "pocomc", "pymc", "pyro", "sbi", "zuko"], "name")
+def test_an_adapter_needs_no_import_of_its_own(name):
+    """`cf.interop.zuko` is the submodule, or an error that says what to install."""
+    assert name in dir(cf.interop)
+    try:
+        assert getattr(cf.interop, name).__name__ == f"counterflow.interop.{name}"
+    except ImportError as error:
+        assert "pip install 'counterflow[" in str(error), error

@@ -14,8 +14,11 @@ from torch import nn
 from torch.distributions import TransformedDistribution
 
 from counterflow.flows.flow import Flow
+from counterflow.lazy import on_first_use
 
 LIBRARIES = ("nflows", "normflows", "pyro", "sbi", "zuko")
+ADAPTERS = ("hub", "nessai", "pocomc", "pymc", "pyro", "sbi", "zuko")  # submodules, imported when they are used
+__getattr__, __dir__ = on_first_use(__name__, {name: f"{__name__}.{name}:" for name in ADAPTERS})
 
 
 def convert(foreign: Any) -> Flow:
