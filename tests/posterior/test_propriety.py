@@ -6,6 +6,7 @@ import pytest
 import torch
 from log_densities import banana, gaussian, generator, normal, schools
 from registry import over
+from torch.distributions import constraints
 from torch.nn.functional import softplus
 
 import counterflow as cf
@@ -78,3 +79,17 @@ def test_a_fit_of_an_improper_posterior_is_refused():
     message = r"got one that does not fall along theta\[1\]; give these parameters a prior, or data that inform them"
     with pytest.raises(ValueError, match=message):
         cf.fit_posterior(lambda theta: -theta[:, 0].square() / 2, dim=2)
+
+
+def test_a_simplex_that_the_data_leave_out_at_its_corners_is_proper():
+    """torch clips the shares of a mixture at 2e-308, beyond which no density falls."""
+    y = torch.cat([torch.linspace(-3, -1, 20), torch.linspace(1, 3, 30)]).double()
+
+    def log_density(mean, share):
+        each = share.log()[:, None] - (y[:, None] - mean[:, None]).square() / 2
+        return torch.logsumexp(each, -1).sum(-1) - mean.square().sum(-1) / 200
+
+    shapes = {"mean": (2,), "share": (2,)}
+    target = cf.targets.from_torch(log_density, shapes=shapes, constraints={"share": constraints.simplex})
+    points = torch.randn(10, 3, generator=torch.Generator().manual_seed(0)).double()
+    check_proper(target, points, target.coordinates, seed=0)

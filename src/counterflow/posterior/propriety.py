@@ -19,6 +19,7 @@ from counterflow.posterior.evaluation import LogDensity, log_density, log_densit
 DISTANCES = 10.0 ** torch.tensor([0, 0.5, 1, 1.5, 2, 2.5, 3, 5, 7, 9, 11, 13], dtype=torch.float64)
 MIN_DISTANCE = 100.0  # a density that overflows before this distance is not judged
 MIN_SLOPE = -0.5  # d log p / d log r, above which the integral diverges; -1 is the limit in theory
+MAX_FALL = 700.0  # nats; a tail so low has no mass up to the largest float64 number, e^709, but clipping ends there
 MAX_LINES = 3  # points from which each suspicious direction is checked
 MAX_COMBINED = 1e5  # distance along combinations of coordinates, whose rounding errors matter farther out
 MIN_WEIGHT = 1e-6  # smallest coefficient of a coordinate in a direction, relative to the largest
@@ -89,7 +90,10 @@ def _improper(target: LogDensity, points: Tensor, directions: Tensor, distances:
 
 
 def _does_not_decrease(values: Tensor, distances: Tensor) -> Tensor:
-    """Judge log densities (M, R + 1) at distances 0 and (R,): False if they fall, or are not finite early on."""
+    """Judge log densities (M, R + 1) at distances 0 and (R,): False if they fall, or are not finite early on.
+
+    Those of torch's simplex stop to fall at log(2e-308), where it clips.
+    """
     finite = values.isfinite().long().cumprod(1)
     last = finite.sum(1) - 2  # index of the last distance up to which all values are finite
     judged = (last >= 1) & (distances[last.clamp_min(0)] >= MIN_DISTANCE)
@@ -99,7 +103,8 @@ def _does_not_decrease(values: Tensor, distances: Tensor) -> Tensor:
     before = slope.gather(1, (at - 1).clamp_min(0))[:, 0]
     rounding = 1e-10 * (1 + values[:, 0].abs())
     accelerating = (final < -rounding) & (final < 1.5 * before.clamp_max(0))  # an exponential or faster decay
-    return judged & (final > MIN_SLOPE) & ~accelerating
+    fallen = values[:, 0] - values.gather(1, (last + 1).clamp_min(0)[:, None])[:, 0] > MAX_FALL
+    return judged & (final > MIN_SLOPE) & ~accelerating & ~fallen
 
 
 def _null_directions(target: LogDensity, points: Tensor, used: Tensor, generator: torch.Generator) -> Tensor:
