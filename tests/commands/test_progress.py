@@ -7,7 +7,7 @@ import time
 import pytest
 
 from counterflow.commands import console, progress
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.signals import stopping
 
 
@@ -30,33 +30,33 @@ def lines_of(log, expected):
 
 
 def test_a_log_gets_lines_with_the_time_left(log):
-    with Tracker("scoring", "rows") as tracker:
-        tracker.update(1_000, 4_000, facts="ELBO -1.00")
+    with Progress("scoring", "rows") as progress:
+        progress.update(1_000, 4_000, facts="ELBO -1.00")
         first = lines_of(log, 1)
     assert first[0] == "scoring: 1,000 of 4,000 rows, ELBO -1.00, under 1 s left"
 
 
 def test_work_that_cannot_be_counted_says_the_seconds_so_far(log):
-    with Tracker("exporting"):
+    with Progress("exporting"):
         assert lines_of(log, 1)[0] == "exporting: under 1 s so far"
 
 
 def test_a_resumed_run_is_timed_from_where_it_went_on(log, monkeypatch):
-    tracker = Tracker("training", "steps")
-    tracker.start_at(90)
+    progress = Progress("training", "steps")
+    progress.start_at(90)
     later = time.monotonic() + 10
     monkeypatch.setattr("time.monotonic", lambda: later)
-    tracker.update(95, 100)
-    assert tracker.seconds_left == pytest.approx(10, rel=0.1)
-    tracker.announce("10 steps", times=2)
+    progress.update(95, 100)
+    assert progress.seconds_left == pytest.approx(10, rel=0.1)
+    progress.announce("10 steps", times=2)
     assert log() == ["estimated time: 40 s for 10 steps"]
 
 
 def test_quiet_work_says_nothing(log):
     console.set_quiet(True)
     try:
-        with Tracker("scoring", "rows") as tracker:
-            tracker.update(1, 2)
+        with Progress("scoring", "rows") as progress:
+            progress.update(1, 2)
             time.sleep(0.1)
     finally:
         console.set_quiet(False)

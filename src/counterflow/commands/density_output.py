@@ -13,7 +13,7 @@ import pyarrow
 import torch
 
 from counterflow.commands import console
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.sharded_output import (
     Report,
     ShardedOutput,
@@ -77,8 +77,8 @@ def _score_table(run: Path, data: Path, options: TableOptions, device: str, out:
 
         about = inputs("score", _files(folder), data, options=asdict(options), rows=ROWS_PER_PART)
         pieces = source.parts(ROWS_PER_PART)
-        tracker = Tracker("scoring", "rows")
-        return ShardedOutput(shards, suffix).write(about, pieces, write_part, _describe, tracker, rows)
+        progress = Progress("scoring", "rows")
+        return ShardedOutput(shards, suffix).write(about, pieces, write_part, _describe, progress, rows)
     path = console.new_file(out or folder / f"scores{suffix}")
     same = format_of(suffix_of(path)) in ARRAYS if is_array else suffix_of(path) == suffix
     if not (same or is_stream(path) or (suffix != kind and format_of(suffix_of(path)) in TABLES)):
@@ -89,9 +89,9 @@ def _score_table(run: Path, data: Path, options: TableOptions, device: str, out:
     with (
         output_table(path, suffix) as file,
         table_writer(file, source.rows) as write,
-        Tracker("scoring", "rows") as tracker,
+        Progress("scoring", "rows") as progress,
     ):
-        sums = _score(density, source, source.parts(None), write, lambda done: tracker.update(done, rows))
+        sums = _score(density, source, source.parts(None), write, lambda done: progress.update(done, rows))
         if not sums["rows"]:
             raise ValueError(f"expected at least one row in {data}, got none; add data")
     _say_written(_describe(sums), path)
@@ -178,21 +178,21 @@ def sample_table(run: Path, n: int, context: Path | None, seed: int, device: str
 
         about = inputs("sample", _files(folder), context, n=n, seed=seed, rows=ROWS_PER_PART)
         pieces: Iterable[Any] = source.parts(max(1, ROWS_PER_PART // n)) if source else portions(n, ROWS_PER_PART)
-        tracker = Tracker("drawing", "rows")
+        progress = Progress("drawing", "rows")
         output = ShardedOutput(shards, ".parquet")
-        return output.write(about, pieces, write_part, lambda sums: f"{sums['rows']:,} rows", tracker, rows)
+        return output.write(about, pieces, write_part, lambda sums: f"{sums['rows']:,} rows", progress, rows)
     path = console.new_file(out or folder / "samples.csv")
     if not is_stream(path):
         check_writable(path)
     with (
         output_table(path, ".csv") as file,
         table_writer(file, _rows_to_draw(source, n, path)) as write,
-        Tracker("drawing", "rows") as tracker,
+        Progress("drawing", "rows") as progress,
     ):
         torch.manual_seed(seed)
         every = source.parts(None) if source else [n]
         typed = format_of(suffix_of(file)) not in ARRAYS
-        drawn = _sample(density, batches(every), write, lambda done: tracker.update(done, rows), typed)
+        drawn = _sample(density, batches(every), write, lambda done: progress.update(done, rows), typed)
         if not drawn:
             raise ValueError(f"expected at least one row in {context}, got none; add some")
     _say_written(f"{drawn:,} rows", path)

@@ -17,7 +17,7 @@ from counterflow.commands import console, density_plots
 from counterflow.commands.density import BUNDLED, Density
 from counterflow.commands.density_facts import column_cards, unusual_rows
 from counterflow.commands.gaussian_mixture import mixture_log_density
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
@@ -65,7 +65,7 @@ def run(command: Density) -> int:
         raise ValueError(f"expected --test to be in (0, 1), got {options.test}")
     build_flow(options.fit, features=2, context=0, seed=0)  # refuses settings before the table is read
     bounds = _bounds(options.bounds)
-    with Tracker("reading the table"):
+    with Progress("reading the table"):
         table = _read(options)
     if table.context is not None:  # errors should come before there is a run folder
         ContextEncoder.from_table(table.context)
@@ -98,12 +98,12 @@ def run(command: Density) -> int:
         train, test = train.select(density.kept), test.select(density.kept)
         density.save(folder)  # now: an error in the test must not lose the training
         interrupted = trainer.histories[-1].stopped == "interrupted"
-        with stop.at_once(handled=interrupted), Tracker("testing", "Gaussian mixtures") as tracker:
+        with stop.at_once(handled=interrupted), Progress("testing", "Gaussian mixtures") as progress:
             context = density.encode(test.context)
             scores = density.score(test.x, context)
             draws = len(test.x) if context is not None else max(len(test.x), density_plots.SHOWN)
             samples = density.sample(draws, context, options.seed)
-            summary = _summary(options, density, trainer.histories, train, test, scores, samples, tracker)
+            summary = _summary(options, density, trainer.histories, train, test, scores, samples, progress)
             summary["column_cards"] = column_cards(density, test, samples[: len(test.x)])
             summary["unusual_rows"] = unusual_rows(density, scores, test, test_rows, train.x)
             density_plots.plot_run(folder / "plots", density, trainer, test, scores, samples, options.seed)
@@ -181,16 +181,16 @@ def _advice(faults: TableFaultsError) -> str:
 def _fit(options: Density, trainer: DensityTrainer, folder: Path, stop: Stop) -> TableDensity:
     epochs = options.fit.epochs
     total = len(trainer.tasks) * epochs
-    with Tracker("member 1", "epochs") as tracker, metrics(folder) as write:
-        tracker.update(0, total)
+    with Progress("member 1", "epochs") as progress, metrics(folder) as write:
+        progress.update(0, total)
 
         def on_epoch(task: str, epoch: Epoch) -> None:
             write({"task": task, **dataclasses.asdict(epoch)})
             facts = f"log density {epoch.validation:.2f}, {epoch.rows_per_second:,.0f} rows/s"
-            tracker.update(trainer.tasks.index(task) * epochs + epoch.epoch, total, task, facts)
+            progress.update(trainer.tasks.index(task) * epochs + epoch.epoch, total, task, facts)
             if task == trainer.tasks[0] and epoch.epoch == 1:
                 trainings = "trainings" if len(trainer.tasks) > 1 else "training"
-                tracker.announce(f"{len(trainer.tasks)} {trainings} of at most {epochs} epochs")
+                progress.announce(f"{len(trainer.tasks)} {trainings} of at most {epochs} epochs")
 
         density = trainer.fit(
             on_epoch=on_epoch,
@@ -213,7 +213,7 @@ def _summary(
     test: Rows,
     scores: Array,
     samples: Array,
-    tracker: Tracker,
+    progress: Progress,
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "data": options.data,
@@ -230,7 +230,7 @@ def _summary(
     if not test.context:
         cell_points = options.fit.cell_points
         others, components = mixture_log_density(
-            density.columns, train.x, test.x, cell_points, options.seed, tracker.update
+            density.columns, train.x, test.x, cell_points, options.seed, progress.update
         )
         summary["gaussian_mixture"] = {"components": components, **_mean_and_error(others, "test_log_density")}
         summary["difference"] = _mean_and_error(scores - others, "log_density")

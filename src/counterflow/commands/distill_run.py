@@ -13,7 +13,7 @@ import torch
 from counterflow import plots
 from counterflow.commands import console
 from counterflow.commands.distill import Distill
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
@@ -55,7 +55,7 @@ def run(command: Distill) -> int:
         if (teacher_folder / DESCRIPTION).is_file():  # of a table: the student scores and samples such tables as well
             shutil.copyfile(teacher_folder / DESCRIPTION, folder / DESCRIPTION)
         torch.manual_seed(options.distill.seed)
-        with stop.at_once(handled=interrupted), Tracker(f"comparing {options.comparison_samples:,} draws of each"):
+        with stop.at_once(handled=interrupted), Progress(f"comparing {options.comparison_samples:,} draws of each"):
             found = agreement(teacher, made.student, samples=options.comparison_samples)
             _plot(folder / "plots", teacher, made)
         write_json(folder / "summary.json", _summary(options, made, found))  # last, as it marks the run as complete
@@ -84,22 +84,22 @@ def _train(options: Distill, teacher: Flow, folder: Path, stop: Stop) -> Distill
     total = sum(steps.values())
     tasks: list[str] = []
 
-    with Tracker("first step", "steps") as tracker, metrics(folder) as write:
+    with Progress("first step", "steps") as progress, metrics(folder) as write:
 
         def on_step(task: str, done: int, _: int) -> None:
             done += steps["layers"] if task == "flow" else 0
             if not tasks:
-                tracker.start_at(done - 1)
+                progress.start_at(done - 1)
             if task not in tasks:
                 tasks.append(task)
-            tracker.update(done, total, task, facts)
+            progress.update(done, total, task, facts)
 
         def on_epoch(task: str, epoch: Epoch) -> None:
             nonlocal facts
             write({"task": task, **dataclasses.asdict(epoch)})
             facts = f"{OBJECTIVES[task].removeprefix('- ')} {-epoch.validation:.3f}"
             if tasks == [task] and epoch.epoch == 1:
-                tracker.announce(f"{total:,} steps")
+                progress.announce(f"{total:,} steps")
 
         return distill_with_history(
             teacher,

@@ -48,7 +48,7 @@ class Export:
         import torch
 
         from counterflow.commands import console
-        from counterflow.commands.progress import Tracker
+        from counterflow.commands.progress import Progress
         from counterflow.commands.trained import load_trained
         from counterflow.io.export import OUTPUTS, export, graph_of, largest_difference
 
@@ -56,13 +56,13 @@ class Export:
         console.new_file(self.path)
         model = model if self.double else model.float()
         graph = graph_of(model, self.direction)
-        with Tracker(f"exporting {graph.direction}"):
+        with Progress(f"exporting {graph.direction}"):
             path = export(model, self.path, self.direction, self.batch)
         inputs, outputs = ", ".join(graph.sizes), ", ".join(OUTPUTS[graph.direction])
         console.say(f"wrote {path}: {inputs} -> {outputs}, {path.stat().st_size:,} bytes")
         torch.manual_seed(self.seed)
         try:
-            with Tracker("comparing with the model"):
+            with Progress("comparing with the model"):
                 difference = largest_difference(model, path, self.direction, self.batch or 64)
         except ImportError as error:
             console.warn(f"not compared: {error}")

@@ -24,7 +24,7 @@ from counterflow.commands.model_errors import errors_of_file
 from counterflow.commands.model_file import load_target
 from counterflow.commands.model_tool import Tool
 from counterflow.commands.posterior import Posterior
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import metrics, running
 from counterflow.diagnostics.calibration import Calibration, calibration, randomized_ranks
@@ -67,7 +67,7 @@ class Replication:
 def calibrate(options: Posterior, replications: int) -> int:
     """Simulate and fit data sets, test their ranks for uniformity, and write the run folder; return the exit code."""
     file = Path(options.model.rpartition(":")[0] or options.model)
-    with Tracker("reading the model"), errors_of_file(file):
+    with Progress("reading the model"), errors_of_file(file):
         _simulate_once(options)
     jobs = [
         Job(options.model, options.data, options.tool, options.dim, options.inits, options.fit, options.fit.seed + k)
@@ -77,14 +77,18 @@ def calibrate(options: Posterior, replications: int) -> int:
     with running(options, None, "posterior") as (folder, _):
         console.note(f"{options.model}: {replications} data sets in {processes} processes; run folder {folder}")
         begun = time.perf_counter()
-        with Tracker("calibrating", "fits") as tracker, metrics(folder) as write, _finished(jobs, processes) as results:
+        with (
+            Progress("calibrating", "fits") as progress,
+            metrics(folder) as write,
+            _finished(jobs, processes) as results,
+        ):
             found: dict[int, Replication] = {}
             for number, replication in results:
                 found[number] = replication
                 write({"fit": number, **_facts(replication)})
-                tracker.update(len(found), replications)
+                progress.update(len(found), replications)
                 if len(found) == processes:
-                    tracker.announce("all fits")
+                    progress.announce("all fits")
         ordered = [found[number] for number in sorted(found)]
         names = list(ordered[0].ranks)
         ranks = torch.tensor([[each.ranks[name] for name in names] for each in ordered], dtype=torch.float64)

@@ -18,7 +18,7 @@ from counterflow.commands.model_errors import errors_of_file
 from counterflow.commands.model_file import load_target
 from counterflow.commands.posterior import Posterior
 from counterflow.commands.posterior_plots import columns_of
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
@@ -42,7 +42,7 @@ def run(command: Posterior) -> int:
         raise ValueError(f"expected -n to be at least 1, got {options.n}")
     file = Path(options.model.rpartition(":")[0] or options.model)
     starts = None if options.inits is None else read_json(options.inits, "starting values by variable")
-    with Tracker("reading the model"):
+    with Progress("reading the model"):
         target = load_target(options.model, options.data, options.tool, options.dim)
     with running(options, resumed, "posterior") as (folder, stop):
         with errors_of_file(file):
@@ -52,7 +52,7 @@ def run(command: Posterior) -> int:
         interrupted = fitted.stages[-1].stopped == "interrupted"
         with stop.at_once(handled=interrupted):
             refined = None if interrupted or options.refine is None else _refine(options.refine, options, fitted)
-            with Tracker("writing draws and plots"):
+            with Progress("writing draws and plots"):
                 _write(options, fitted, refined, target, folder)
         if not interrupted:
             mark_done(folder)
@@ -73,7 +73,7 @@ def _fit(
     begun: list[str] = []
     stages: list[posterior.Stage] = []
 
-    with Tracker("starting points", "steps") as tracker, metrics(folder) as write:
+    with Progress("starting points", "steps") as progress, metrics(folder) as write:
 
         def on_step(task: str, done: int, total: int) -> None:
             if not begun:  # errors in the model precede this line
@@ -81,15 +81,15 @@ def _fit(
                 console.note(f"{options.model}: {target.dim} dimensions ({listed}); run folder {folder}")
             if task not in begun:
                 begun.append(task)
-                tracker.start_at(done - 1)
-            tracker.update(done, total, task, facts)
+                progress.start_at(done - 1)
+            progress.update(done, total, task, facts)
 
         def on_epoch(task: str, epoch: Epoch) -> None:
             nonlocal facts
             facts = f"ELBO {epoch.validation:.2f}"
             if begun == [task] and epoch.epoch == 1:
                 limit = f"within --seconds {options.fit.seconds:g}"
-                tracker.announce(f"{task}; others follow if its verdict is not good, {limit}")
+                progress.announce(f"{task}; others follow if its verdict is not good, {limit}")
 
         def on_stage(stage: posterior.Stage) -> None:
             stages.append(stage)
@@ -110,7 +110,7 @@ def _fit(
 
 def _refine(method: Refiner, options: Posterior, fitted: posterior.Posterior) -> posterior.Refined:
     """Run the Markov chains, with as many draws in total as are written of the fit."""
-    with Tracker(f"drawing by {method}"):
+    with Progress(f"drawing by {method}"):
         samples = max(MIN_CHAIN, options.n // CHAINS)
         return fitted.refine(method, chains=CHAINS, samples=samples, seed=options.fit.seed)
 

@@ -6,7 +6,8 @@ import threading
 import time
 from types import TracebackType
 
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+from rich.progress import Progress as Bar
 from rich.table import Column
 from rich.text import Text
 
@@ -18,11 +19,11 @@ MIN_ANNOUNCED = 20.0  # seconds of a run whose duration is estimated after the f
 SLOWER = 1.5  # factor by which the pause grows from line to line
 
 
-class Tracker:
+class Progress:
     """Progress of work; use as a context.
 
-        with Tracker("scoring", "rows") as tracker:
-            tracker.update(100, 1000)
+        with Progress("scoring", "rows") as progress:
+            progress.update(100, 1000)
 
     Without a call of `update` it shows the seconds so far, for work that cannot be counted.
 
@@ -42,7 +43,7 @@ class Tracker:
         in_terminal = console.err.is_terminal
         self._ended = threading.Event()
         self._lines = None if in_terminal or console.is_quiet() else threading.Thread(target=self._print, daemon=True)
-        self._bar = Progress(
+        self._bar = Bar(
             TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(bar_width=None),
             _Numbers(self),
@@ -52,7 +53,7 @@ class Tracker:
         )
         self._line = self._bar.add_task(task, total=None)
 
-    def __enter__(self) -> Tracker:
+    def __enter__(self) -> Progress:
         self._bar.start()
         if self._lines is not None:
             self._lines.start()
@@ -124,14 +125,14 @@ class Tracker:
 
 
 class _Numbers(ProgressColumn):
-    """Column with the numbers of a tracker."""
+    """Column with the numbers of the work."""
 
-    def __init__(self, tracker: Tracker) -> None:
-        self._tracker = tracker
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
         super().__init__(Column(no_wrap=True))
 
     def render(self, task: Task) -> Text:
-        return Text(self._tracker.describe())
+        return Text(self._progress.describe())
 
 
 def duration(seconds: float) -> str:

@@ -24,7 +24,7 @@ import numpy as np
 
 from counterflow.commands import console
 from counterflow.commands.folder_lock import LOCK, locked
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.io.atomic import atomic_write, leftovers
 from counterflow.io.json import read_json, write_json
 from counterflow.training.distributed import Workers
@@ -97,7 +97,7 @@ class ShardedOutput:
         pieces: Iterable[Piece],
         write_part: Callable[[int, Piece, Path, Report], Sums],
         describe: Callable[[Sums], str],
-        tracker: Tracker,
+        progress: Progress,
         rows: int | None,
     ) -> int:
         """Write one part per piece of work, without those that exist, and print a description of the whole.
@@ -108,7 +108,7 @@ class ShardedOutput:
             write_part: called with the number of a part, its piece, the file to write and a function that reports
                 the rows done; returns the sums over the part, among them "rows".
             describe: returns a line of text about the sums over all parts.
-            tracker: shows the progress of this process.
+            progress: shows the progress of this process.
             rows: of all parts, about; None if unknown.
 
         Returns:
@@ -124,7 +124,7 @@ class ShardedOutput:
         with ExitStack() as locks:  # of rank 0
             if not self._begin(about, locks):
                 with _errors_of_any_rank():
-                    count = self._write_mine(itertools.chain([first], coming), write_part, tracker, rows)
+                    count = self._write_mine(itertools.chain([first], coming), write_part, progress, rows)
                 if Workers.current().rank == 0:
                     self._finish(count)
         if Workers.current().rank == 0:
@@ -178,7 +178,7 @@ class ShardedOutput:
         self,
         pieces: Iterable[Piece],
         write_part: Callable[[int, Piece, Path, Report], Sums],
-        tracker: Tracker,
+        progress: Progress,
         rows: int | None,
     ) -> int:
         """Write the parts of this process; return the number of all parts."""
@@ -186,7 +186,7 @@ class ShardedOutput:
         total = rows and rows / workers.size
         count = 0
         done = 0.0
-        with tracker:
+        with progress:
             for number, piece in enumerate(pieces):
                 count = number + 1
                 if number % workers.size != workers.rank:
@@ -194,11 +194,11 @@ class ShardedOutput:
                 part = self._part(number)
                 if part.exists():
                     done += read_json(self._sums(number), "the sums over a part")["rows"]
-                    tracker.start_at(done)
+                    progress.start_at(done)
                     continue
 
                 def report(rows_of_part: float, before: float = done, name: str = part.name) -> None:
-                    tracker.update(before + rows_of_part, total, name)
+                    progress.update(before + rows_of_part, total, name)
 
                 _remove_leftovers(part, self._sums(number))
                 with atomic_write(part) as temporary:
@@ -210,13 +210,13 @@ class ShardedOutput:
     def _finish(self, count: int) -> None:
         """Wait for the parts of all processes, and write the sums over all of them."""
         total: Sums = {}
-        with Tracker("waiting for the parts of other processes", "parts") as tracker:
+        with Progress("waiting for the parts of other processes", "parts") as progress:
             for number in range(count):
                 while not self._part(number).exists():  # if another process fails, torchrun ends this one too
                     time.sleep(POLL_SECONDS)
                 for name, value in read_json(self._sums(number), "the sums over a part").items():
                     total[name] = total.get(name, 0) + value
-                tracker.update(number + 1, count)
+                progress.update(number + 1, count)
         write_json(self._summary, {"parts": count, "sums": total})
 
     @property

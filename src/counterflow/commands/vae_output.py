@@ -11,7 +11,7 @@ from torch import Tensor
 
 from counterflow import plots
 from counterflow.commands import console
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.requirements import require_packages
 from counterflow.commands.score import Score
 from counterflow.commands.sharded_output import (
@@ -58,9 +58,9 @@ def sample_from_vae(run: Path, n: int, mean: bool, seed: int, out: Path | None) 
 
         about = inputs("sample", [weights_file(run)], None, n=n, seed=seed, mean=mean, rows=ROWS_PER_SAMPLE_PART)
         pieces = portions(n, ROWS_PER_SAMPLE_PART)
-        tracker = Tracker("drawing", "samples")
+        progress = Progress("drawing", "samples")
         output = ShardedOutput(shards, ".npy")
-        return output.write(about, pieces, write_part, lambda sums: f"{sums['rows']:,} samples", tracker, n)
+        return output.write(about, pieces, write_part, lambda sums: f"{sums['rows']:,} samples", progress, n)
     path = console.new_file(out or folder / "samples.npy")
     if path.suffix != ".npy":
         raise ValueError(f"expected --out to end in .npy, got {path}; the plot is written beside it, as .png")
@@ -68,8 +68,8 @@ def sample_from_vae(run: Path, n: int, mean: bool, seed: int, out: Path | None) 
     if image is not None:
         require_packages("matplotlib")
     torch.manual_seed(seed)
-    with Tracker("drawing", "samples") as tracker:
-        x = draw(n, lambda done: tracker.update(done, n))
+    with Progress("drawing", "samples") as progress:
+        x = draw(n, lambda done: progress.update(done, n))
     with atomic_write(path) as temporary:
         _save(temporary, x)
     if image is not None:
@@ -112,12 +112,12 @@ def score_by_vae(options: Score) -> int:
         data = Path(options.data).expanduser()
         about = inputs("score", [weights_file(options.run_folder)], data, **values_of, rows=ROWS_PER_SCORE_PART)
         pieces = ((k * ROWS_PER_SCORE_PART, rows) for k, rows in enumerate(values.split(ROWS_PER_SCORE_PART)))
-        tracker = Tracker("scoring", "rows")
+        progress = Progress("scoring", "rows")
         output = ShardedOutput(shards, ".csv")
-        return output.write(about, pieces, write_part, lambda sums: _describe(model, sums), tracker, len(values))
+        return output.write(about, pieces, write_part, lambda sums: _describe(model, sums), progress, len(values))
     torch.manual_seed(options.seed)
-    with Tracker(f"scoring with {options.samples} samples each", "rows") as tracker:
-        evaluation = evaluated(values, lambda done: tracker.update(done, len(values)))
+    with Progress(f"scoring with {options.samples} samples each", "rows") as progress:
+        evaluation = evaluated(values, lambda done: progress.update(done, len(values)))
     with atomic_write(path) as temporary:
         sums = _write_scores(temporary, 0, evaluation)
     console.say(f"{_describe(model, sums)}; wrote {path}")

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from counterflow.commands import console, vae_plots
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.report.write import write_report
 from counterflow.commands.requirements import require_packages
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
@@ -108,8 +108,8 @@ def _compare(
         tested = _rows_to_test(options, models, histories, test)
         summary["rows"]["tested"] = len(tested)
         for name, model in models.items():
-            with Tracker(f"testing {name}", "draws") as tracker:
-                evaluation = evaluate(model, tested, options.test_samples, on_batch=tracker.update)
+            with Progress(f"testing {name}", "draws") as progress:
+                evaluation = evaluate(model, tested, options.test_samples, on_batch=progress.update)
             summary["results"].append(_result(options, name, model, histories[name], evaluation))
         vae_plots.plot_run(folder / "plots", models, histories, test[:64], options.fit.seed)
     write_json(folder / "summary.json", summary)  # last, as it marks the run as complete
@@ -189,14 +189,14 @@ def _train(
     facts = ""
     first_done = None
 
-    with Tracker(name, "steps") as tracker:
+    with Progress(name, "steps") as progress:
 
         def on_step(task: str, done: int, total: int) -> None:
             nonlocal first_done
             if first_done is None:
                 first_done = done - 1
-                tracker.start_at(first_done)
-            tracker.update(done, total, task, facts)
+                progress.start_at(first_done)
+            progress.update(done, total, task, facts)
 
         def on_epoch(task: str, epoch: Epoch) -> None:
             write({"task": task, **dataclasses.asdict(epoch)})
@@ -205,7 +205,7 @@ def _train(
             facts = f"{number}, ELBO {epoch.validation:.2f}, {epoch.rows_per_second:,.0f} {unit}/s"
             if is_first and epoch.epoch == 1:
                 trainings, which = (1, "") if options.posterior else (2, " of each posterior")
-                tracker.announce(f"{options.fit.epochs} epochs{which}", trainings)
+                progress.announce(f"{options.fit.epochs} epochs{which}", trainings)
 
         return fit(
             model,

@@ -21,7 +21,7 @@ from counterflow.commands.bench.peers import OURS, PEERS
 from counterflow.commands.bench.report import Results, Table
 from counterflow.commands.bench.runner import DIRECTIONS, GROWTH_ROWS, Limits, Runner
 from counterflow.commands.bench.worker import MEASUREMENTS, Settings, Size
-from counterflow.commands.progress import Tracker
+from counterflow.commands.progress import Progress
 from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import new_run_folder, write_config
 from counterflow.io.json import write_json
@@ -97,15 +97,15 @@ def _runner(options: Bench, names: Sequence[str], threads: int, steps: int) -> I
         limits = Limits(min(options.repeats, QUICK_REPEATS), min(options.budget, QUICK_BUDGET), options.cap)
     settings = Settings(threads, GIB * options.memory if options.memory else total_memory() / 2)
     done = 0
-    with Tracker("starting", "steps") as tracker:
+    with Progress("starting", "steps") as progress:
 
         def on_step() -> None:
             nonlocal done
             done += 1
-            tracker.update(done, steps)
+            progress.update(done, steps)
 
         runner = Runner(
-            names, settings, limits, on_turn=lambda text: tracker.update(done, steps, text), on_step=on_step
+            names, settings, limits, on_turn=lambda text: progress.update(done, steps, text), on_step=on_step
         )
         try:
             yield runner
