@@ -117,13 +117,16 @@ def test_the_help_works_without_the_packages_of_the_command_line(package, here, 
 
 
 def test_all_missing_packages_are_named_at_once(here, tmp_path, monkeypatch):
-    for package in ("pyarrow", "matplotlib"):
+    for package in ("pyarrow", "matplotlib", "openpyxl"):
         monkeypatch.setitem(sys.modules, package, None)
     assert here("density", "--help")[0] == 0
     code, out, err = here("density")
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert re.search("expected pyarrow for tables.*; expected matplotlib for plots", err)
-    assert err.endswith("; pip install 'counterflow[data,plots]'\n") and not everything(tmp_path)
+    assert re.search("expected matplotlib for plots.*; expected pyarrow for tables", err)
+    assert err.endswith("; pip install 'counterflow[plots,data]'\n") and not everything(tmp_path)
+    (tmp_path / "sales.xlsx").touch()
+    err = here("density", "sales.xlsx")[2]
+    assert "expected openpyxl for .xlsx files" in err and err.endswith("'counterflow[plots,data,excel]'\n")
 
 
 def test_every_package_has_its_extra(monkeypatch):

@@ -122,8 +122,8 @@ def test_further_stages_follow_a_bad_one_within_the_time_limit():
     seen = []
     config = replace(QUICK, steps=5, stages=3)
     posterior = cf.fit_posterior(banana, config, dim=2, on_stage=seen.append)
-    assert tuple(seen) == posterior.stages and [stage.steps for stage in seen] == [5, 10, 20]
-    assert [stage.layers for stage in seen] == [2, 2, 4]
+    assert tuple(seen) == posterior.stages and [stage.steps for stage in seen] == [5, 25, 50]
+    assert [stage.layers for stage in seen] == [2, 2, 2]
     hurried = cf.fit_posterior(banana, replace(config, seconds=1e-3), dim=2)
     assert len(hurried.stages) == 1
 
@@ -134,9 +134,10 @@ def test_no_stage_follows_a_good_one():
 
 
 def test_planned_stages():
-    assert stage_plans(cf.PosteriorConfig(stages=2)) == (
-        StagePlan("path", 256, 250, max_k_hat=0.5),
-        StagePlan("path", 256, 500),
+    assert stage_plans(cf.PosteriorConfig(stages=3)) == (
+        StagePlan("path", 128, 50, rate=1.0, max_k_hat=0.5),
+        StagePlan("path", 256, 250, rate=1.0, max_k_hat=0.5),
+        StagePlan("path", 256, 500, rate=0.5),
     )
     assert stage_plans(cf.PosteriorConfig(estimator="dreg"))[0].estimator == "dreg"
 

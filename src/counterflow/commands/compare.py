@@ -39,14 +39,14 @@ class Compare:
         """Print the comparison; return the exit code, 0 also where the distribution has moved."""
         from counterflow.checks import check_device
         from counterflow.commands.preflight import check_readable
-        from counterflow.commands.requirements import require_packages
+        from counterflow.commands.requirements import require_packages, table_packages
         from counterflow.io.table_formats import TABLE
 
         check_readable(self.run_folder, "a run folder of counterflow density")
         for path in (self.first, self.second):
             check_readable(path, TABLE)
         check_device(self.device)
-        require_packages("sklearn", "pyarrow")
+        require_packages("sklearn", *table_packages(self.first, self.second))
         from counterflow.commands.compare_run import compare
 
         return compare(self)

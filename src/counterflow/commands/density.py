@@ -56,12 +56,12 @@ class Density:
     def run(self) -> int:
         """Fit, test and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""
         from counterflow.commands.preflight import check_readable, check_run_folder
-        from counterflow.commands.requirements import require_packages
+        from counterflow.commands.requirements import require_packages, table_packages
 
         check_run_folder(self.folder)
         if self.data not in (BUNDLED, STREAM) and self.folder.resume is None:
             check_readable(Path(self.data), TABLE)
-        require_packages("sklearn", "pyarrow", "matplotlib")
+        require_packages("sklearn", "matplotlib", *table_packages(self.data))
         from counterflow.commands.density_run import run
 
         return run(self)

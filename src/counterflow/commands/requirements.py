@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 
 from counterflow.checks import require
+from counterflow.io.table_formats import format_of, suffix_of
 
 PACKAGES = {  # import name -> the extra that installs it, and its purpose
     "arviz": ("posterior", "R-hat of chains"),
@@ -20,8 +22,22 @@ PACKAGES = {  # import name -> the extra that installs it, and its purpose
     "jinja2": ("cli", "report.html"),
     "PIL": ("data", "images"),
     "pyarrow": ("data", "tables"),
+    "openpyxl": ("excel", ".xlsx files"),
+    "duckdb": ("databases", ".duckdb files"),
     "sklearn": ("data", "density estimation and bundled data"),
 }
+READERS = {"excel": "openpyxl", "duckdb": "duckdb"}  # format of a table -> package that reads it, beside pyarrow
+
+
+def table_packages(*paths: str | Path) -> list[str]:
+    """Return the import names of the packages that read tables.
+
+    Example:
+        >>> table_packages("sales.xlsx")
+        ['pyarrow', 'openpyxl']
+    """
+    formats = [format_of(suffix_of(Path(path))) for path in paths]
+    return ["pyarrow", *(READERS[name] for name in formats if name in READERS)]
 
 
 def require_packages(*modules: str) -> None:

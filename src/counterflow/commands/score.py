@@ -46,7 +46,7 @@ class Score:
         """Write the scores; return the exit code."""
         from counterflow.checks import check_device
         from counterflow.commands.preflight import check_new_file_or_parts, check_readable
-        from counterflow.commands.requirements import require_packages
+        from counterflow.commands.requirements import require_packages, table_packages
         from counterflow.commands.trained import kind_of_run
 
         check_readable(self.run_folder, "a run folder of counterflow density or vae")
@@ -55,7 +55,7 @@ class Score:
         check_new_file_or_parts(self.out)
         check_device(self.device)
         if kind_of_run(self.run_folder) == "density":
-            require_packages("sklearn", "pyarrow")
+            require_packages("sklearn", *table_packages(self.data))
             from counterflow.commands.density_output import score_table
 
             return score_table(self.run_folder, self.data, self.table.options(), self.device, self.out)

@@ -22,10 +22,10 @@ class PosteriorConfig:
     starts: int = 8  # starting points; as many again, far around the best one, search for other modes
     modes: int = 8  # maximum number of flows; one is fitted to each mode that is found
     estimator: Estimator = "path"  # gradient estimator; the path derivative has no variance if the flow is exact
-    samples: int = 256  # S, draws of the flow in each step
-    steps: int = 250  # steps of the first stage; later stages take more
-    learning_rate: float = 1e-2  # of the first stage, decaying to a hundredth; later stages start at half of it
-    stages: int = 4  # maximum number of stages; a good verdict ends the fit earlier
+    samples: int = 128  # S, draws of the flow in each step of the first stage; later stages take more
+    steps: int = 50  # steps of the first stage, which is enough for almost normal posteriors; later stages take more
+    learning_rate: float = 1e-2  # at the start of the first two stages, decaying to a hundredth; half of it later on
+    stages: int = 5  # maximum number of stages; a good verdict ends the fit earlier
     seconds: float = 200.0  # no further stage starts that is expected to end later than this
     verdict_samples: int = 10_000  # draws that judge each stage; the last ones are resampled
     seed: int = 0  # seed of starting points, initial weights and all noise

@@ -57,7 +57,7 @@ def fit_modes(
         deadline: value of time.perf_counter() after which no further stage should end.
         generator: source of the noise of the search, the same in all processes.
         on_stage: called after each stage, on rank 0.
-        on_epoch: called as on_epoch(task, epoch) ten times per stage, on rank 0.
+        on_epoch: called as on_epoch(task, epoch) up to ten times per stage, on rank 0.
         on_step: called as on_step(task, done, total) after each step.
         checkpoints: where each stage writes its training state.
     """

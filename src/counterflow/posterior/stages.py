@@ -41,6 +41,7 @@ from counterflow.transforms.constant import Permute, Whiten
 from counterflow.univariate.sinh_arcsinh import SinhArcsinh
 
 MIN_EFFICIENCY = 0.9  # effective sample size per draw from which no further stage is needed
+EPOCHS, MIN_EPOCH = 10, 25  # maximum number of epochs in a stage, and minimum number of steps in one
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Stage:
     skipped: int  # steps whose loss or gradient was not finite
     stopped: str  # as in the training's `History`: finished, interrupted or not finite
     seconds: float
-    elbos: tuple[float, ...]  # ELBO on the same noise after each tenth of the steps, nats
+    elbos: tuple[float, ...]  # ELBO on the same noise after each epoch, nats
     k_hat: float  # shape of the weights' tail of the stage's verdict
     ess: float  # effective sample size of the verdict's draws
     verdict_samples: int  # number of the verdict's draws
@@ -127,7 +128,7 @@ def fit_flow(
         deadline: value of time.perf_counter() after which no further stage should end.
         mode: number of the flow among those of several modes.
         on_stage: called after each stage, on rank 0.
-        on_epoch: called as on_epoch(task, epoch) ten times per stage, on rank 0.
+        on_epoch: called as on_epoch(task, epoch) up to ten times per stage, on rank 0.
         on_step: called as on_step(task, done, total) after each step.
         checkpoints: where each stage writes its training state.
     """
@@ -248,7 +249,7 @@ def _train(
 ) -> History:
     """Train one stage; the flow ends with the averaged weights of the highest ELBO."""
     estimator = ESTIMATORS[plan.estimator]
-    epochs = min(10, plan.steps)
+    epochs = max(1, min(EPOCHS, plan.steps // MIN_EPOCH))
     samples = Workers.current().share(plan.samples, "samples")  # of this process, with its own noise
 
     def objective(flow: nn.Module, batch: None) -> Tensor:
@@ -257,7 +258,7 @@ def _train(
     fit_config = FitConfig(
         epochs=epochs,
         optimizer="adam",
-        learning_rate=config.learning_rate / (2 if number else 1),
+        learning_rate=plan.rate * config.learning_rate,
         warm_up_steps=min(30, plan.steps // 5),
         clip_norm=10.0,
         ema=0.98,
