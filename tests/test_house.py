@@ -46,6 +46,7 @@ LAZY = [
     "huggingface_hub",
     "jax",
     "matplotlib",
+    "mlflow",
     "nessai",
     "nflows",
     "normflows",
@@ -64,7 +65,9 @@ LAZY = [
     "sbi",
     "sklearn",
     "stan",
+    "tensorboard",
     "tyro",
+    "wandb",
     "zuko",
 ]
 

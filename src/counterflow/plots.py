@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +17,7 @@ COLORS = ("#4c6a92", "#d1603d", "#5b8e5a", "#8a5a9e", "#b08d2e", "#4aa3a2", "#7d
 DASHED = (0, (4, 2))
 FILLED = {"histtype": "stepfilled", "color": COLORS[1], "alpha": 0.45}
 OUTLINED = {"histtype": "step", "color": COLORS[0], "lw": 1.2}
+_on_figure: ContextVar[Callable[[str, Any], None]] = ContextVar("on_figure", default=lambda name, figure: None)
 
 
 def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Any, Any]:
@@ -35,9 +38,20 @@ def _grid(panels: int, columns: int, width: float, height: float, margin: float)
     return figure, axes.flat[:panels]
 
 
+@contextmanager
+def figures_to(on_figure: Callable[[str, Any], None]) -> Iterator[None]:
+    """Call on_figure(name, figure) with each figure that is saved in the block; the name is plots/STEM."""
+    before = _on_figure.set(on_figure)
+    try:
+        yield
+    finally:
+        _on_figure.reset(before)
+
+
 def _save(figure: Any, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    _on_figure.get()(f"plots/{path.stem}", figure)
     return path
 
 

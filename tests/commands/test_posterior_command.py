@@ -394,7 +394,7 @@ def test_calibration_in_processes_gives_the_same_ranks(here, tmp_path):
         (["--calibrate", "1"], "expected --calibrate to be at least 2 data sets, got 1"),
         (["--processes", "2"], "expected --processes only with --calibrate"),
         (["--calibrate", "5", "--processes", "0"], "expected --processes to be at least 1, got 0"),
-        (["--calibrate", "5", "--refine", "imh"], "expected --calibrate without --refine and --resume"),
+        (["--calibrate", "5", "--refine", "imh"], "expected --calibrate without --refine, --resume and --tracker"),
         (["--calibrate", "5"], "expected a model from which parameters and data can be drawn"),
     ],
 )

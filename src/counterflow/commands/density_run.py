@@ -34,6 +34,7 @@ from counterflow.io.data.tables import open_table, read_table
 from counterflow.io.json import write_json
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch, History
+from counterflow.training.tracking import Tracker
 
 Array = np.ndarray[Any, Any]
 MIN_ROWS = 10  # some are needed for training, some for validation and some for the test
@@ -86,13 +87,13 @@ def run(command: Density) -> int:
         )
     for warning in raised:
         console.warn(str(warning.message))
-    with running(options, resumed, "density") as (folder, stop):
+    with running(options, resumed, "density") as (folder, stop, tracker):
         given = f", given {', '.join(table.context)}" if table.context else ""
         console.note(
             f"{options.data}: {len(table.names)} columns{given}; {len(train.x)} rows to train and validate, "
             f"{len(test.x)} to test; run folder {folder}"
         )
-        density = _fit(options, trainer, folder, stop)
+        density = _fit(options, trainer, folder, stop, tracker)
         if Workers.current().rank:  # rank 0 tests and plots
             return 0
         train, test = train.select(density.kept), test.select(density.kept)
@@ -178,7 +179,7 @@ def _advice(faults: TableFaultsError) -> str:
     return "; ".join([*parts, f"try {' '.join(flags)}"])
 
 
-def _fit(options: Density, trainer: DensityTrainer, folder: Path, stop: Stop) -> TableDensity:
+def _fit(options: Density, trainer: DensityTrainer, folder: Path, stop: Stop, tracker: Tracker | None) -> TableDensity:
     epochs = options.fit.epochs
     total = len(trainer.tasks) * epochs
     with Progress("member 1", "epochs") as progress, metrics(folder) as write:
@@ -195,7 +196,8 @@ def _fit(options: Density, trainer: DensityTrainer, folder: Path, stop: Stop) ->
         density = trainer.fit(
             on_epoch=on_epoch,
             on_step=stop.after_step(lambda *_: None),
-            checkpoints=checkpoints(folder, options.folder, write),
+            checkpoints=checkpoints(folder, options.folder, tracker, write),
+            tracker=tracker,
         )
     first = trainer.histories[0]
     if first.best is None:

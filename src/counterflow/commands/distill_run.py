@@ -27,6 +27,7 @@ from counterflow.io.json import write_json
 from counterflow.io.serialization import save
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch
+from counterflow.training.tracking import Tracker
 
 OBJECTIVES = {"layers": "- loss of all layers, nats", "flow": "- KL, nats"}
 SHOWN = 1000  # draws of each flow in the plot
@@ -41,8 +42,8 @@ def run(command: Distill) -> int:
         raise ValueError("expected the run folder of a teacher, or --resume with that of a distillation, got none")
     teacher, teacher_folder = load_trained(options.run_folder)
     _check_teacher(teacher, options.run_folder)
-    with running(options, resumed, "distill") as (folder, stop):
-        made = _train(options, teacher, folder, stop)
+    with running(options, resumed, "distill") as (folder, stop, tracker):
+        made = _train(options, teacher, folder, stop, tracker)
         interrupted = any(history.stopped == "interrupted" for history in made.histories.values())
         if any(history.best is None for history in made.histories.values()):
             if interrupted:
@@ -78,7 +79,7 @@ def _check_teacher(teacher: Any, run_folder: Path) -> None:
         )
 
 
-def _train(options: Distill, teacher: Flow, folder: Path, stop: Stop) -> Distilled:
+def _train(options: Distill, teacher: Flow, folder: Path, stop: Stop, tracker: Tracker | None) -> Distilled:
     facts = ""
     steps = {"layers": options.distill.layer_steps, "flow": options.distill.flow_steps}
     total = sum(steps.values())
@@ -106,7 +107,8 @@ def _train(options: Distill, teacher: Flow, folder: Path, stop: Stop) -> Distill
             config=options.distill,
             on_epoch=on_epoch,
             on_step=stop.after_step(on_step),
-            checkpoints=checkpoints(folder, options.folder, write),
+            checkpoints=checkpoints(folder, options.folder, tracker, write),
+            tracker=tracker,
         )
 
 

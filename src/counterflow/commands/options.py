@@ -13,6 +13,7 @@ import tyro
 
 from counterflow.io.json import from_json
 from counterflow.io.table_formats import TableOptions
+from counterflow.training.config import TrackerName
 
 Command = TypeVar("Command")
 
@@ -34,6 +35,8 @@ class RunFolder:
     """folder of an interrupted run, which continues with its own options; give no other option"""
     save_every: float = 60.0
     """seconds between checkpoints, from which --resume continues"""
+    tracker: Annotated[TrackerName | None, optional("{tensorboard,wandb,mlflow}")] = None
+    """experiment tracker that options, epochs, results and plots are logged to as well"""
 
     def __post_init__(self) -> None:
         if not self.save_every >= 0:

@@ -64,8 +64,8 @@ class Posterior:
             raise ValueError(f"expected --processes to be at least 1, got {self.processes}")
         if self.calibrate is None and self.processes is not None:
             raise ValueError("expected --processes only with --calibrate, got it without")
-        if self.calibrate is not None and (self.refine is not None or self.folder.resume is not None):
-            raise ValueError("expected --calibrate without --refine and --resume, got one of them")
+        if self.calibrate is not None and (self.refine or self.folder.resume or self.folder.tracker):
+            raise ValueError("expected --calibrate without --refine, --resume and --tracker, got one of them")
 
     def run(self) -> int:
         """Fit, write and plot; return the exit code: 130 after Ctrl-C, 143 after SIGTERM."""

@@ -74,7 +74,7 @@ def calibrate(options: Posterior, replications: int) -> int:
         for k in range(replications)
     ]
     processes = min(options.processes or os.cpu_count() or 1, replications)
-    with running(options, None, "posterior") as (folder, _):
+    with running(options, None, "posterior") as (folder, _, _):
         console.note(f"{options.model}: {replications} data sets in {processes} processes; run folder {folder}")
         begun = time.perf_counter()
         with (

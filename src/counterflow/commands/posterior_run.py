@@ -28,6 +28,7 @@ from counterflow.posterior.config import Refiner
 from counterflow.posterior.targets.target import Target
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch
+from counterflow.training.tracking import Tracker
 
 MAX_PRINTED = 40  # rows of the printed table; summary.json holds all
 CHAINS = 4  # of --refine
@@ -44,9 +45,9 @@ def run(command: Posterior) -> int:
     starts = None if options.inits is None else read_json(options.inits, "starting values by variable")
     with Progress("reading the model"):
         target = load_target(options.model, options.data, options.tool, options.dim)
-    with running(options, resumed, "posterior") as (folder, stop):
+    with running(options, resumed, "posterior") as (folder, stop, tracker):
         with errors_of_file(file):
-            fitted = _fit(options, target, starts, folder, stop)
+            fitted = _fit(options, target, starts, folder, stop, tracker)
         if Workers.current().rank:  # rank 0 writes and plots
             return 0
         interrupted = fitted.stages[-1].stopped == "interrupted"
@@ -66,7 +67,12 @@ def _listed(names: tuple[str, ...]) -> str:
 
 
 def _fit(
-    options: Posterior, target: Target, starts: Mapping[str, Any] | None, folder: Path, stop: Stop
+    options: Posterior,
+    target: Target,
+    starts: Mapping[str, Any] | None,
+    folder: Path,
+    stop: Stop,
+    tracker: Tracker | None,
 ) -> posterior.Posterior:
     """Fit the posterior and show the progress."""
     facts = ""
@@ -104,7 +110,8 @@ def _fit(
             on_stage=on_stage,
             on_epoch=on_epoch,
             on_step=stop.after_step(on_step),
-            checkpoints=checkpoints(folder, options.folder),
+            checkpoints=checkpoints(folder, options.folder, tracker),
+            tracker=tracker,
         )
 
 

@@ -19,7 +19,12 @@ def check_run_folder(options: RunFolder) -> None:
 
     Raises:
         OSError: the folder exists, cannot be created or resumed, or the disk is full.
+        ImportError: the package of --tracker is not installed.
     """
+    if options.tracker is not None:
+        from counterflow.commands.requirements import require_packages
+
+        require_packages(options.tracker)
     if options.resume is not None:
         if not options.resume.is_dir():
             raise FileNotFoundError(

@@ -31,9 +31,11 @@ from counterflow.commands.options import Command, RunFolder, from_config, given_
 from counterflow.commands.preflight import CHECKPOINTS, PARTIAL, check_new
 from counterflow.commands.signals import Stop, stopping
 from counterflow.commands.torchrun import is_restarted, is_torchrun
+from counterflow.commands.tracking import tracking
 from counterflow.io.json import read_json, write_json
 from counterflow.training.checkpoints import Checkpoint, Checkpoints
 from counterflow.training.distributed import Workers
+from counterflow.training.tracking import Tracker, log_epoch
 
 FORMAT = 1  # of the run folder
 DEFAULT_PARENT = Path("runs")  # of run folders without --out
@@ -77,12 +79,12 @@ def resolve_run(command: Command, name: str) -> tuple[Command, Path | None]:
 
 
 @contextmanager
-def running(command: Command, resumed: Path | None, name: str) -> Iterator[tuple[Path, Stop]]:
+def running(command: Command, resumed: Path | None, name: str) -> Iterator[tuple[Path, Stop, Tracker | None]]:
     """Create the run folder, or reopen the one to resume, and hold it while the run lasts.
 
-    Yields the folder, and the `Stop` that holds signals back until a step ends. No other command can write to the
-    folder meanwhile. After an error, a folder with neither checkpoints nor weights is removed; one with checkpoints is
-    named, so that the run can be resumed.
+    Yields the folder, the `Stop` that holds signals back until a step ends, and the client of --tracker, if any. No
+    other command can write to the folder meanwhile. After an error, a folder with neither checkpoints nor weights is
+    removed; one with checkpoints is named, so that the run can be resumed.
 
     Raises:
         FileExistsError: the new folder exists and is not empty, or another command is writing to it.
@@ -91,7 +93,8 @@ def running(command: Command, resumed: Path | None, name: str) -> Iterator[tuple
         folder = Path(Workers.current().broadcast_result(lambda: str(_open(command, resumed, name, locks))))
         with stopping() as stop:
             try:
-                yield folder, stop
+                with tracking(command, folder) as tracker:
+                    yield folder, stop, tracker
             except BaseException as error:
                 if (folder / CHECKPOINTS).is_dir():
                     error.add_note(f"continue with --resume {folder}")
@@ -195,19 +198,27 @@ def metrics(run: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
         yield lambda row: print(json.dumps(row), file=file, flush=True)
 
 
-def checkpoints(run: Path, options: RunFolder, write: Callable[[dict[str, Any]], None] | None = None) -> Checkpoints:
-    """Return the checkpoints of a run. On resume, report it and write the finished epochs to metrics.jsonl again.
+def checkpoints(
+    run: Path,
+    options: RunFolder,
+    tracker: Tracker | None,
+    write: Callable[[dict[str, Any]], None] | None = None,
+) -> Checkpoints:
+    """Return the checkpoints of a run. On resume, report it, and write and log the finished epochs again.
 
     Args:
         run: run folder.
         options: of the run folder.
+        tracker: that `running` yields.
         write: function that `metrics` yields.
     """
 
     def on_resume(task: str, checkpoint: Checkpoint) -> None:
         console.note(f"{task}: resuming from step {checkpoint.steps:,} of {run / CHECKPOINTS}")
-        if write is not None:
-            for epoch in checkpoint.history.epochs:
+        for epoch in checkpoint.history.epochs:
+            if write is not None:
                 write({"task": task, **dataclasses.asdict(epoch)})
+            if tracker is not None:
+                log_epoch(tracker, task, epoch)
 
     return Checkpoints(run / CHECKPOINTS, options.save_every, on_resume)

@@ -30,6 +30,7 @@ from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
 from counterflow.training.history import Epoch, History
+from counterflow.training.tracking import Tracker
 from counterflow.univariate.affine import Affine, Gated
 from counterflow.univariate.base import Univariate
 from counterflow.univariate.spline import RationalQuadraticSpline
@@ -53,13 +54,15 @@ def run(command: Vae) -> int:
     names = [options.posterior] if options.posterior else ["gaussian", "iaf"]
     models = {name: _model(options, name, dataset) for name in names}
     _check_data(options, models, parts)
-    with running(options, resumed, "vae") as (folder, stop):
+    with running(options, resumed, "vae") as (folder, stop, tracker):
         rows = {part: len(values) for part, values in vars(parts).items()}
         shape = " x ".join(map(str, parts.train.shape[1:]))
         sizes = f"{rows['train']} to train, {rows['validation']} to validate, {rows['test']} to test"
         console.note(f"{options.data}: {shape}, {sizes}; run folder {folder}")
         try:
-            code = _compare(options, models, parts, folder, {"data": options.data, "rows": rows, "results": []}, stop)
+            code = _compare(
+                options, models, parts, folder, {"data": options.data, "rows": rows, "results": []}, stop, tracker
+            )
         except KeyboardInterrupt as error:
             kept = ", ".join(str(file) for file in sorted(folder.glob("*.safetensors"))) or "none, as no epoch finished"
             error.add_note(f"best weights so far: {kept}")
@@ -84,17 +87,25 @@ def _check_data(options: Vae, models: Mapping[str, VAE], parts: Splits) -> None:
 
 
 def _compare(
-    options: Vae, models: Mapping[str, VAE], parts: Splits, folder: Path, summary: dict[str, Any], stop: Stop
+    options: Vae,
+    models: Mapping[str, VAE],
+    parts: Splits,
+    folder: Path,
+    summary: dict[str, Any],
+    stop: Stop,
+    tracker: Tracker | None,
 ) -> int:
     """Train and test one model after the other, then write and print the results."""
     torch.manual_seed(options.fit.seed)
     test = next(iter(models.values())).likelihood.observe(parts.test).to(options.fit.device)
     histories: dict[str, History] = {}
     with metrics(folder) as write:
-        saved = checkpoints(folder, options.folder, write)
+        saved = checkpoints(folder, options.folder, tracker, write)
         for name, model in models.items():
             file = folder / ("model.safetensors" if name == list(models)[-1] else f"model-{name}.safetensors")
-            histories[name] = _train(options, name, model, parts, saved.for_task(name), write, stop, not histories)
+            histories[name] = _train(
+                options, name, model, parts, saved.for_task(name), write, stop, tracker, not histories
+            )
             if histories[name].best is not None and Workers.current().rank == 0:
                 save(model, file)
             if histories[name].stopped == "interrupted":
@@ -180,6 +191,7 @@ def _train(
     saved: Checkpoints,
     write: Callable[[dict[str, Any]], None],
     stop: Stop,
+    tracker: Tracker | None,
     is_first: bool,
 ) -> History:
     def validate(model: VAE, x: Tensor) -> Tensor:
@@ -218,6 +230,7 @@ def _train(
             on_step=stop.after_step(on_step),
             on_epoch=on_epoch,
             checkpoints=saved,
+            tracker=tracker,
             task=name,
         )
 

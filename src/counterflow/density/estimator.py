@@ -22,6 +22,7 @@ from counterflow.io.json import from_json
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
 from counterflow.training.history import OnEpoch, OnStep
+from counterflow.training.tracking import Tracker
 
 sklearn_base = require("sklearn.base", "data", "FlowDensity")
 sklearn_utils = require("sklearn.utils", "data", "FlowDensity")
@@ -157,6 +158,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         on_epoch: OnEpoch | None = None,
         on_step: OnStep | None = None,
         checkpoints: Checkpoints | None = None,
+        tracker: Tracker | None = None,
     ) -> FlowDensity:
         """Fit the density of the rows of X, or their conditional density given the context.
 
@@ -173,6 +175,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
             on_step: called as on_step(task, done, total).
             checkpoints: where checkpoints are kept, a folder for each task; random_state must then be an integer. The
                 same call resumes from them.
+            tracker: client of an experiment tracker, which logs the configuration and every epoch.
 
         Raises:
             ValueError: missing or infinite cells or text, by name, no column that varies, or, with constant="error", a
@@ -184,7 +187,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
                 f"random_state={self.random_state!r} with checkpoints"
             )
         trainer = self._trainer(X, context, sample_weight)
-        self.density_ = trainer.fit(on_epoch, on_step, checkpoints)
+        self.density_ = trainer.fit(on_epoch, on_step, checkpoints, tracker)
         self.histories_ = trainer.histories
         return self
 

@@ -31,6 +31,7 @@ from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
 from counterflow.training.history import History, OnEpoch, OnStep
+from counterflow.training.tracking import Tracker, tracked
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.table.table import TableTransform
 from counterflow.univariate.spline import RationalQuadraticSpline
@@ -163,6 +164,7 @@ class DensityTrainer:
         on_epoch: OnEpoch | None = None,
         on_step: OnStep | None = None,
         checkpoints: Checkpoints | None = None,
+        tracker: Tracker | None = None,
     ) -> TableDensity:
         """Train the members and return the density.
 
@@ -171,7 +173,9 @@ class DensityTrainer:
             on_step: called as on_step(task, done, total) after each step. A KeyboardInterrupt that it raises ends the
                 fit; the density is then that of the best weights of the members so far.
             checkpoints: where checkpoints are kept, a folder for each task. If they hold some of this fit, it resumes.
+            tracker: client of an experiment tracker, which logs the configuration and every epoch.
         """
+        on_epoch = tracked(tracker, self.config, on_epoch)
         columns = self.columns.to(self.config.device)
         objective = _LogDensity(columns, self.context is not None, self._weights is not None)
         self.histories = []

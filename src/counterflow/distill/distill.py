@@ -25,6 +25,7 @@ from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
 from counterflow.training.history import History, OnEpoch, OnStep
+from counterflow.training.tracking import Tracker, tracked
 
 Task = Literal["layers", "flow"]
 EVALUATIONS = 8  # batches of draws in each evaluation
@@ -46,6 +47,7 @@ def distill(
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
+    tracker: Tracker | None = None,
 ) -> Flow:
     """Train a flow that samples in one pass to follow the teacher's distribution: for a `MAF` an `IAF`.
 
@@ -77,6 +79,7 @@ def distill(
         on_step: called as on_step(task, done, total) after each step.
         checkpoints: where to save the training, so that the same call resumes it, as in `cf.fit`; each task has a
             subfolder.
+        tracker: client of an experiment tracker, which logs the configuration and every epoch.
 
     Returns:
         The student, on the teacher's device.
@@ -97,7 +100,14 @@ def distill(
         ('one pass', torch.Size([5, 3]))
     """
     return distill_with_history(
-        teacher, contexts, config, student=student, on_epoch=on_epoch, on_step=on_step, checkpoints=checkpoints
+        teacher,
+        contexts,
+        config,
+        student=student,
+        on_epoch=on_epoch,
+        on_step=on_step,
+        checkpoints=checkpoints,
+        tracker=tracker,
     ).student
 
 
@@ -119,9 +129,11 @@ def distill_with_history(
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
+    tracker: Tracker | None = None,
 ) -> Distilled:
     """Return the student of `distill` with its training histories. An interrupted training is the last one."""
     draw = contexts_of(teacher, contexts)
+    on_epoch = tracked(tracker, config, on_epoch)
     device = device_of(teacher)
     teacher = copy.deepcopy(teacher).to(config.device).eval().requires_grad_(False)
     parts = teacher.transform.flattened()

@@ -10,6 +10,7 @@ from counterflow.checks import require
 from counterflow.posterior.config import PosteriorConfig
 from counterflow.posterior.posterior import fit_posterior
 from counterflow.posterior.targets.pymc import from_pymc
+from counterflow.training.tracking import Tracker
 
 if TYPE_CHECKING:
     from pymc import Model
@@ -23,6 +24,7 @@ def fit(
     starts: Mapping[str, Any] | None = None,
     log_likelihood: bool = True,
     posterior_predictive: bool = False,
+    tracker: Tracker | None = None,
 ) -> Any:
     """Fit the posterior of a PyMC model and return draws as ArviZ's data, where `pm.sample` would be called.
 
@@ -41,6 +43,7 @@ def fit(
         starts: values of variables at which to start as well: see `counterflow.fit_posterior`.
         log_likelihood: compute the log likelihood of each observation, which `az.loo` and `az.compare` need.
         posterior_predictive: draw new data as well, as `pm.sample_posterior_predictive` does later from the result.
+        tracker: client of an experiment tracker: see `counterflow.fit_posterior`.
 
     Raises:
         ImportError: PyMC or ArviZ is not installed.
@@ -51,7 +54,7 @@ def fit(
     """
     pymc = require("pymc", "pymc", "its models")
     model = pymc.modelcontext(model)
-    posterior = fit_posterior(from_pymc(model), config, starts=starts)
+    posterior = fit_posterior(from_pymc(model), config, starts=starts, tracker=tracker)
     if not posterior.trusted:
         warnings.warn(posterior.sentence, RuntimeWarning, stacklevel=2)
     return posterior.to_arviz(samples, predictive=posterior_predictive, log_likelihood=log_likelihood)

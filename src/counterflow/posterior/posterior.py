@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ from counterflow.random import seeded
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
 from counterflow.training.history import OnEpoch, OnStep
+from counterflow.training.tracking import Tracker, of_rank_0, tracked
 
 REFINERS: dict[str, Callable[..., Chains]] = {"nuts": nuts, "neutra": neutra, "imh": independence_metropolis}
 FLOW_FILE, DRAWS_FILE, FACTS_FILE = "model.safetensors", "draws.safetensors", "posterior.json"
+LOGGED = ("elbo", "k_hat", "ess", "seconds")  # of a stage, by a tracker
 FACTS: dict[str, Any] = {  # the keys of FACTS_FILE and the types of their values
     "config": PosteriorConfig,
     "verdict": Verdict,
@@ -63,6 +66,7 @@ def fit_posterior(
     on_epoch: OnEpoch | None = None,
     on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
+    tracker: Tracker | None = None,
 ) -> Posterior:
     """Fit an inverse autoregressive flow to a posterior, in stages, and judge it by its own draws.
 
@@ -92,6 +96,8 @@ def fit_posterior(
         on_step: called as on_step(task, done, total) after each step.
         checkpoints: where to write the state that resumes a fit after a kill, as in `cf.fit`, with a folder for each
             stage. A resumed fit counts `config.seconds` anew.
+        tracker: client of an experiment tracker, which logs the configuration, every epoch, and the verdict of every
+            stage as stages/elbo, stages/k_hat and stages/ess.
 
     Raises:
         ValueError: a missing dim, a log density that is finite at no starting point, or an improper posterior: one
@@ -113,6 +119,8 @@ def fit_posterior(
     """
     begun = time.perf_counter()
     group = Workers.current()
+    on_epoch = tracked(tracker, config, on_epoch)
+    on_stage = _tracked_stages(tracker, on_stage)
     target = as_target(target, dim)
     generator = torch.Generator().manual_seed(config.seed)
     points = starting_points(target, config.starts, config.seed, starts)
@@ -125,6 +133,23 @@ def fit_posterior(
     unreliable = _unreliable_parameters(target, values, fitted.draws.log_weights)
     fitted = fitted._replace(verdict=replace(fitted.verdict, unreliable=unreliable))
     return Posterior(target, config, fitted, values, time.perf_counter() - begun)
+
+
+def _tracked_stages(
+    tracker: Tracker | None, on_stage: Callable[[Stage], None] | None
+) -> Callable[[Stage], None] | None:
+    """Return the callback of the stages, which also logs their verdicts."""
+    tracker = of_rank_0(tracker)
+    if tracker is None:
+        return on_stage
+    numbers = count(1)
+
+    def log(stage: Stage) -> None:
+        tracker.log_metrics({f"stages/{name}": getattr(stage, name) for name in LOGGED}, next(numbers))
+        if on_stage is not None:
+            on_stage(stage)
+
+    return log
 
 
 def _unreliable_parameters(target: Target, values: dict[str, Tensor], log_weights: Tensor) -> tuple[str, ...]:

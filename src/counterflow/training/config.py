@@ -7,6 +7,8 @@ from typing import Literal
 
 from counterflow.checks import check_device, one_of
 
+TrackerName = Literal["tensorboard", "wandb", "mlflow"]  # of counterflow.interop.trackers
+
 
 @dataclass(frozen=True)
 class FitConfig:

@@ -15,6 +15,7 @@ from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
 from counterflow.training.history import History, OnEpoch, OnStep
+from counterflow.training.tracking import Tracker, tracked
 from counterflow.training.trainer import NotFiniteError, Objective, Trainer
 
 
@@ -30,6 +31,7 @@ def fit(
     on_step: OnStep | None = None,
     on_epoch: OnEpoch | None = None,
     checkpoints: Checkpoints | None = None,
+    tracker: Tracker | None = None,
     task: str = "training",
 ) -> History:
     """Maximize the mean of an objective's terms; the model ends with the weights that validated best.
@@ -60,6 +62,7 @@ def fit(
         checkpoints: where to write checkpoints and to look for one. The same call with the same model, data and config
             resumes bit for bit. One is written every `checkpoints.every` seconds, after an interruption by on_step and
             at the end.
+        tracker: client of an experiment tracker, which logs the configuration and every epoch.
         task: the name of this training, the first argument of the callbacks.
 
     Returns:
@@ -85,6 +88,7 @@ def fit(
     workers = Workers.current()
     workers.share(config.batch_size, "batch_size")
     fingerprint = "" if checkpoints is None else fingerprint_of((train, validation))
+    on_epoch = tracked(tracker, config, on_epoch)
     model.to(config.device)
     trainer = Trainer(model, objective, config, steps_per_epoch, workers, task, checkpoints, fingerprint)
     with seeded(workers.rank_seed(config.seed), cuda=True), closing(trainer):
