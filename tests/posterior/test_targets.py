@@ -192,7 +192,7 @@ def regression(rows, seen):
 
 
 def test_many_data_are_evaluated_in_parts_with_the_same_values_and_gradients(monkeypatch):
-    monkeypatch.setattr(memory, "BUDGET", 10_000_000)
+    monkeypatch.setattr(memory, "BUDGET", 10_000_000)  # below what 64 points take
     seen = []
     target = from_torch(regression(5_000, seen), dim=3)
     assert 5 < target.max_points < 50  # a point takes 40 kB for each operation on the data

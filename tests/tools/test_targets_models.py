@@ -664,6 +664,17 @@ def test_numpyro_starts_from_draws_of_the_prior():
     assert torch.equal(points, target.initial_points(200, torch.Generator().manual_seed(0)))
 
 
+def test_pymc_models_of_many_rows_take_less_than_a_gigabyte_at_once():
+    import pymc as pm
+
+    with pm.Model() as model:
+        X = pm.Data("X", np.random.default_rng(0).normal(size=(50_000, 4)))
+        y = pm.Data("y", np.zeros(50_000))
+        pm.Bernoulli("hit", logit_p=X @ pm.Normal("b", 0, 1, shape=4), observed=y)
+    target = from_pymc(model)
+    assert 1 < target.max_points < 2**30 // 50_000 // 8  # several arrays of one number for each row and point
+
+
 def test_numpyro_models_of_many_rows_take_less_than_a_gigabyte_at_once():
     import numpyro
     from numpyro import distributions as dist

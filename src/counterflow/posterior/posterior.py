@@ -91,8 +91,8 @@ def fit_posterior(
         starts: values of variables at which to start as well, name -> (*shape), or (K, *shape) for K starting points.
             Variables that are left out start at random.
         on_stage: called after each stage, on rank 0.
-        on_epoch: called as on_epoch(task, epoch) up to ten times per stage, on rank 0; the tasks are "stage 1", "stage 2",
-            ...
+        on_epoch: called as on_epoch(task, epoch) up to ten times per stage, on rank 0; the tasks are "stage 1",
+            "stage 2", ...
         on_step: called as on_step(task, done, total) after each step.
         checkpoints: where to write the state that resumes a fit after a kill, as in `cf.fit`, with a folder for each
             stage. A resumed fit counts `config.seconds` anew.

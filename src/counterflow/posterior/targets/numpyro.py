@@ -16,7 +16,7 @@ from torch import Tensor
 from counterflow.checks import require
 from counterflow.posterior.targets.bijections import find_bijection, unconstrained_name
 from counterflow.posterior.targets.layout import Layout
-from counterflow.posterior.targets.memory import points_within_budget
+from counterflow.posterior.targets.memory import points_at_once
 from counterflow.posterior.targets.sites import (
     check_full_plate,
     check_not_scaled_from_part,
@@ -150,7 +150,7 @@ class _NumpyroProgram(Program):
         rows = np.repeat(theta.cpu().numpy(), MIN_ROWS, 0)
         analysis = self._compile(self._density_and_gradient_of_row, rows).memory_analysis()
         needed = analysis.temp_size_in_bytes / MIN_ROWS if analysis else 0.0
-        if points_within_budget(needed) < MIN_ROWS:
+        if points_at_once(needed) < MIN_ROWS:
             self._min_rows = 1
         return needed
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from counterflow.checks import positive
-from counterflow.posterior.targets.memory import MAX_POINTS, points_within_budget
+from counterflow.posterior.targets.memory import MAX_POINTS, points_at_once
 
 Array = npt.NDArray[Any]
 EMPTY: Mapping[str, Any] = MappingProxyType({})
@@ -152,9 +152,9 @@ class Target:
 
     @property
     def max_points(self) -> int:
-        """Number of points that are evaluated at once: 1024, or fewer if they would take more than 1 GB.
+        """Number of points that are evaluated at once: 1024, or fewer where that is faster or keeps within 1 GB.
 
-        It is measured at the first evaluation, and may be set.
+        It follows from the memory that a point takes, measured at the first evaluation, and may be set.
         """
         if self._max_points is None:
             self._measure(torch.zeros(1, self.dim, dtype=torch.float64))
@@ -326,7 +326,7 @@ class Target:
             return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]
 
     def _log_density(self, theta: Tensor) -> Tensor:
-        """Return the log density (B,), in parts if memory asks for it."""
+        """Return the log density (B,), in parts of at most `max_points` points."""
         if len(theta) <= FEW_POINTS:  # as many as a measurement takes
             return self._program.log_density(theta)
         if self._max_points is None:
@@ -340,7 +340,7 @@ class Target:
         return _KnownGradient.apply(theta, torch.cat(values), torch.cat(gradients))
 
     def _measure(self, theta: Tensor) -> None:
-        self._max_points = points_within_budget(self._program.bytes_per_point(theta))
+        self._max_points = points_at_once(self._program.bytes_per_point(theta))
 
     def _check_repeatable(self, theta: Tensor, value: float) -> None:
         """Raise ValueError if another evaluation at a point (1, D) differs from the first, which is finite."""
