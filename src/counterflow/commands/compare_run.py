@@ -31,7 +31,7 @@ def compare(options: Compare) -> int:
     with console.err.status("comparing"):
         (a, scores_a), (b, scores_b) = tables
         test = classifier_test(a, b, options.seed)
-        shifts = column_shifts(a, b, density.names)
+        shifts = column_shifts(a, b, density.names, density.categories)
     moved = [shift.name for shift in shifts if shift.p_value < SIGNIFICANT]
     verdict = "has moved" if test.p_value < SIGNIFICANT or moved else "has not moved noticeably"
     console.say(
@@ -45,12 +45,12 @@ def compare(options: Compare) -> int:
         "column",
         "distance",
         "p-value",
-        f"median of {options.first.name}",
-        f"median of {options.second.name}",
+        f"middle of {options.first.name}",
+        f"middle of {options.second.name}",
     ):
         table.add_column(name, justify="left" if name == "column" else "right")
     for shift in shifts:
-        medians = [f"{median:.6g}" for median in shift.medians]
+        medians = [_middle(density, shift.name, median) for median in shift.medians]
         table.add_row(shift.name, f"{shift.distance:.3f}", f"{shift.p_value:.2g}", *medians)
     console.out.print(table)
     console.say(f"moved: {', '.join(moved) or 'no column by itself'}")
@@ -66,6 +66,12 @@ def _read(density: TableDensity, path: Path, options: TableOptions) -> tuple[Arr
     if count < MIN_ROWS:
         raise ValueError(f"expected at least {MIN_ROWS} rows in {path}, got {count}; add some")
     return np.concatenate([x for x, _ in rows]), np.concatenate([scores for _, scores in rows])
+
+
+def _middle(density: TableDensity, name: str, value: float) -> str:
+    """Return a median, or the most frequent category, as text."""
+    category = density.categories.get(name)
+    return f"{value:.6g}" if category is None else str(category.decode(np.array([value]))[0])
 
 
 def _mean(scores: Array) -> str:

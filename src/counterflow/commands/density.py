@@ -29,8 +29,10 @@ class Density:
         counterflow score run more.csv --out scores.csv
         counterflow sample run -n 1000 --out samples.csv
 
+    Columns of text are categories; the density is that of categories and numbers together.
+
     The run folder holds model.safetensors and density.json (for counterflow.FlowDensity.load), metrics.jsonl,
-    summary.json and plots/.
+    summary.json and plots/, and categories.safetensors if there are categories.
     """
 
     data: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="[DATA]")] = BUNDLED
@@ -42,6 +44,8 @@ class Density:
     """columns to leave out"""
     drop_missing: Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help_behavior_hint="")] = False
     """leave out rows with a missing cell"""
+    categories: Annotated[tuple[str, ...], optional("COLUMN [COLUMN ...]")] = ()
+    """columns of numbers that are categories, such as codes of regions; columns of text always are"""
     ordinal: Annotated[tuple[str, ...], optional("COLUMN [COLUMN ...]")] = ()
     """columns of ordered grades, at most a few dozen numbers; by default found from the data"""
     bounds: Annotated[tuple[str, ...], optional("COLUMN=LOW:HIGH [..]")] = ()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from counterflow.density.attribution import cell_gains
+from counterflow.density.categories import CategoryColumn
 from counterflow.density.model import TableDensity
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
 Array = np.ndarray[Any, Any]
 BINS = 20
 MAX_CARDS = 60  # columns
+MAX_VALUES = 5  # categories whose shares are given
 UNUSUAL = 10  # rows, those with the lowest log density
 MAX_CELLS = 4  # of a row that are named
 MIN_GAIN = 3.0  # nats that a usual value in place of a named cell gains at least: a factor of 20 in density
@@ -24,10 +27,22 @@ LEVELS = {"min": 0.0, "5%": 0.05, "median": 0.5, "95%": 0.95, "max": 1.0}
 
 def column_cards(density: TableDensity, rows: Rows, samples: Array) -> list[dict[str, Any]]:
     """Describe the columns of held-out rows: kind, quantiles, and histograms beside those of as many draws."""
-    return [
-        {"column": column.name, "kind": column.map, **_card(rows.x[:, k], samples[:, k])}
-        for k, column in enumerate(density.columns.columns[:MAX_CARDS])
-    ]
+    cards = []
+    for k, (name, kind) in enumerate(list(density.kinds.items())[:MAX_CARDS]):
+        category = density.categories.get(name)
+        card = _card if category is None else partial(_category_card, category)
+        cards.append({"column": name, "kind": kind, **card(rows.x[:, k], samples[:, k])})
+    return cards
+
+
+def _category_card(category: CategoryColumn, data: Array, samples: Array) -> dict[str, Any]:
+    """Describe a column of codes by the shares of its most frequent values."""
+    counts = [np.bincount(part.astype(int), minlength=len(category.values)) for part in (data, samples)]
+    order = np.argsort(-counts[0], kind="stable")[:BINS]
+    scale = max(1, *(int(part.max()) for part in counts))
+    heights = [[round(float(part[k]) / scale, 4) for k in order] for part in counts]
+    most = {str(category.values[k]): round(float(counts[0][k]) / len(data), 4) for k in order[:MAX_VALUES]}
+    return {"distinct": int((counts[0] > 0).sum()), "most": most, "data": heights[0], "samples": heights[1]}
 
 
 def _card(data: Array, samples: Array) -> dict[str, Any]:
@@ -71,8 +86,8 @@ def unusual_rows(
         cells = [
             {
                 "column": test.names[j],
-                "value": float(row[j]),
-                "usual": float(values[k, j]),
+                "value": _value(density, test.names[j], row[j]),
+                "usual": _value(density, test.names[j], values[k, j]),
                 "gain": float(gains[k, j]) if np.isfinite(gains[k, j]) else None,
             }
             for j in most
@@ -83,3 +98,9 @@ def unusual_rows(
             {"row": int(numbers[lowest[k]]), "log_density": float(scores[lowest[k]]), "given": given, "cells": cells}
         )
     return found
+
+
+def _value(density: TableDensity, name: str, number: float) -> Any:
+    """Return a number, or the category of a code."""
+    category = density.categories.get(name)
+    return float(number) if category is None else category.decode(np.array([number]))[0]

@@ -24,13 +24,13 @@ from counterflow.commands.sharded_output import (
     shard_folder,
 )
 from counterflow.commands.table_streams import input_table, is_stream, output_table
-from counterflow.density.config import DESCRIPTION, MODEL
+from counterflow.density.categories import unseen_in
+from counterflow.density.config import CATEGORIES, DESCRIPTION, MODEL
 from counterflow.density.context import ContextEncoder
 from counterflow.density.model import TableDensity
-from counterflow.io.data.cells import numbers, to_texts
+from counterflow.io.data.cells import check_cells, numbers, to_texts
 from counterflow.io.data.source import TablePart, TableSource, located_batches
 from counterflow.io.data.tables import open_table
-from counterflow.io.data.types import encode
 from counterflow.io.data.writers import WRITTEN, append_batches, check_writable, table_writer
 from counterflow.io.table_formats import TableOptions, format_of, suffix_of
 
@@ -117,7 +117,11 @@ def _score(
     sums = {"rows": 0, "rows_outside": 0, ADDED: 0.0, f"{ADDED}_squared": 0.0}
     with ThreadPoolExecutor(1) as writer:
         written = None
+        reported: set[str] = set()
         for x, encoded, batch in trained_columns(density, source, pieces):
+            for name in {*unseen_in(x[:, density.category_places], density.category_names)} - reported:
+                console.note(f"column {name!r} has categories that training did not see; such rows have -inf")
+                reported.add(name)
             scores = density.score(x, encoded)
             if written is not None:
                 written.result()  # one batch is written while the next one is scored
@@ -229,7 +233,7 @@ def _sample(
     drawn = 0
     for size, context, carried in batches:
         rows = density.sample(size, context)
-        write(pyarrow.RecordBatch.from_pydict({**carried, **_by_name(density, rows, typed)}))
+        write(pyarrow.RecordBatch.from_pydict({**carried, **density.to_arrow(rows, typed)}))
         drawn += size
         report(drawn)
     return drawn
@@ -269,7 +273,7 @@ def _batches_to_draw(
 
 
 def _files(folder: Path) -> list[Path]:
-    return [folder / MODEL, folder / DESCRIPTION]
+    return [path for path in (folder / MODEL, folder / DESCRIPTION, folder / CATEGORIES) if path.is_file()]
 
 
 def load_density(run: Path, device: str) -> tuple[TableDensity, Path]:
@@ -278,23 +282,23 @@ def load_density(run: Path, device: str) -> tuple[TableDensity, Path]:
     return TableDensity.load(folder, device), folder
 
 
-def _by_name(density: TableDensity, x: Array, typed: bool) -> dict[str, Any]:
-    every = density.restored(x).T
-    columns = {name: np.ascontiguousarray(column) for name, column in zip(density.all_names, every, strict=True)}
-    types = density.types if typed else {}
-    return {name: encode(column, types.get(name, "double")) for name, column in columns.items()}
-
-
 def trained_columns(
     density: TableDensity, source: TableSource, pieces: Iterable[TablePart] | None = None
 ) -> Iterator[tuple[Array, Array | None, Any]]:
     """Yield (rows of the trained columns, encoded context, Arrow batch) for batches of a table, read ahead."""
     names, context_names = _column_names(density, source)
-    types = [density.types.get(name) for name in density.names]
+    places, coded = density.number_places, density.category_places
+    types = [density.types.get(density.names[i]) for i in places]
     context = density.context
     for path, first, batch in _read_ahead(located_batches(source.parts(None) if pieces is None else pieces, BATCH)):
         encoded = None if context is None else _encode(context, context_names, batch, path, first)
-        yield numbers(batch, names, path, first, types), encoded, batch
+        x = np.empty((batch.num_rows, len(names)))
+        x[:, places] = numbers(batch, [names[i] for i in places], path, first, types)
+        for i in coded:
+            category = density.categories[density.names[i]]
+            x[:, i] = category.encode(category.cells(batch.column(names[i]), path, first))
+        check_cells(x, names, path, first)
+        yield x, encoded, batch
 
 
 def _column_names(density: TableDensity, source: TableSource) -> tuple[list[str], list[str]]:

@@ -22,6 +22,7 @@ from counterflow.commands.report.write import write_report
 from counterflow.commands.run_folder import checkpoints, mark_done, metrics, resolve_run, running
 from counterflow.commands.signals import Stop
 from counterflow.commands.table_streams import input_table
+from counterflow.density.categories import CategoryColumn
 from counterflow.density.comparison import classifier_test, in_words
 from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import Bounds
@@ -29,8 +30,8 @@ from counterflow.density.fitting import DensityTrainer, build_flow
 from counterflow.density.model import TableDensity
 from counterflow.density.split import split_rows
 from counterflow.io.data.cells import is_number
-from counterflow.io.data.faults import TableFaultsError
-from counterflow.io.data.tables import open_table, read_table
+from counterflow.io.data.faults import Faults, TableFaultsError
+from counterflow.io.data.tables import ReadTable, open_table, read_table
 from counterflow.io.json import write_json
 from counterflow.training.distributed import Workers
 from counterflow.training.history import Epoch, History
@@ -48,15 +49,22 @@ class Rows:
     names: list[str]
     context: dict[str, Array] | None
     types: dict[str, str] = dataclasses.field(default_factory=dict)  # recorded types of the columns
+    categories: dict[str, CategoryColumn] = dataclasses.field(default_factory=dict)  # columns of codes, by name
 
     def select(self, columns: Sequence[int]) -> Rows:
         """Return the rows with the columns of these numbers."""
-        return Rows(self.x[:, list(columns)], [self.names[i] for i in columns], self.context, self.types)
+        return dataclasses.replace(self, x=self.x[:, list(columns)], names=[self.names[i] for i in columns])
+
+    @property
+    def texts(self) -> dict[str, Array]:
+        """Columns of categories, those to condition on included, as texts by name."""
+        coded = {name: self.x[:, self.names.index(name)].astype(str) for name in self.categories}
+        return {**(self.context or {}), **coded}
 
     def take(self, rows: Array) -> Rows:
         """Return the rows of these numbers."""
         context = self.context and {name: values[rows] for name, values in self.context.items()}
-        return Rows(self.x[rows], self.names, context, self.types)
+        return dataclasses.replace(self, x=self.x[rows], context=context)
 
 
 def run(command: Density) -> int:
@@ -70,7 +78,7 @@ def run(command: Density) -> int:
         table = _read(options)
     if table.context is not None:  # errors should come before there is a run folder
         ContextEncoder.from_table(table.context)
-    train_rows, test_rows = split_rows(len(table.x), options.test, options.seed, table.context)
+    train_rows, test_rows = split_rows(len(table.x), options.test, options.seed, table.texts)
     train = table.take(train_rows)
     test = table.take(test_rows)
     with warnings.catch_warnings(record=True) as raised:
@@ -83,6 +91,7 @@ def run(command: Density) -> int:
             kinds=dict.fromkeys(options.ordinal, "ordinal") or "auto",
             bounds=bounds or None,
             types=train.types,
+            categories=list(train.categories.values()),
             seed=options.seed,
         )
     for warning in raised:
@@ -124,27 +133,75 @@ def _read(options: Density) -> Rows:
         bundled = load_breast_cancer()
         columns = dict(zip(bundled.feature_names.tolist(), bundled.data.T, strict=True))
         names = _column_names(options, list(columns))
+        if options.categories:
+            raise ValueError(f"expected no --categories of {BUNDLED}, whose columns are all real; leave it out")
         context = {name: columns[name] for name in options.context}
-        x = np.stack([columns[name] for name in names], 1)
-        types: dict[str, str] = {}
+        rows = Rows(np.stack([columns[name] for name in names], 1), names, context or None)
     else:
         with input_table(options.data) as path:
-            source = open_table(path, options.table.options())
-            console.note_all(source.notes)
-            names = _column_names(options, source.names)
-            try:
-                table, context, types = read_table(source, names, options.context, options.drop_missing)
-            except TableFaultsError as faults:
-                raise ValueError(f"{faults}; {_advice(faults)}") from None
-        x = np.stack([column.to_numpy() for column in table.columns], 1)
-    if len(x) < MIN_ROWS:
-        raise ValueError(f"expected at least {MIN_ROWS} rows in {options.data}, got {len(x)}; provide more data")
-    return Rows(x, names, context or None, types)
+            rows = _read_file(options, path)
+    if len(rows.x) < MIN_ROWS:
+        raise ValueError(f"expected at least {MIN_ROWS} rows in {options.data}, got {len(rows.x)}; provide more data")
+    return rows
+
+
+def _read_file(options: Density, path: Path) -> Rows:
+    """Read a table. Its columns of text are categories, which are known as such only after a first reading."""
+    source = open_table(path, options.table.options())
+    console.note_all(source.notes)
+    names = _column_names(options, source.names)
+    texts: dict[str, str] = {}
+
+    def read(categories: Sequence[str]) -> ReadTable:
+        numbers = [name for name in names if name not in categories]
+        return read_table(source, numbers, [*categories, *options.context], options.drop_missing)
+
+    try:
+        table = read(options.categories)
+    except TableFaultsError as error:
+        texts = dict(error.faults.text)
+        if not texts:
+            raise ValueError(f"{error}; {_advice(error)}") from None
+        try:
+            table = read([*options.categories, *texts])
+        except TableFaultsError as others:
+            _categories(others.others, texts, others.faults)
+            raise ValueError(f"{others.faults.describe(path)}; {_advice(others)}") from None
+    stated = {name: CategoryColumn.from_cells(name, table.others[name], stated=True) for name in options.categories}
+    faults = Faults()
+    categories = stated | _categories(table.others, texts, faults)
+    if faults.text:
+        raise ValueError(
+            f"{faults.describe(path)}; {_advice(TableFaultsError(path, faults, 0, len(table.columns), {}))}"
+        )
+    columns = {name: column.to_numpy() for name, column in zip(table.columns.column_names, table.columns, strict=True)}
+    columns |= {name: category.encode(table.others[name]) for name, category in categories.items()}
+    context = {name: table.others[name] for name in options.context}
+    types = table.types | {name: "string" for name, category in categories.items() if category.is_text}
+    return Rows(np.stack([columns[name] for name in names], 1), names, context or None, types, categories)
+
+
+def _categories(columns: dict[str, Array], texts: dict[str, str], faults: Faults) -> dict[str, CategoryColumn]:
+    """Return the categories of columns of text; those that are none stay in the faults, with the first of their texts.
+
+    Args:
+        columns: columns by name.
+        texts: the first text of each column of text.
+        faults: its columns of text become those that are no categories.
+    """
+    found = {}
+    faults.text.clear()
+    for name, first in texts.items():
+        try:
+            found[name] = CategoryColumn.from_cells(name, columns[name])
+        except ValueError:
+            faults.text[name] = first
+    return found
 
 
 def _column_names(options: Density, names: Sequence[str]) -> list[str]:
     """Return the names of the columns that are neither dropped nor conditioned on."""
-    stated = (*options.context, *options.drop, *options.ordinal, *_bounds(options.bounds))
+    stated = (*options.context, *options.drop, *options.categories, *options.ordinal, *_bounds(options.bounds))
     unknown = [name for name in stated if name not in names]
     if unknown:
         raise ValueError(f"expected names of columns ({', '.join(names)}), got {', '.join(unknown)}")
@@ -166,16 +223,17 @@ def _bounds(texts: Sequence[str]) -> dict[str, Bounds]:
     return bounds
 
 
-def _advice(faults: TableFaultsError) -> str:
+def _advice(error: TableFaultsError) -> str:
     """Return the options that settle all faults of a table."""
-    dropped = [*faults.text, *faults.infinite]
+    text, infinite = list(error.faults.text), list(error.faults.infinite)
     parts = []
-    if faults.text:
-        parts.append(f"give columns of text as --context, to condition on them, or --drop ({', '.join(faults.text)})")
-    if faults.incomplete:
-        parts.append(f"--drop-missing leaves out {faults.incomplete:,} of {faults.rows:,} rows")
+    if text:
+        parts.append(f"texts that hardly repeat, or stand among numbers, are no categories ({', '.join(text)})")
+    if error.incomplete:
+        parts.append(f"--drop-missing leaves out {error.incomplete:,} of {error.rows:,} rows")
+    dropped = [*text, *infinite]
     flags = [f"--drop {shlex.join(dropped)}"] if dropped else []
-    flags += ["--drop-missing"] if faults.incomplete else []
+    flags += ["--drop-missing"] if error.incomplete else []
     return "; ".join([*parts, f"try {' '.join(flags)}"])
 
 
@@ -219,7 +277,7 @@ def _summary(
 ) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "data": options.data,
-        "columns": {column.name: column.map for column in density.columns.columns},
+        "columns": density.kinds,
         "context": list(test.context or {}),
         "rows": {"train and validation": len(train.x), "test": len(test.x)},
         **_mean_and_error(scores, "test_log_density"),
@@ -229,7 +287,7 @@ def _summary(
         "stopped": histories[-1].stopped,
         "holds_rows": density.holds_rows,
     }
-    if not test.context:
+    if not test.context and density.network is None:
         cell_points = options.fit.cell_points
         others, components = mixture_log_density(
             density.columns, train.x, test.x, cell_points, options.seed, progress.update

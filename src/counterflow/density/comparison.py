@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,9 +33,9 @@ class ColumnShift(NamedTuple):
     """Distance between the values of one column in two tables."""
 
     name: str
-    distance: float  # of Kolmogorov and Smirnov: the largest difference of the distribution functions
+    distance: float  # the largest difference of the distribution functions, or for categories of probabilities of sets
     p_value: float  # of this distance or a larger one in any column, by Holm's correction
-    medians: tuple[float, float]
+    medians: tuple[float, float]  # for categories, the most frequent codes
 
 
 def classifier_test(a: Array, b: Array, seed: int = 0) -> ClassifierTest:
@@ -83,8 +83,16 @@ def in_words(auc: float) -> str:
     return next(words for limit, words in WORDS if auc <= limit)
 
 
-def column_shifts(a: Array, b: Array, names: Sequence[str]) -> list[ColumnShift]:
+def column_shifts(a: Array, b: Array, names: Sequence[str], categories: Collection[str] = ()) -> list[ColumnShift]:
     """Return how far each column has moved from rows a (N, D) to rows b (M, D), the farthest first.
+
+    The tests are those of Kolmogorov and Smirnov for numbers and the chi-squared test for codes of categories.
+
+    Args:
+        a: rows, such as those of a table.
+        b: rows, such as those of a later table.
+        names: the names of the D columns.
+        categories: the names of the columns of codes.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -93,14 +101,30 @@ def column_shifts(a: Array, b: Array, names: Sequence[str]) -> list[ColumnShift]
         ['moved']
     """
     stats = require("scipy.stats", "data", "a comparison of columns")
-    tests = [stats.ks_2samp(first, second) for first, second in zip(a.T, b.T, strict=True)]
-    corrected = _holm([float(test.pvalue) for test in tests])
-    medians = zip(np.median(a, 0).tolist(), np.median(b, 0).tolist(), strict=True)
+    tests = []
+    for name, first, second in zip(names, a.T, b.T, strict=True):
+        if name in categories:
+            tests.append(_category_shift(stats, first, second))
+        else:
+            test = stats.ks_2samp(first, second)
+            medians = float(np.median(first)), float(np.median(second))
+            tests.append((float(test.statistic), float(test.pvalue), medians))
+    corrected = _holm([p_value for _, p_value, _ in tests])
     shifts = [
-        ColumnShift(name, float(test.statistic), p_value, both)
-        for name, test, p_value, both in zip(names, tests, corrected, medians, strict=True)
+        ColumnShift(name, distance, p_value, middles)
+        for name, (distance, _, middles), p_value in zip(names, tests, corrected, strict=True)
     ]
     return sorted(shifts, key=lambda shift: -shift.distance)
+
+
+def _category_shift(stats: Any, first: Array, second: Array) -> tuple[float, float, tuple[float, float]]:
+    """Return the total variation distance of two columns of codes, its p-value, and their most frequent codes."""
+    codes, place = np.unique(np.concatenate([first, second]), return_inverse=True)
+    counts = np.stack([np.bincount(part, minlength=len(codes)) for part in (place[: len(first)], place[len(first) :])])
+    distance = float(np.abs(counts[0] / len(first) - counts[1] / len(second)).sum() / 2)
+    p_value = float(stats.chi2_contingency(counts).pvalue) if len(codes) > 1 else 1.0
+    most = codes[counts.argmax(1)].tolist()
+    return distance, p_value, (most[0], most[1])
 
 
 def _holm(p_values: Sequence[float]) -> list[float]:

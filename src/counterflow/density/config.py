@@ -12,6 +12,7 @@ RecipeName = Literal["nsf", "maf", "coupling", "iaf"]
 
 MODEL = "model.safetensors"  # the files of a saved density
 DESCRIPTION = "density.json"
+CATEGORIES = "categories.safetensors"  # of a density with categories
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, Spi
 from counterflow.transforms.table.table import TableTransform
 
 Array = np.ndarray[Any, Any]
-Kind = Literal["auto", "real", "integer", "ordinal"]
+Kind = Literal["auto", "real", "integer", "ordinal", "category"]
 Bounds = tuple[float | None, float | None]
 
-KINDS = ("auto", "real", "integer", "ordinal")
+KINDS = ("auto", "real", "integer", "ordinal")  # of numbers; the codes of categories come here no more
 MIN_ROWS = 10  # a column of a table with fewer rows is taken to be real and linear, unless stated otherwise
 MAX_VALUES = 50  # an ordinal column has at most this many distinct values
 MIN_COUNT = 5  # each value of an ordinal column is in at least this many rows: an unseen value is then unlikely

@@ -11,13 +11,13 @@ from typing import Any, Literal, get_type_hints
 import numpy as np
 
 from counterflow.checks import require
+from counterflow.density.categories import unseen_in
 from counterflow.density.config import DensityConfig, RecipeName
 from counterflow.density.detection import Bounds, Kind
 from counterflow.density.fitting import DensityTrainer, Recipe
-from counterflow.density.inputs import columns_by_name, numeric_table
+from counterflow.density.inputs import coded_table, columns_by_name
 from counterflow.density.model import TableDensity, not_a_density
 from counterflow.io.data.cells import check_cells
-from counterflow.io.data.types import encode
 from counterflow.io.json import from_json
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.distributed import Workers
@@ -60,6 +60,10 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
     point of each cell, a lower bound. Samples are rounded to the numbers that the columns record. Rows outside of the
     support, such as those beyond bounds, have log density -inf.
 
+    Columns of texts are categories, and others that `columns` names as such. Their joint distribution is a network that
+    starts as if they were independent; the flow of the numbers is conditioned on them. A category that training did not
+    see has probability zero.
+
     Args:
         flow: "nsf", "maf", "coupling", "iaf", or a recipe (features, context) -> Flow of whitened data.
         layers: the number of layers of a named flow.
@@ -75,8 +79,8 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         ema: the decay of the averaged weights, which are kept.
         patience: epochs without a better validation log density that end the training of a member.
         validation_fraction: the share of the rows, drawn at random, that a member validates on.
-        columns: "auto", or the kind of columns by name: "auto", "real", "integer" or "ordinal". The columns of an
-            array are called x0, x1, ...
+        columns: "auto", or the kind of columns by name: "auto", "real", "integer", "ordinal" or "category". The columns
+            of an array are called x0, x1, ...
         bounds: (low, high) by name, None for no bound, such as {"age": (0, None)}.
         constant: "drop" to leave out constant columns, copies of others and linear functions of others, with a warning;
             the density is then that of the other columns, and samples have all of them. "error" to refuse them.
@@ -165,21 +169,21 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         Ctrl-C during training keeps the best weights of the members so far.
 
         Args:
-            X: the table (N, D), a data frame or an array.
+            X: the table (N, D), a data frame or an array, of Python objects if some columns are texts.
             y: ignored.
             context: a data frame, series, dictionary or array of N rows to condition on. Columns of texts are
                 categories.
             sample_weight: weights (N,) of the rows; a row of weight w counts as w rows.
             on_epoch: called as on_epoch(task, epoch). The tasks are "member 1", "member 1 without correlations",
-                "member 2", ...
+                "member 2", ..., "categories".
             on_step: called as on_step(task, done, total).
             checkpoints: where checkpoints are kept, a folder for each task; random_state must then be an integer. The
                 same call resumes from them.
             tracker: client of an experiment tracker, which logs the configuration and every epoch.
 
         Raises:
-            ValueError: missing or infinite cells or text, by name, no column that varies, or, with constant="error", a
-                constant column or a copy; or settings that no training could have.
+            ValueError: missing or infinite cells or texts that do not repeat, by name, no column of numbers that
+                varies, or, with constant="error", a constant column or a copy; or settings that no training could have.
         """
         if checkpoints is not None and not isinstance(self.random_state, int | np.integer):
             raise ValueError(
@@ -210,14 +214,17 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
             kinds=self.columns,
             bounds=self.bounds,
             types=self._types,
+            categories=list(self._categories.values()),
             seed=int(Workers.current().broadcast_value(rng.randint(2**31 - 1))),
         )
 
     def _validated(self, X: Any, *, reset: bool) -> Array:
         """Return X as (N, D) float64, every cell of which is finite."""
-        X, types = numeric_table(X)
+        known = None if reset else self.density_.categories
+        X, types, categories = coded_table(X, self.columns, known)
         if reset:
             self._types = types
+            self._categories = categories
         rows = 2 if reset else 1
         x: Array = sklearn_validation.validate_data(
             self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=rows
@@ -249,7 +256,14 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         """Return the log density of each row of X, (N,), in nats, given the context of N rows."""
         sklearn_validation.check_is_fitted(self)
         x = self._validated(X, reset=False)
-        return self.density_.score(x[:, self.density_.kept], self.density_.encode(context, len(x)))
+        rows = x[:, self.density_.kept]
+        unseen = unseen_in(rows[:, self.density_.category_places], self.density_.category_names)
+        if unseen:
+            warnings.warn(
+                f"rows with categories that training did not see have log density -inf; such columns: {unseen}",
+                stacklevel=2,
+            )
+        return self.density_.score(rows, self.density_.encode(context, len(x)))
 
     def score(self, X: Any, y: Any = None, context: Any = None) -> float:
         """Return the mean log density of the rows of X, in nats. y is ignored.
@@ -269,6 +283,8 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
     def sample(self, n: int = 1, context: Any = None, random_state: Any = None, *, as_frame: bool = False) -> Any:
         """Draw n rows, (n, D), given a context of one row, or of n rows with one draw for each.
 
+        With categories, the rows are an array of Python objects, which holds them as they were in fit.
+
         Args:
             n: the number of rows.
             context: of one row or of n rows.
@@ -277,13 +293,11 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         """
         sklearn_validation.check_is_fitted(self)
         seed = int(sklearn_utils.check_random_state(random_state).randint(2**31 - 1))
-        rows = self.density_.restored(self.density_.sample(n, self.density_.encode(context), seed))
+        rows = self.density_.sample(n, self.density_.encode(context), seed)
         if not as_frame:
-            return rows
+            return self.density_.values(rows)
         arrow = require("pyarrow", "data", "a data frame")
-        types, names = self.density_.types, self.density_.all_names
-        columns = [encode(column, types.get(name, "double")) for name, column in zip(names, rows.T, strict=True)]
-        return arrow.table(columns, names=names).to_pandas()
+        return arrow.table(self.density_.to_arrow(rows)).to_pandas()
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors, which `cf.load` reads as a flow or a mixture, and density.json. Never pickle."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from counterflow.density.categories import CategoryColumn
 from counterflow.density.config import DensityConfig, RecipeName
 from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import Bounds, Kind, detect
@@ -20,6 +22,7 @@ from counterflow.density.model import TableDensity
 from counterflow.density.preprocessing import dequantized, preprocessing
 from counterflow.density.validation import MAX_LISTED, check_columns, check_sizes
 from counterflow.flows.bases import StandardNormal
+from counterflow.flows.categories import CategoryNetwork
 from counterflow.flows.flow import Flow
 from counterflow.flows.kde import with_kernel_base
 from counterflow.flows.mixture import FlowMixture
@@ -39,17 +42,25 @@ from counterflow.univariate.spline import RationalQuadraticSpline
 Array = np.ndarray[Any, Any]
 Recipe = Callable[[int, int], Flow]
 
+CATEGORIES = "categories"  # the last training, that of their joint distribution
+UNSEEN = 0.5  # rows by which a category counts more than training saw: no share is zero where only others have weight
 MAX_WHITENED = 256  # columns up to which whitening has a matrix, whose D^2 numbers are text in the file's header
 MIN_KERNEL_GAIN = 0.1  # nats per validation row that kernels must gain
 MAX_KERNEL_ROWS = 20_000  # training rows up to which kernels are tried: scoring a row evaluates all of them
+
+
+class Split(NamedTuple):
+    """Rows to train on and rows to validate on, each with their context and weights, if any."""
+
+    train: tuple[Tensor, ...]
+    validation: tuple[Tensor, ...]
 
 
 class Member(NamedTuple):
     """One member of the ensemble before its training."""
 
     flow: Flow  # float32, from noise to z = columns(x)
-    train: tuple[Tensor, ...]  # rows, and their context and weights, if any
-    validation: tuple[Tensor, ...]
+    rows: Split
     config: FitConfig
 
 
@@ -70,6 +81,18 @@ class _LogDensity:
         return terms * batch[-1] if self.has_weights else terms
 
 
+@dataclass(frozen=True)
+class _LogProbability:
+    """Objective: the weighted log probability of the categories of rows (codes, context and weights, if any)."""
+
+    has_context: bool
+    has_weights: bool
+
+    def __call__(self, network: CategoryNetwork, batch: tuple[Tensor, ...]) -> Tensor:
+        terms = network.log_prob(batch[0], batch[1] if self.has_context else None)
+        return terms * batch[-1] if self.has_weights else terms
+
+
 class DensityTrainer:
     """Fit the density of the rows of a table.
 
@@ -78,7 +101,7 @@ class DensityTrainer:
     one with the higher validation log density stays and decides for the other members.
 
     Args:
-        x: the table (N, D), float64, finite.
+        x: the table (N, D), float64, finite, with codes for categories.
         names: the names of the D columns; None for x0, x1, ...
         context: columns (N,) to condition on, by name; None without context.
         sample_weight: weights (N,) of the rows, at least 0; None for equal weights.
@@ -86,10 +109,12 @@ class DensityTrainer:
         kinds: the kind of all columns, or of some by name: "auto", "real", "integer" or "ordinal".
         bounds: (low, high) by name; None for no bound.
         types: the recorded types of columns by name, which the density keeps.
+        categories: the columns that hold codes of categories.
         seed: seed of validation rows, initial weights, batches and noise.
 
     Attributes:
-        tasks: the names of the trainings, in order: "member 1", "member 1 without correlations", "member 2", ...
+        tasks: the names of the trainings, in order: "member 1", "member 1 without correlations", "member 2", ..., and
+            "categories" if there are any.
         histories: the training histories so far, one for each of the tasks done.
 
     Raises:
@@ -107,6 +132,7 @@ class DensityTrainer:
         kinds: Mapping[str, Kind] | Kind = "auto",
         bounds: Mapping[str, Bounds] | None = None,
         types: Mapping[str, str] | None = None,
+        categories: Sequence[CategoryColumn] = (),
         seed: int = 0,
     ) -> None:
         self.config = config
@@ -130,10 +156,18 @@ class DensityTrainer:
                 f"expected at least two rows with a positive weight, got n_samples={len(x)}; bring more data"
             )
         check_sizes(x, labels)
-        self.columns = detect(x, labels, kinds, bounds, seed)
+        self.categories = list(categories)
+        coded = [labels.index(each.name) for each in categories]
+        numbers = [i for i in range(len(labels)) if i not in coded]
+        if not numbers:
+            raise ValueError("expected at least one column of numbers, got categories only; name one as numbers")
+        if isinstance(kinds, Mapping):
+            kinds = {name: kind for name, kind in kinds.items() if name not in [each.name for each in categories]}
+        self.columns = detect(x[:, numbers], [labels[i] for i in numbers], kinds, bounds, seed)
+        quantized = [*coded, *(numbers[k] for k in self.columns.quantized)]
         if config.constant == "error":
-            check_columns(x, labels, self.columns.quantized)
-        self.left_out = find_left_out(x, labels, self.columns.quantized)
+            check_columns(x, labels, quantized)
+        self.left_out = find_left_out(x, labels, quantized)
         if self.left_out:
             warnings.warn(
                 f"left out columns: {'; '.join(each.reason for each in self.left_out[:MAX_LISTED])}; "
@@ -141,23 +175,51 @@ class DensityTrainer:
                 stacklevel=2,
             )
             x, labels = self._without(self.left_out, x, labels)
+        self.network, self._codes = self._categories(x, labels, c, sample_weight)
+        if self.network is not None:
+            indicators = self.network.indicators(self._codes[0]).numpy()
+            c = indicators if c is None else np.concatenate([indicators, c], 1)
+            x = x[:, [i for i, label in enumerate(labels) if label not in {each.name for each in categories}]]
         extra = [torch.from_numpy(part).float() for part in (c, sample_weight) if part is not None]
         self._rows = (torch.from_numpy(np.require(x, requirements=["C", "W"])), *extra)
         self._weights = sample_weight
-        self._whitens_correlations = 1 < len(labels) <= MAX_WHITENED
+        self._given = 0 if c is None else c.shape[1]
+        self._whitens_correlations = 1 < x.shape[1] <= MAX_WHITENED
         first = ["member 1", "member 1 without correlations"] if self._whitens_correlations else ["member 1"]
         self.tasks = first + [f"member {k + 1}" for k in range(1, config.members)]
+        self.tasks += [] if self.network is None else [CATEGORIES]
         self.histories: list[History] = []
         self._member(0, correlated=False)  # refuses settings that no training could have
 
     def _without(self, left_out: Sequence[LeftOut], x: Array, labels: Sequence[str]) -> tuple[Array, list[str]]:
         """Drop columns from the transform and the names; return the rows and the labels without them."""
         places = {each.index for each in left_out}
+        dropped = {each.name for each in left_out}
+        columns = list(zip(self.columns.columns, self.columns.decimals, strict=True))
+        columns = [(column, decimals) for column, decimals in columns if column.name not in dropped]
+        if not columns:
+            raise ValueError("expected at least one column of numbers that varies, got categories only")
+        self.columns = TableTransform(*zip(*columns, strict=True))
         kept = [i for i in range(len(labels)) if i not in places]
-        self.columns = TableTransform([self.columns.columns[i] for i in kept], [self.columns.decimals[i] for i in kept])
         if self.names is not None:
             self.names = [self.names[i] for i in kept]
         return x[:, kept], [labels[i] for i in kept]
+
+    def _categories(
+        self, x: Array, labels: Sequence[str], c: Array | None, weights: Array | None
+    ) -> tuple[CategoryNetwork | None, tuple[Tensor, ...]]:
+        """Return the network of the categories among the columns, and its training rows: codes, context and weights."""
+        sizes = {each.name: len(each.values) for each in self.categories if each.name in labels}
+        if not sizes:
+            return None, ()
+        codes = x[:, [i for i, label in enumerate(labels) if label in sizes]]
+        shares = []
+        for column, label in zip(codes.T, [label for label in labels if label in sizes], strict=True):
+            counts = np.bincount(column.astype(int), weights, minlength=sizes[label]) + UNSEEN
+            shares.append((counts / counts.sum()).tolist())
+        with seeded(self.seed):
+            network = CategoryNetwork(shares, 0 if c is None else c.shape[1], self.config.hidden)
+        return network, tuple(torch.from_numpy(part).float() for part in (codes, c, weights) if part is not None)
 
     def fit(
         self,
@@ -177,41 +239,51 @@ class DensityTrainer:
         """
         on_epoch = tracked(tracker, self.config, on_epoch)
         columns = self.columns.to(self.config.device)
-        objective = _LogDensity(columns, self.context is not None, self._weights is not None)
+        objective = _LogDensity(columns, bool(self._given), self._weights is not None)
         self.histories = []
 
-        def train(number: int, correlated: bool) -> Flow:
-            """Train the next task, a flow of this member."""
-            member, task = self._member(number, correlated), self.tasks[len(self.histories)]
+        def train(model: Any, objective: Any, rows: Split, config: FitConfig) -> None:
+            """Train the model of the next task."""
+            task = self.tasks[len(self.histories)]
             history = fit(
-                member.flow,
+                model,
                 objective,
-                member.train,
-                member.validation,
-                member.config,
+                rows.train,
+                rows.validation,
+                config,
                 on_epoch=on_epoch,
                 on_step=on_step,
                 checkpoints=None if checkpoints is None else checkpoints.for_task(task),
                 task=task,
             )
             self.histories.append(history)
+
+        def train_member(number: int, correlated: bool) -> Flow:
+            """Train the next task, a flow of this member."""
+            member = self._member(number, correlated)
+            train(member.flow, objective, member.rows, member.config)
             return self._with_kernels(member) if self.config.kernels else member.flow
 
         def interrupted() -> bool:
             return self.histories[-1].stopped == "interrupted"
 
         correlated = self._whitens_correlations
-        flows = [train(0, correlated)]
+        flows = [train_member(0, correlated)]
         if correlated and not interrupted():
-            other = train(0, False)
+            other = train_member(0, False)
             correlated = _best_validation(self.histories[1]) <= _best_validation(self.histories[0])
             flows = flows if correlated else [other]
         for number in range(1, self.config.members):
             if interrupted():
                 break
-            flow = train(number, correlated)
+            flow = train_member(number, correlated)
             if self.histories[-1].best is not None:
                 flows.append(flow)
+        network = copy.deepcopy(self.network)
+        if network is not None and not interrupted():
+            probability = _LogProbability(self.context is not None, self._weights is not None)
+            rows = self._split(self._codes, self.seed)
+            train(network, probability, rows, self._fit_config(len(rows.train[0]), self.seed))
         columns = columns.cpu()
         members = [_in_table_units(flow, columns) for flow in flows]
         return TableDensity(
@@ -224,20 +296,27 @@ class DensityTrainer:
             settings=self.settings,
             types=self.types,
             left_out=self.left_out,
+            categories=self.categories,
+            network=None if network is None else network.cpu().double().eval(),
         )
+
+    def _split(self, rows: tuple[Tensor, ...], seed: int) -> Split:
+        """Split rows at random into those to train on and those to validate on."""
+        N = len(rows[0])
+        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
+        held_out = min(max(1, round(self.config.validation_fraction * N)), N - 1)
+        return Split(tuple(part[order[held_out:]] for part in rows), tuple(part[order[:held_out]] for part in rows))
 
     def _member(self, number: int, correlated: bool) -> Member:
         """Split the rows and build one member: its flow, preprocessing and training configuration."""
-        seed, N = self.seed + 1009 * number, len(self._rows[0])
-        order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
-        held_out = min(max(1, round(self.config.validation_fraction * N)), N - 1)
-        validation = tuple(part[order[:held_out]] for part in self._rows)
-        train = tuple(part[order[held_out:]] for part in self._rows)
-        weights = None if self._weights is None else self._weights[order[held_out:].numpy()]
-        flow = build_flow(self.config, self.columns.features, 0 if self.context is None else self.context.size, seed)
-        before = preprocessing(self.columns, train[0], weights, seed, correlated)
+        seed = self.seed + 1009 * number
+        rows = self._split(self._rows, seed)
+        weights = None if self._weights is None else rows.train[-1].double().numpy()
+        flow = build_flow(self.config, self.columns.features, self._given, seed)
+        before = preprocessing(self.columns, rows.train[0], weights, seed, correlated)
         to_noise = Compose([*before, *Inverse(flow.transform).flattened()]).float()
-        return Member(Flow(flow.base, Inverse(to_noise)), train, validation, self._fit_config(N - held_out, seed))
+        config = self._fit_config(len(rows.train[0]), seed)
+        return Member(Flow(flow.base, Inverse(to_noise)), rows, config)
 
     def _fit_config(self, rows: int, seed: int) -> FitConfig:
         """Return the training configuration for this number of training rows."""
@@ -258,11 +337,11 @@ class DensityTrainer:
     @torch.no_grad()
     def _with_kernels(self, member: Member) -> Flow:
         """Return the trained flow of a member, with kernels at its training rows if they gain enough."""
-        flow, (x, *extra) = member.flow, member.train
+        flow, (x, *extra) = member.flow, member.rows.train
         if extra or len(x) > MAX_KERNEL_ROWS or not isinstance(flow.base, StandardNormal):
             return flow
         train = dequantized(self.columns, x, member.config.seed).float()
-        validation = dequantized(self.columns, member.validation[0], member.config.seed).float()
+        validation = dequantized(self.columns, member.rows.validation[0], member.config.seed).float()
         kernels = with_kernel_base(flow, train, validation, max_points=MAX_KERNEL_ROWS)
         gain = (kernels().log_prob(validation) - flow().log_prob(validation)).mean().item()
         return kernels if gain > MIN_KERNEL_GAIN else flow

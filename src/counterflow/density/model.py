@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from counterflow.checks import positive
-from counterflow.density.config import DESCRIPTION, MODEL
+from counterflow.checks import positive, require
+from counterflow.density.categories import UNSEEN, CategoryColumn
+from counterflow.density.config import CATEGORIES, DESCRIPTION, MODEL
 from counterflow.density.context import ContextEncoder
 from counterflow.density.inputs import columns_by_name
 from counterflow.density.left_out import LeftOut, restored
 from counterflow.flows.bases import KernelMixture
+from counterflow.flows.categories import MISSING, CategoryNetwork
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
+from counterflow.io.data.types import encode
 from counterflow.io.json import MAX_QUOTED, from_json, read_json, write_json
 from counterflow.io.serialization import load, save
 from counterflow.random import seeded
@@ -41,17 +46,23 @@ class TableDensity:
     Each of the M members of the flow is Flow(base, Inverse(to_noise)), whose to_noise begins with the columns. Rows x
     are (N, D) float64 arrays in the units of the table; densities are per unit of the columns.
 
+    Columns of categories hold codes. Their joint distribution comes first, and the numbers x follow given their
+    indicators, which are the first part of the context of the flow:
+
+        log p(k, x | c) = log p(k | c) + log q(x | k, c)
+
     Numbers that fill a cell, such as whole numbers, have the density
 
         log p(x) = log (1/S) sum_s q(start + width u_s) + sum of log width over the columns whose mass is counted,
 
     with S points u_s of a Sobol sequence in [0, 1]^K over the K columns with cells, scrambled by the seed and equal for
     all rows. As each point is uniform, the mean of log p over seeds is a lower bound of the log of the mass, or of the
-    mean density, that q gives to the cell. Rows outside of the support have log density -inf.
+    mean density, that q gives to the cell. Rows outside of the support, and rows with a category that training did not
+    see, have log density -inf.
 
     Args:
         flow: the density q of continuous rows, a `Flow` or `FlowMixture` in float64.
-        names: the names of the D columns; None for x0, x1, ...
+        names: the names of the D columns, numbers and categories; None for x0, x1, ...
         context: the encoder of the columns that the density is conditioned on; None without context.
         seed: seed of the points in cells.
         cell_points: S.
@@ -59,9 +70,11 @@ class TableDensity:
         settings: the settings of the fit, which are saved with the density.
         types: the recorded types of columns by name, such as "int64" or "date32[day]"; see `counterflow.io.data.types`.
         left_out: columns of the table that the D columns determine.
+        categories: the columns of categories among all columns of the table.
+        network: their joint distribution, those left out excepted; None without categories.
 
     Attributes:
-        columns: the `TableTransform` of the flow.
+        columns: the `TableTransform` of the flow, for the columns of numbers.
         named: True if names were given.
         kept: the places of the D columns among all columns of the table, those left out included.
 
@@ -69,6 +82,9 @@ class TableDensity:
         ValueError: names or a context that do not fit the flow, a flow that does not begin with columns, or cell_points
             that is not a whole number of at least 1.
     """
+
+    categories: Mapping[str, CategoryColumn] = MappingProxyType({})  # defaults for densities that were pickled before
+    network: CategoryNetwork | None = None
 
     def __init__(
         self,
@@ -82,21 +98,30 @@ class TableDensity:
         settings: Mapping[str, Any] | None = None,
         types: Mapping[str, str] | None = None,
         left_out: Sequence[LeftOut] = (),
+        categories: Sequence[CategoryColumn] = (),
+        network: CategoryNetwork | None = None,
     ) -> None:
         self.named = names is not None
         self.left_out = list(left_out)
         places = {each.index for each in left_out}
-        self.kept = [i for i in range(flow.features + len(places)) if i not in places]
+        sizes = () if network is None else network.sizes
+        features = flow.features + len(sizes)
+        self.kept = [i for i in range(features + len(places)) if i not in places]
         names = [f"x{i}" for i in self.kept] if names is None else list(names)
-        size = 0 if context is None else context.size
-        if (len(names), size) != (flow.features, flow.context):
+        size = sum(sizes) + (0 if context is None else context.size)
+        if (len(names), size) != (features, flow.context):
             raise ValueError(
-                f"expected {flow.features} names and a context of size {flow.context}, as the flow has, got "
+                f"expected {features} names and a context of size {flow.context}, as the flow has, got "
                 f"{len(names)} names and a context of size {size}"
             )
+        self.names = names
+        self.categories = {each.name: each for each in categories}
+        found = tuple(len(self.categories[names[i]].values) for i in self.category_places)
+        if found != sizes:
+            raise ValueError(f"expected columns of {sizes} categories, as the network has, got {found}")
+        self.network = network
         self.flow = flow
         self.columns = _columns_of(self.members[0])
-        self.names = names
         self.context = context
         self.seed = seed
         self.cell_points = positive(cell_points, "cell_points")
@@ -120,18 +145,69 @@ class TableDensity:
         names = dict(zip(self.kept, self.names, strict=True)) | {each.index: each.name for each in self.left_out}
         return [names[i] for i in sorted(names)]
 
+    @property
+    def category_places(self) -> list[int]:
+        """Places of the columns of categories among the D columns."""
+        return [i for i, name in enumerate(self.names) if name in self.categories]
+
+    @property
+    def category_names(self) -> list[str]:
+        """Names of the columns of categories among the D columns."""
+        return [self.names[i] for i in self.category_places]
+
+    @property
+    def number_places(self) -> list[int]:
+        """Places of the columns of numbers among the D columns."""
+        return [i for i, name in enumerate(self.names) if name not in self.categories]
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Name of the map of each of the D columns, "category" for those of categories."""
+        maps = dict(zip(self.number_places, (column.map for column in self.columns.columns), strict=True))
+        return {name: maps.get(i, "category") for i, name in enumerate(self.names)}
+
     def restored(self, rows: Array) -> Array:
         """Return rows (N, D) with the columns that were left out."""
         return restored(rows, self.left_out)
 
+    def values(self, rows: Array) -> Array:
+        """Return rows (N, D) with the columns that were left out, and with categories instead of their codes."""
+        every = self.restored(rows)
+        if not self.categories:
+            return every
+        decoded = every.astype(object)
+        for i, name in enumerate(self.all_names):
+            if name in self.categories:
+                decoded[:, i] = self.categories[name].decode(every[:, i])
+        return decoded
+
+    def to_arrow(self, rows: Array, typed: bool = True) -> dict[str, Any]:
+        """Return the columns of rows (N, D), those left out included, by name: as Arrow arrays of the recorded types.
+
+        Args:
+            rows: rows, such as draws.
+            typed: whether the types are those of the table; if not, numbers are float64.
+        """
+        arrow = require("pyarrow", "data", "columns of a table")
+        found = {}
+        for name, column in zip(self.all_names, self.restored(rows).T, strict=True):
+            category = self.categories.get(name)
+            type = self.types.get(name, "double") if typed else "double"
+            if category is None or not category.is_text:
+                numbers = column if category is None else category.decode(column).astype(np.float64)
+                found[name] = encode(np.ascontiguousarray(numbers), type)
+            else:
+                found[name] = arrow.array(category.decode(column), arrow.string())
+        return found
+
     @property
     def noise_names(self) -> list[str]:
         """Names of the columns that the components of the noise come from: the layers of a flow permute them."""
-        order = torch.arange(len(self.names))
+        order = torch.arange(self.flow.features)
         for transform in Inverse(self.members[0].transform).flattened():  # the members permute alike
             if isinstance(transform, Permute):
                 order = order[transform.order]
-        return [self.names[i] for i in order.tolist()]
+        return [self.names[self.number_places[i]] for i in order.tolist()]
 
     def encode(self, context: Any, rows: int | None = None, first: int | None = None) -> Array | None:
         """Encode the columns to condition on as (N, C) float64; None for a density without context.
@@ -162,14 +238,43 @@ class TableDensity:
         rows, given = _tensor(x), self._context_tensor(c)
         points = self._cell_points()
         step = max(1, CHUNK // (rows.shape[1] * (1 if points is None else len(points))))
-        flow = self.flow.to(self.device)
+        self._to(self.device)
         scores = []
         for first in range(0, len(rows), step):
             part = rows[first : first + step].to(self.device)
             c_part = None if given is None else given[first : first + step]
-            scores.append(self._log_density(part, c_part, points).double().cpu())
-        flow.cpu()
+            scores.append(self._log_joint(part, c_part, points).double().cpu())
+        self._to("cpu")
         return torch.cat(scores).numpy()
+
+    def _log_joint(self, rows: Tensor, c: Tensor | None, points: Tensor | None) -> Tensor:
+        """Return the log density of rows (B, D) of numbers and codes."""
+        x, k = self._split(rows)
+        log_p = self._log_density(x, self._given(k, c), points)
+        if self.network is None:
+            return log_p
+        return torch.where((k == UNSEEN).any(-1), -math.inf, log_p + self.network.log_prob(k, c))
+
+    def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the numbers (B, F) and the codes (B, J) of rows (B, D)."""
+        return (
+            (rows, rows[:, :0])
+            if self.network is None
+            else (rows[:, self.number_places], rows[:, self.category_places])
+        )
+
+    def _given(self, k: Tensor, c: Tensor | None) -> Tensor | None:
+        """Return the context of the flow: the indicators of codes (B, J) and the context (B, C)."""
+        if self.network is None:
+            return c
+        indicators = self.network.indicators(k)
+        return indicators if c is None else torch.cat([indicators, c], -1)
+
+    def _to(self, device: str) -> None:
+        """Move the flow and the network to a device."""
+        self.flow.to(device)
+        if self.network is not None:
+            self.network.to(device)
 
     def _log_density(self, x: Tensor, c: Tensor | None, points: Tensor | None) -> Tensor:
         """Return log p of rows x (B, D), averaged over points (S, D) of their cells, if any have cells."""
@@ -188,7 +293,7 @@ class TableDensity:
         if not quantized:
             return None
         sobol = torch.quasirandom.SobolEngine(len(quantized), scramble=True, seed=self.seed)
-        points = torch.zeros(self.cell_points, len(self.names), dtype=torch.float64)
+        points = torch.zeros(self.cell_points, self.flow.features, dtype=torch.float64)
         points[:, quantized] = sobol.draw(self.cell_points, dtype=torch.float64)
         return points.to(self.device)
 
@@ -213,19 +318,28 @@ class TableDensity:
                 return self.sample(n, c)
         given = self._context_tensor(c)
         step = max(1, CHUNK // len(self.names))
-        flow = self.flow.to(self.device)
+        self._to(self.device)
         drawn = []
         for first in range(0, n, step):
             rows = min(step, n - first)
             c_part = None if given is None else given.expand(n, -1)[first : first + rows]
-            x = flow(c_part).sample((rows,) if c_part is None else ())
-            drawn.append(self.columns.snap(x).double().cpu())
-        flow.cpu()
+            drawn.append(self._draw(rows, c_part).double().cpu())
+        self._to("cpu")
         return torch.cat(drawn).numpy()
+
+    def _draw(self, n: int, c: Tensor | None) -> Tensor:
+        """Draw n rows (n, D) of numbers and codes."""
+        if self.network is None:
+            return self.columns.snap(self.flow(c).sample((n,) if c is None else ()))
+        rows = torch.empty(n, len(self.names), dtype=torch.float64, device=self.device)
+        k = self.network.sample(torch.full((n, len(self.network.sizes)), MISSING, dtype=rows.dtype).to(rows), c)
+        rows[:, self.category_places] = k
+        rows[:, self.number_places] = self.columns.snap(self.flow(self._given(k, c)).sample()).double()
+        return rows
 
     @torch.no_grad()
     def to_noise(self, x: Array, c: Array | None = None, seed: int = 0) -> Array:
-        """Map rows to the noise eps (N, D) from which the flow would draw them; recorded numbers are dequantized.
+        """Map rows to the noise eps (N, F) from which the flow would draw their F numbers, dequantized.
 
         If the density is right, eps ~ N(0, I), and Phi(eps) is uniform in each component, see `noise_names`. For a
         mixture, one member is drawn for each row, with probability proportional to its density of the row.
@@ -238,11 +352,11 @@ class TableDensity:
         rows, given = _tensor(x), self._context_tensor(c)
         rng = np.random.default_rng(seed)
         step = max(1, CHUNK // rows.shape[1])
-        flow = self.flow.to(self.device)
+        self._to(self.device)
         noise = []
         for first in range(0, len(rows), step):
-            part = rows[first : first + step].to(self.device)
-            c_part = None if given is None else given[first : first + step]
+            part, k = self._split(rows[first : first + step].to(self.device))
+            c_part = self._given(k, None if given is None else given[first : first + step])
             start, width = self.columns.cells(part)
             point = start + width * torch.from_numpy(rng.random(part.shape)).to(part)
             log_q = torch.stack([member(c_part).log_prob(point) for member in self.members])
@@ -251,7 +365,7 @@ class TableDensity:
             with seeded(int(rng.integers(2**31 - 1)), cuda=self.device.startswith("cuda")):
                 each = torch.stack([_normal_noise(member, point, c_part) for member in self.members])
             noise.append(each[picked, torch.arange(len(part), device=each.device)].double().cpu())
-        flow.cpu()
+        self._to("cpu")
         return torch.cat(noise).numpy()
 
     def _context_tensor(self, c: Array | None) -> Tensor | None:
@@ -259,7 +373,10 @@ class TableDensity:
         return None if c is None else torch.from_numpy(c).to(self.device)
 
     def save(self, folder: str | Path) -> None:
-        """Write model.safetensors, which `cf.load` reads as a flow or a mixture, and density.json. Never pickle."""
+        """Write model.safetensors, which `cf.load` reads as a flow or a mixture, and density.json. Never pickle.
+
+        A density of categories writes their network to categories.safetensors.
+        """
         description = {
             "format": FORMAT,
             "names": self.names if self.named else None,
@@ -269,8 +386,11 @@ class TableDensity:
             "settings": self.settings,
             "types": self.types,
             "left_out": [each.config() for each in self.left_out],
+            "categories": [asdict(each) for each in self.categories.values()],
         }
         save(self.flow, Path(folder) / MODEL)
+        if self.network is not None:
+            save(self.network, Path(folder) / CATEGORIES)
         write_json(Path(folder) / DESCRIPTION, description)
 
     @classmethod
@@ -288,6 +408,8 @@ class TableDensity:
         description = read_json(path, "the description that FlowDensity.save writes")
         try:
             context = description["context"]
+            categories = from_json(description.get("categories", []), tuple[CategoryColumn, ...], "categories")
+            network = Path(folder) / CATEGORIES
             return cls(
                 flow,
                 from_json(description["names"], tuple[str, ...] | None, "names"),
@@ -298,6 +420,8 @@ class TableDensity:
                 settings=from_json(description["settings"], dict[str, Any], "settings"),
                 types=from_json(description.get("types", {}), dict[str, str], "types"),
                 left_out=from_json(description.get("left_out", []), tuple[LeftOut, ...], "left_out"),
+                categories=categories,
+                network=load(network, kind=CategoryNetwork) if network.is_file() else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
             raise not_a_density(folder, error) from None

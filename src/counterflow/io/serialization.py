@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from counterflow.flows.bases import DiagonalNormal, KernelMixture, StandardNormal, StudentT
+from counterflow.flows.categories import CategoryNetwork
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
 from counterflow.io.atomic import write_bytes
@@ -44,6 +45,7 @@ TYPES: dict[str, type] = {
         Architecture,
         AsinhColumn,
         Autoregressive,
+        CategoryNetwork,
         Compose,
         CouplingLayer,
         DiagonalNormal,

@@ -308,7 +308,10 @@ def _density(run: Run) -> Page:
 
 
 def _column_card(card: Mapping[str, Any]) -> Card:
-    facts = {name: f"{card[name]:.4g}" for name in ("min", "5%", "median", "95%", "max")}
+    if "most" in card:
+        facts = {name: f"{100 * share:.3g} %" for name, share in card["most"].items()}
+    else:
+        facts = {name: f"{card[name]:.4g}" for name in ("min", "5%", "median", "95%", "max")}
     return Card(
         card["column"], card["kind"], {"distinct": f"{card['distinct']:,}", **facts}, card["data"], card["samples"]
     )
@@ -318,7 +321,7 @@ def _unusual_table(rows: list[Any]) -> Table:
     lines = []
     for row in rows:
         cells = [
-            f"{cell['column']} = {cell['value']:.6g} ({_gain(cell['gain'])} at {cell['usual']:.6g})"
+            f"{cell['column']} = {_value(cell['value'])} ({_gain(cell['gain'])} at {_value(cell['usual'])})"
             for cell in row["cells"]
         ]
         given = "; ".join(f"{name} = {value}" for name, value in row["given"].items())
@@ -327,6 +330,10 @@ def _unusual_table(rows: list[Any]) -> Table:
         lines.append([*line, Cell(given)] if row["given"] else line)
     has_context = any(row["given"] for row in rows)
     return Table(("row", "log density", "unusual cells", *(("given",) if has_context else ())), lines)
+
+
+def _value(value: Any) -> str:
+    return value if isinstance(value, str) else f"{value:.6g}"
 
 
 def _gain(nats: float | None) -> str:

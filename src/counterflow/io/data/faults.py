@@ -18,22 +18,18 @@ class TableFaultsError(ValueError):
     """Cells that are no finite numbers.
 
     Attributes:
-        text: the columns with text.
-        infinite: the columns with infinite numbers.
+        faults: the faults, by column.
         incomplete: the number of rows with a missing cell.
         rows: the number of rows.
-        names: the columns of numbers.
-        x: all rows (rows, len(names)), with NaN for missing cells and for texts.
+        others: the columns that were read as numbers or texts, by name.
     """
 
-    def __init__(self, message: str, faults: Faults, names: Sequence[str], x: Array, incomplete: int) -> None:
-        super().__init__(message)
-        self.text = list(faults.text)
-        self.infinite = list(faults.infinite)
+    def __init__(self, path: Path, faults: Faults, incomplete: int, rows: int, others: dict[str, Array]) -> None:
+        super().__init__(faults.describe(path))
+        self.faults = faults
         self.incomplete = incomplete
-        self.rows = len(x)
-        self.names = list(names)
-        self.x = x
+        self.rows = rows
+        self.others = others
 
 
 class Faults:

@@ -139,7 +139,7 @@ def read_table(
         faults.add_missing(name, missing)
         incomplete |= missing
     if faults.text or faults.infinite or (faults.missing and not drop_missing):
-        raise TableFaultsError(faults.describe(source.path), faults, names, x, int(incomplete.sum()))
+        raise TableFaultsError(source.path, faults, int(incomplete.sum()), len(x), context)
     if faults.missing:
         x = x[~incomplete]
         context = {name: column[~incomplete] for name, column in context.items()}
