@@ -36,13 +36,6 @@ SETTINGS = {
     "random_state": 0,
     "columns": {"region": "category"},
 }
-    "layers": 1,
-    "hidden": (16,),
-    "members": 1,
-    "epochs": 20,
-    "random_state": 0,
-    "columns": {"region": "category"},
-}
 
 
 @pytest.fixture(scope="module")
