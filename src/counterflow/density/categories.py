@@ -50,7 +50,7 @@ class CategoryColumn:
         values = tuple(sorted(set(known)))
         if cells.dtype == object and not stated:
             odd = [cell for cell in known if not is_number(cell)]
-            if 0 < len(odd) < len(known) / 2:
+            if 0 < len(odd) <= len(known) / 2:
                 raise ValueError(
                     f"expected a number in every cell of column {name!r}, as in most, got {odd[0]!r:.50}; correct it, "
                     "or state that these are categories"
