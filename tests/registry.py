@@ -28,6 +28,13 @@ ARCHITECTURES = {  # for hidden layers of these sizes, four features or more
         ),
     ),
 }
+GRAPH = [  # row i marks the parents of feature i; the longest path is 3, 2, 4
+    [0, 0, 0, 0, 0],
+    [1, 0, 0, 0, 0],
+    [0, 0, 0, 1, 0],
+    [0, 0, 0, 0, 0],
+    [0, 1, 1, 0, 0],
+]
 UNIVARIATES = {
     "affine": cf.Affine(),
     "gated": cf.Gated(),
@@ -105,6 +112,15 @@ TRANSFORMS: dict[str, Callable[[], cf.transforms.Transform]] = {
     "coupling": autoregressive(5, 0, (8, 6), degrees=(1, 1, 2, 2, 2), activation="tanh"),
     "coupling context": autoregressive(4, 2, (8,), degrees=(2, 1, 2, 1), activation="leaky_relu"),
     "sinh-arcsinh 3": autoregressive(3, 0, (10,), "sinh-arcsinh", activation="elu"),
+    "graph": autoregressive(5, 0, (9, 8), adjacency=GRAPH, activation="tanh"),
+    "graph context": autoregressive(5, 2, (7, 9), "gated", adjacency=GRAPH, activation="silu"),
+    "graph residual": autoregressive(
+        5, 2, (9,) * 5, "spline", adjacency=GRAPH, activation="elu", architecture=ARCHITECTURES["residual"][1]
+    ),
+    "graph skip to output": autoregressive(
+        5, 0, (9, 8), adjacency=GRAPH, activation="elu", architecture=ARCHITECTURES["skip to output"][1]
+    ),
+    "graph without edges": autoregressive(3, 0, (4,), adjacency=[[0] * 3] * 3, activation="elu"),
     "one degree": autoregressive(3, 0, (4,), degrees=(1, 1, 1), activation="softplus"),
     "one degree context": autoregressive(3, 2, (4, 6), "gated", degrees=(1, 1, 1), activation="tanh"),
     "softplus 3": autoregressive(3, 0, (10,), "softplus scale", activation="elu"),

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from registry import FLOWS, over, stir
+from registry import FLOWS, TRANSFORMS, over, stir
 
 import counterflow as cf
 from counterflow.cli import main
@@ -91,6 +91,16 @@ def test_a_layer_takes_the_hidden_weights_of_its_teacher_and_its_order():
             assert torch.equal(ours.weight, theirs.weight)
     other = _mirrored(layer, Trace(v, u, layer.made(u[:, layer.order])), (7,))
     assert other.hidden == (7,)
+
+
+def test_a_layer_of_a_graph_becomes_one_of_all_ancestors():
+    layer = TRANSFORMS["graph"]()
+    v = torch.randn(100, 5, dtype=torch.float64)
+    u = layer.inverse(v)[0]
+    made = _mirrored(layer, Trace(v, u, layer.made(u[:, layer.order])), ())
+    dependent = torch.autograd.functional.jacobian(lambda v: layer.inverse(v)[0].sum(0), v).ne(0).any(1).int()
+    dependent.fill_diagonal_(0)
+    assert made.adjacency == dependent.tolist() != layer.adjacency
 
 
 def test_the_layers_loss_is_its_kl_to_second_order():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from counterflow.flows.contexts import device_of, draw_contexts
 from counterflow.flows.flow import Flow
+from counterflow.made.graph import ancestors
 from counterflow.transforms.autoregressive import Autoregressive
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
@@ -23,7 +24,8 @@ from counterflow.univariate.spline import RationalQuadraticSpline
 
 EXTREME = 0.02  # fraction of the teacher's draws, the outermost ones, that the student is not trained on
 PILOT = 8192  # draws of the teacher to which the student's linear maps are fitted
-PLAIN = ("features", "context", "univariate", "degrees", "activation")  # settings that fit hidden layers of any size
+# Settings that fit hidden layers of any size.
+PLAIN = ("features", "context", "univariate", "degrees", "activation", "adjacency")
 
 
 def solved_layer(part: Transform) -> Autoregressive | None:
@@ -84,8 +86,10 @@ def _mirrored(layer: Autoregressive, trace: Trace, hidden: tuple[int, ...]) -> T
     config = {**layer.config(), "univariate": _univariate(layer.univariate)}
     if hidden and hidden != layer.hidden:
         config = {k: v for k, v in config.items() if k in PLAIN} | {"hidden": hidden}
+    if layer.parents is not None:  # the inverse of a layer depends on all ancestors
+        config["adjacency"] = ancestors(layer.parents)
     made = Autoregressive(**config).to(trace.v)
-    if made.hidden == layer.hidden:
+    if made.hidden == layer.hidden and layer.parents is None:
         # The teacher's parameters are linear in its last hidden units, so these are good features of u, and after the
         # linear map the student's input is close to u. The layer that computes the parameters starts afresh.
         last = f"layers.{len(layer.hidden)}."

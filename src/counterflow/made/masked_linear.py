@@ -1,10 +1,11 @@
-"""Linear layer with a staircase mask."""
+"""Linear layer with a staircase mask, and the mask of a graph within it."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from counterflow.made.graph import Subsets
 from counterflow.made.staircase import Staircase, linear
 
 
@@ -19,12 +20,16 @@ class MaskedLinear(nn.Linear):
             before.
         gain: standard deviation of the initial weights, times the square root of the number of inputs of a row.
         more_inputs: number of further inputs of each output, from another layer that is added to this one.
+        graph: mask of a graph, which allows some of the entries that `mask` allows; all of them when not given.
     """
 
-    def __init__(self, mask: Tensor, gain: float = 1.0, more_inputs: int = 0) -> None:
+    def __init__(self, mask: Tensor, gain: float = 1.0, more_inputs: int = 0, graph: Subsets | None = None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = mask.shape
         self.staircase = Staircase(mask)
+        self.graph = graph
+        if graph is not None:
+            mask = graph.derived()["mask"]
         # Uniform with variance gain^2 / (inputs of the row): rows with few inputs get as large an output as the others.
         spread = gain * torch.sqrt(3.0 / (mask.sum(1, keepdim=True) + more_inputs).clamp_min(1)) * mask
         weight = torch.empty(mask.shape).uniform_(-1, 1)
@@ -34,7 +39,12 @@ class MaskedLinear(nn.Linear):
     @property
     def mask(self) -> Tensor:
         """Mask (out, in) of numbers or booleans, nonzero where the weight has an effect."""
-        return self.staircase.mask
+        return self.staircase.mask if self.graph is None else self.graph.mask
+
+    @property
+    def graph_weight(self) -> Tensor:
+        """Weight (out, in) for products that leave out what the staircase forbids, 0 where only the graph forbids."""
+        return self.weight if self.graph is None else self.weight * self.graph.mask
 
     def masked_weight(self) -> Tensor:
         """Return the weight with its forbidden entries at exactly 0."""
@@ -42,4 +52,4 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., out) for x (..., in)."""
-        return linear(x, self.weight, self.bias, self.staircase)
+        return linear(x, self.graph_weight, self.bias, self.staircase)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from counterflow.checks import positive
 from counterflow.made.activations import activation_named
 from counterflow.made.architecture import Architecture
+from counterflow.made.graph import Set, Subsets, degree, unit_sets
 from counterflow.made.masked_linear import MaskedLinear
 
 
@@ -39,6 +40,7 @@ class MADE(nn.Module):
         activation: a name in ACTIVATIONS.
         context: C.
         architecture: connections between the layers; a plain sequence of layers when not given.
+        parents: for each feature, the features that it sees, of lower degree; all of lower degree when not given.
 
     Attributes:
         ends: for the features and for each hidden layer, the number of units of degree g or less, for g = 0..G. This
@@ -46,7 +48,8 @@ class MADE(nn.Module):
         links: connections between the hidden layers.
 
     Raises:
-        ValueError: no hidden layers, a size below 1, an unknown activation, or an architecture that does not fit.
+        ValueError: no hidden layers, a size below 1, an unknown activation, or an architecture that does not fit the
+            sizes or the parents.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class MADE(nn.Module):
         activation: str,
         context: int,
         architecture: Architecture | None = None,
+        parents: Sequence[Set] | None = None,
     ) -> None:
         super().__init__()
         self.activation = activation_named(activation)
@@ -69,7 +73,13 @@ class MADE(nn.Module):
         G = max(degrees)
         # Units of degree 0 see only the context: without a context they would be constants.
         lowest = 0 if context or G == 1 else 1
-        hidden_levels = architecture.degrees(sizes, G, lowest)
+        if parents is None:
+            hidden_levels = architecture.degrees(sizes, G, lowest)
+        elif architecture.hidden_degrees is not None:
+            raise ValueError("expected adjacency or an architecture with hidden_degrees, got both; leave one out")
+        else:
+            sets = [unit_sets(parents, size, context) for size in sizes]
+            hidden_levels = [[degree(each, degrees) for each in layer] for layer in sets]
         self.links = architecture.links(hidden_levels)
         levels = [list(degrees), *hidden_levels]
         self.ends = tuple(tuple(bisect_right(level, g) for g in range(G + 1)) for level in levels)
@@ -77,12 +87,24 @@ class MADE(nn.Module):
         d = [torch.tensor(level, device="cpu") for level in levels]
         masks = [after[:, None] >= before[None, :] for before, after in pairwise(d)]
         outputs = [(d[0][:, None] > seen[None, :]).repeat_interleave(parameters, dim=0) for seen in (d[-1], d[0])]
+        graphs: list[Subsets | None] = [None] * (len(masks) + 2)  # of the hidden layers and of the outputs
+        if parents is not None:
+            D = len(degrees)
+            seen: list[list[Set]] = [
+                [(i,) for i in range(D)],
+                *sets,
+                [each for each in parents for _ in range(parameters)],
+            ]
+            graphs = [Subsets(after, before, D) for before, after in (*pairwise(seen), (seen[0], seen[-1]))]
         contexts = architecture.contexts if context else ()
         self.layers = nn.ModuleList(
-            MaskedLinear(mask, more_inputs=context if k in contexts else 0) for k, mask in enumerate(masks)
+            MaskedLinear(mask, more_inputs=context if k in contexts else 0, graph=graphs[k])
+            for k, mask in enumerate(masks)
         )
-        self.layers.append(MaskedLinear(outputs[0], gain=3e-4))
-        self.skip_to_output = MaskedLinear(outputs[1], gain=3e-4) if self.links.skip_to_output else None
+        self.layers.append(MaskedLinear(outputs[0], gain=3e-4, graph=graphs[-2]))
+        self.skip_to_output: MaskedLinear | None = None
+        if self.links.skip_to_output:
+            self.skip_to_output = MaskedLinear(outputs[1], gain=3e-4, graph=graphs[-1])
         self.activated_contexts = architecture.activated_contexts
         # The bias of the hidden layer serves as v in V c + v, unless f(V c + v) is what is added.
         self.contexts = nn.ModuleDict(

@@ -15,6 +15,7 @@ from counterflow.engine.contract import Body, Layout, Solution, System
 from counterflow.engine.solve import body_for, check_solver, is_transformed, solve, without_autocast
 from counterflow.made.architecture import Architecture
 from counterflow.made.derived import Derived
+from counterflow.made.graph import check_adjacency, longest_paths
 from counterflow.made.network import MADE
 from counterflow.made.staircase import Staircase
 from counterflow.transforms.base import Transform, prepare
@@ -40,6 +41,9 @@ class Autoregressive(Derived, Transform):
         activation: activation of the hidden units: relu, leaky_relu, elu, tanh, sigmoid, silu or softplus.
         architecture: connections between the layers, such as `Architecture.residual(blocks=2)`; a plain sequence of
             layers when not given.
+        adjacency: (D, D), nonzero at [i, j] if y_i depends on x_j, for a graph without cycles; the diagonal does not
+            count. The degrees are then the lengths of the longest paths, so a solve takes as many steps as the longest
+            path has features. In a chain of such layers a feature sees its ancestors.
 
     Attributes:
         solver: implementation of the substitution: "cpu", compiled with Numba, for Affine, Gated,
@@ -49,7 +53,8 @@ class Autoregressive(Derived, Transform):
 
     Raises:
         TypeError: univariate is not a univariate map.
-        ValueError: sizes below 1, degrees with gaps, an unknown activation, or an architecture that does not fit.
+        ValueError: sizes below 1, degrees with gaps, an unknown activation, an architecture that does not fit, a graph
+            with a cycle, or fewer hidden units than different sets of parents.
 
     Source: Kingma et al. 2016, "Improving Variational Inference with Inverse Autoregressive Flow", section 3;
     Papamakarios et al. 2017, "Masked Autoregressive Flow for Density Estimation", section 3. The solve is described in
@@ -79,6 +84,7 @@ class Autoregressive(Derived, Transform):
         activation: str = "relu",
         *,
         architecture: Architecture | None = None,
+        adjacency: Sequence[Sequence[int]] | Tensor | None = None,
     ) -> None:
         super().__init__()
         self.features = positive(features, "features")
@@ -86,13 +92,18 @@ class Autoregressive(Derived, Transform):
         self.univariate = Affine() if univariate is None else univariate
         if not isinstance(self.univariate, Univariate):
             raise TypeError(f"expected univariate to be an instance such as cf.Affine(), got {univariate!r}")
+        self.parents = None if adjacency is None else check_adjacency(adjacency, features)
+        if self.parents is not None:
+            if degrees is not None:
+                raise ValueError("expected degrees or adjacency, which gives degrees of its own, got both")
+            degrees = longest_paths(self.parents)
         self.degrees = _check_degrees(degrees, features)
         self.activation = activation
         # The network and the solver use the features sorted by degree; x and y keep their order.
         self._sorted = sorted(self.degrees) == list(self.degrees)
         self.register_derived()
-        ascending = sorted(self.degrees)
-        self.made = MADE(ascending, self.univariate.parameters, hidden, activation, self.context, architecture)
+        P = self.univariate.parameters
+        self.made = MADE(sorted(self.degrees), P, hidden, activation, self.context, architecture, self._sorted_parents)
         self.hidden, self.architecture = tuple(hidden), architecture
         self._layout = Layout(self.made.ends, self.made.activation, self.univariate, self.made.links)
         self._pass = Pass(self._layout, tuple(self.derived()["order"].tolist()), self.context)
@@ -102,6 +113,14 @@ class Autoregressive(Derived, Transform):
         """See `Derived`."""
         order = torch.argsort(torch.tensor(self.degrees, device="cpu"), stable=True)
         return {"order": order, "places": torch.argsort(order)}
+
+    @property
+    def _sorted_parents(self) -> list[tuple[int, ...]] | None:
+        """Parents in the network, whose features are sorted by degree."""
+        if self.parents is None:
+            return None
+        order, places = (t.tolist() for t in (self.derived()["order"], self.derived()["places"]))
+        return [tuple(sorted(places[j] for j in self.parents[i])) for i in order]
 
     @property
     def solver(self) -> str:
@@ -141,7 +160,7 @@ class Autoregressive(Derived, Transform):
             return None
         tensors: list[Any] = [layer.weight for layer in self.made.contexts.values()]
         for layer in self.made.masked_layers():
-            tensors += [layer.weight, layer.bias]
+            tensors += [layer.graph_weight, layer.bias]
         return [self._pass], tensors
 
     @cached_property
@@ -232,7 +251,7 @@ class Autoregressive(Derived, Transform):
         for k, shift in self.made.shifts(c).items():
             bias = biases[k] + shift
             biases[k] = bias.expand(*like.shape[:-1], -1).reshape(-1, bias.shape[-1])
-        weights = (_at_least_float32(layer.weight) for layer in layers)
+        weights = (_at_least_float32(layer.graph_weight) for layer in layers)
         return System(self._layout, tuple(weights), tuple(_at_least_float32(bias) for bias in biases))
 
     def _sort(self, x: Tensor) -> Tensor:
@@ -240,6 +259,13 @@ class Autoregressive(Derived, Transform):
 
     def _unsort(self, x: Tensor) -> Tensor:
         return x if self._sorted else x[..., self.places]
+
+    @property
+    def adjacency(self) -> list[list[int]] | None:
+        """Matrix (D, D), 1 at [i, j] if y_i depends on x_j in its parameters; None for a layer without a graph."""
+        if self.parents is None:
+            return None
+        return [[int(j in seen) for j in range(self.features)] for seen in self.parents]
 
     def config(self) -> dict[str, Any]:
         """Return the constructor's arguments."""
@@ -249,14 +275,17 @@ class Autoregressive(Derived, Transform):
             "context": self.context,
             "hidden": list(self.hidden),
             "univariate": self.univariate,
-            "degrees": None if natural else list(self.degrees),
+            "degrees": None if natural or self.parents is not None else list(self.degrees),
             "activation": self.activation,
             "architecture": self.architecture,
+            "adjacency": self.adjacency,
         }
 
     def __repr__(self) -> str:
         groups = self._layout.groups
         degrees = "" if groups == self.features else f", degrees 1..{groups}"
+        if self.parents is not None:
+            degrees = f", graph of {sum(map(len, self.parents))} edges{degrees}"
         return (
             f"Autoregressive(features={self.features}, context={self.context}, hidden={self.hidden}, "
             f"univariate={self.univariate}, activation={self.activation!r}{degrees}, solver={self._solver!r})"

@@ -244,7 +244,7 @@ class _ByPasses(Transform):
 
 def _fold(module: nn.Module) -> None:
     """Replace every masked layer by a plain one, and every triangular system by a product."""
-    _replace(module, MaskedLinear, _plain)
+    _replace(module, MaskedLinear, _Dense)
     _replace(module, Whiten, _WhitenByProduct)
 
 
@@ -256,11 +256,17 @@ def _replace(module: nn.Module, kind: type[nn.Module], by: Callable[[Any], nn.Mo
                 parent.add_module(name, by(child))
 
 
-def _plain(layer: MaskedLinear) -> nn.Linear:
-    plain = nn.Linear(layer.in_features, layer.out_features, device="meta")
-    plain.weight = nn.Parameter(layer.masked_weight().detach())
-    plain.bias = layer.bias
-    return plain
+class _Dense(nn.Linear):
+    """`MaskedLinear` with its masks applied in advance."""
+
+    def __init__(self, layer: MaskedLinear) -> None:
+        super().__init__(layer.in_features, layer.out_features, device="meta")
+        self.weight = nn.Parameter(layer.masked_weight().detach())
+        self.bias = layer.bias
+
+    @property
+    def graph_weight(self) -> Tensor:
+        return self.weight
 
 
 class _WhitenByProduct(Whiten):
