@@ -147,6 +147,19 @@ TRANSFORMS: dict[str, Callable[[], cf.transforms.Transform]] = {
     "triangular": lambda: cf.Inverse(
         cf.transforms.Whiten([0.5, -1.0, 2.0], [[0.5, 0, 0], [2.0, 3.0, 0], [-1.0, 0.3, 0.7]])
     ).double(),
+    "act norm": lambda: stir(cf.transforms.ActNorm(3)),
+    "inverse of LU": lambda: cf.Inverse(stir(cf.transforms.LULinear(4))),
+    "compose of trained maps": lambda: stir(
+        cf.Compose(
+            [
+                cf.transforms.ActNorm(3),
+                cf.Permute([2, 0, 1]),
+                cf.transforms.LULinear(3),
+                cf.Autoregressive(3, 2, (9,), activation="tanh"),
+                cf.Inverse(cf.transforms.ActNorm(3)),
+            ]
+        )
+    ),
     "marginals": lambda: cf.transforms.QuantileSpline(
         [[-1.0, 0.0, 0.5, 2.0], [-2.0, -1.9, 0.1, 0.2]],
         [[-2.0, -0.5, 1.0, 1.5], [-1.0, 0.0, 0.1, 1.0]],

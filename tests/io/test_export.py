@@ -20,6 +20,11 @@ CURVES = cf.Inverse(
     cf.transforms.QuantileSpline.from_data(torch.rand(200, 2, generator=torch.Generator().manual_seed(0)).square())
 )
 CORRELATED = cf.Inverse(cf.transforms.Whiten([1.0, 2.0], [[2.0, 0.0], [1.0, 0.5]]))
+MIXING = (
+    cf.transforms.ActNorm(2),
+    cf.transforms.LULinear(2),
+    cf.transforms.Linear([0.5, -1.0], [[0.2, -1.5], [1.0, 0.3]]),
+)
 SMALL = {"hidden": (8,), "context": 6, "posterior_layers": 2, "posterior_hidden": (9,)}
 VAES = {
     "conv": lambda: cf.VAE((1, 9, 8), 3, network="conv", channels=2, **SMALL),
@@ -38,6 +43,9 @@ IN_ONNX = {
     ).float(),
     "MAF of correlated columns": lambda: cf.Flow(
         cf.bases.StandardNormal(2), cf.Compose([stir(cf.MAF(2, layers=1)).transform, CORRELATED])
+    ).float(),
+    "MAF of mixed features": lambda: cf.Flow(
+        cf.bases.StandardNormal(2), cf.Compose([stir(cf.MAF(2, layers=1)).transform, *(stir(t) for t in MIXING)])
     ).float(),
 }
 

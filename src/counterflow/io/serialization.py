@@ -31,6 +31,7 @@ from counterflow.transforms.quantile_spline import QuantileSpline
 from counterflow.transforms.table.continuous import AsinhColumn, LinearColumn, LogColumn, LogitColumn
 from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, SpikedColumn
 from counterflow.transforms.table.table import TableTransform
+from counterflow.transforms.trained import ActNorm, LULinear
 from counterflow.univariate.affine import Affine, ForeignAffine, Gated
 from counterflow.univariate.base import Univariate
 from counterflow.univariate.sinh_arcsinh import SinhArcsinh
@@ -41,6 +42,7 @@ from counterflow.vae.vae import VAE
 TYPES: dict[str, type] = {
     t.__name__: t
     for t in (
+        ActNorm,
         Affine,
         Architecture,
         AsinhColumn,
@@ -57,6 +59,7 @@ TYPES: dict[str, type] = {
         Inverse,
         KernelMixture,
         Linear,
+        LULinear,
         LinearColumn,
         LogColumn,
         LogitColumn,

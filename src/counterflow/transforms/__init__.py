@@ -11,12 +11,14 @@ from counterflow.transforms.quantile_spline import QuantileSpline
 from counterflow.transforms.table.continuous import AsinhColumn, LinearColumn, LogColumn, LogitColumn
 from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, SpikedColumn
 from counterflow.transforms.table.table import TableTransform
+from counterflow.transforms.trained import ActNorm, LULinear
 from counterflow.univariate.affine import Affine, ForeignAffine, Gated
 from counterflow.univariate.base import Univariate
 from counterflow.univariate.sinh_arcsinh import SinhArcsinh
 from counterflow.univariate.spline import RationalQuadraticSpline
 
 __all__ = [
+    "ActNorm",
     "Affine",
     "Architecture",
     "AsinhColumn",
@@ -27,6 +29,7 @@ __all__ = [
     "Gated",
     "GridColumn",
     "Inverse",
+    "LULinear",
     "Linear",
     "LinearColumn",
     "LogColumn",

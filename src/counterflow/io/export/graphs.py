@@ -16,8 +16,9 @@ from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
 from counterflow.made.masked_linear import MaskedLinear
 from counterflow.transforms.autoregressive import Autoregressive
-from counterflow.transforms.base import Transform
-from counterflow.transforms.constant import Whiten
+from counterflow.transforms.base import Transform, prepare
+from counterflow.transforms.constant import Linear, Whiten
+from counterflow.transforms.trained import LULinear
 from counterflow.vae.vae import VAE
 
 Direction = Literal["sample", "log_prob", "decode", "encode"]
@@ -243,9 +244,11 @@ class _ByPasses(Transform):
 
 
 def _fold(module: nn.Module) -> None:
-    """Replace every masked layer by a plain one, and every triangular system by a product."""
+    """Replace every masked layer by a plain one, and every system of equations by a product."""
     _replace(module, MaskedLinear, _Dense)
     _replace(module, Whiten, _WhitenByProduct)
+    _replace(module, Linear, _LinearByProduct)
+    _replace(module, LULinear, _LinearByProduct)
 
 
 def _replace(module: nn.Module, kind: type[nn.Module], by: Callable[[Any], nn.Module]) -> None:
@@ -282,3 +285,23 @@ class _WhitenByProduct(Whiten):
 
     def _divide(self, v: Tensor, by: Tensor) -> Tensor:
         return v @ (self.inverted if by is self.factor else self.inverted.T)
+
+
+class _LinearByProduct(Linear):
+    """`Linear` or `LULinear` with W^-1 and log|det W| computed in advance: ONNX cannot solve systems of equations."""
+
+    inverted: Tensor
+    log_abs_det: Tensor
+
+    def __init__(self, t: Linear | LULinear) -> None:
+        super().__init__(t.bias, t.weight)
+        weight = self.weight.double()
+        self.register_buffer("inverted", torch.linalg.inv(weight).to(self.weight))
+        self.register_buffer("log_abs_det", torch.linalg.slogdet(weight).logabsdet.to(self.weight))
+
+    def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y = prepare(self, y, c, "y")
+        return (y - self.bias) @ self.inverted.T, -self._log_det(y)
+
+    def _log_det(self, like: Tensor) -> Tensor:
+        return self.log_abs_det.expand(like.shape[:-1])
