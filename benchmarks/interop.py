@@ -146,7 +146,14 @@ class SLCP:
         return theta[(theta.abs() <= 3).all(1)][:n].float()
 
 
-def c2st(task: Any, simulations: int = 1_000, seeds: int = 2, observations: int = 3, draws: int = 1_000) -> list[str]:
+def c2st(
+    task: Any,
+    simulations: int = 1_000,
+    seeds: int = 2,
+    observations: int = 3,
+    draws: int = 1_000,
+    epochs: int = 10_000,
+) -> list[str]:
     """C2ST and training time of NPE with sbi's estimators and ours, at equal budget."""
     from sbi.inference import NPE
     from sbi.utils import metrics
@@ -161,7 +168,7 @@ def c2st(task: Any, simulations: int = 1_000, seeds: int = 2, observations: int 
     }
     scores: dict[str, list[float]] = {name: [] for name in builders}
     spent: dict[str, float] = dict.fromkeys(builders, 0.0)
-    epochs = dict.fromkeys(builders, 0)
+    trained = dict.fromkeys(builders, 0)
     for seed in range(seeds):
         torch.manual_seed(100 + seed)
         theta = task.prior.sample((simulations,))
@@ -172,8 +179,8 @@ def c2st(task: Any, simulations: int = 1_000, seeds: int = 2, observations: int 
             torch.manual_seed(200 + seed)
             inference = NPE(task.prior, density_estimator=builder, show_progress_bars=False)
             inference.append_simulations(theta, x)
-            spent[name] += seconds(inference.train) / seeds
-            epochs[name] += inference.summary["epochs_trained"][-1]
+            spent[name] += seconds(partial(inference.train, max_num_epochs=epochs)) / seeds
+            trained[name] += inference.summary["epochs_trained"][-1]
             posterior = inference.build_posterior()
             for x_o, exact in zip(observed, truth, strict=True):
                 sampled = posterior.sample((len(exact),), x_o[None], show_progress_bars=False)
@@ -184,9 +191,9 @@ def c2st(task: Any, simulations: int = 1_000, seeds: int = 2, observations: int 
         difference = torch.tensor(values) - torch.tensor(scores[f"sbi, {name.split()[-1]}"])
         error = difference.std().item() / len(values) ** 0.5
         versus = f"{difference.mean():+.3f} ± {error:.3f}" if name.startswith("ours") else ""
-        rows.append((name, f"{statistics.mean(values):.3f}", versus, f"{spent[name]:.0f}", epochs[name] // seeds))
+        rows.append((name, f"{statistics.mean(values):.3f}", versus, f"{spent[name]:.0f}", trained[name] // seeds))
     return [
-        f"NPE with {simulations:,} simulations and sbi's settings of training, {seeds} seeds. C2ST is the mean of "
+        f"NPE with {simulations:,} simulations, sbi's settings of training and at most {epochs:,} epochs, seeds: {seeds}. C2ST is the mean of "
         f"{observations} observations for each seed, {draws:,} draws for each; 0.5 is best. The difference is from "
         "sbi's estimator of the same kind, on the same observations.",
         "",
@@ -247,7 +254,7 @@ def sbi_vi() -> list[str]:
     ]
 
 
-def pyro(steps: int = 1_500) -> list[str]:
+def pyro(steps: int = 1_000) -> list[str]:
     """Loss and time per step of SVI: Pyro's guide and ours, on a funnel and a regression of 30 coefficients."""
     import pyro as library
     import pyro.distributions as dist
@@ -331,28 +338,28 @@ def pocomc_step() -> list[str]:
     )
 
 
-def pocomc_run() -> list[str]:
-    """Time whole runs on two problems."""
+def pocomc_run(D: int = 6) -> list[str]:
+    """Time whole runs on two problems, with the smaller of pocoMC's spline flows and ours of its sizes."""
     import pocomc as library
     import scipy.stats
 
     from counterflow.interop.pocomc import flow
 
     rows: list[tuple[object, ...]] = []
-    for D, likelihood in ((10, normal), (10, rosenbrock)):
-        for name, chosen in (("nsf6", "nsf6"), ("ours", flow(D))):
+    for likelihood in (normal, rosenbrock):
+        for name, chosen in (("nsf3", "nsf3"), ("ours", flow(D, layers=3))):
             prior = library.Prior([scipy.stats.norm(0, 3)] * D)
-            more: dict[str, Any] = {"vectorize": True, "random_state": 0, "n_effective": 256, "n_active": 128}
+            more: dict[str, Any] = {"vectorize": True, "random_state": 0, "n_effective": 128, "n_active": 64}
             sampler = library.Sampler(prior, likelihood, flow=chosen, **more)
-            spent = seconds(lambda sampler=sampler: sampler.run(n_total=1024, n_evidence=1024, progress=False))
+            spent = seconds(lambda sampler=sampler: sampler.run(n_total=512, n_evidence=512, progress=False))
             log_z, error = sampler.evidence()
             rows.append((f"{likelihood.__name__}, D = {D}", name, f"{log_z:.2f} ± {error:.2f}", f"{spent:.0f}"))
             print(*rows[-1], flush=True)
     return table("problem | flow | log Z | run, s", rows)
 
 
-def nessai() -> list[str]:
-    """Time whole runs on two problems with nessai's flows and ours."""
+def nessai(kind: str, live_points: int = 150) -> list[str]:
+    """Time whole runs on two problems with nessai's flow of a kind and ours."""
     from nessai.flowsampler import FlowSampler
     from nessai.model import Model
 
@@ -375,12 +382,10 @@ def nessai() -> list[str]:
     rows: list[tuple[object, ...]] = []
     for D, likelihood in ((6, normal), (4, rosenbrock)):
         for name, config in (
-            ("nessai, maf", {"ftype": "maf"}),
-            ("ours, maf", {"flow": CounterflowFlow}),
-            ("nessai, nsf", {"ftype": "nsf"}),
-            ("ours, nsf", {"flow": CounterflowFlow, "kind": "nsf"}),
+            (f"nessai, {kind}", {"ftype": kind}),
+            (f"ours, {kind}", {"flow": CounterflowFlow, "kind": kind}),
         ):
-            more: dict[str, Any] = {"resume": False, "seed": 1, "nlive": 500, "signal_handling": False}
+            more: dict[str, Any] = {"resume": False, "seed": 1, "nlive": live_points, "signal_handling": False}
             config = {"n_blocks": 4, "n_layers": 2, "n_neurons": 32, **config}
             with tempfile.TemporaryDirectory() as folder:
                 sampler = FlowSampler(model(D, likelihood), output=folder, flow_config=config, **more)
@@ -388,20 +393,21 @@ def nessai() -> list[str]:
             log_z, error = sampler.ns.log_evidence, sampler.ns.log_evidence_error
             rows.append((f"{likelihood.__name__}, D = {D}", name, f"{log_z:.2f} ± {error:.2f}", f"{spent:.0f}"))
             print(*rows[-1], flush=True)
-    return table("problem | flow | log Z | run, s", rows)
+    return [f"{live_points} live points.", "", *table("problem | flow | log Z | run, s", rows)]
 
 
 SECTIONS: dict[str, tuple[Callable[[], list[str]], list[str]]] = {
     "zuko": (zuko, ["zuko"]),
     "sbi-draws": (sbi_draws, ["sbi"]),
     "sbi-vi": (sbi_vi, ["sbi"]),
-    "sbi-two-moons": (lambda: c2st(TwoMoons()), ["sbi"]),
+    "sbi-two-moons": (lambda: c2st(TwoMoons(), seeds=1, observations=4, epochs=150), ["sbi"]),
     "sbi-linear-gaussian": (lambda: c2st(LinearGaussian()), ["sbi"]),
-    "sbi-slcp": (lambda: c2st(SLCP(), simulations=10_000), ["sbi"]),
+    "sbi-slcp": (lambda: c2st(SLCP(), simulations=3_000, seeds=1, epochs=60), ["sbi"]),
     "pyro": (pyro, ["pyro-ppl"]),
     "pocomc-step": (pocomc_step, ["pocomc", "zuko"]),
     "pocomc-run": (pocomc_run, ["pocomc", "zuko"]),
-    "nessai": (nessai, ["nessai"]),
+    "nessai-maf": (lambda: nessai("maf"), ["nessai"]),
+    "nessai-nsf": (lambda: nessai("nsf"), ["nessai"]),
 }
 
 
