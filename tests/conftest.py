@@ -3,6 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ from counterflow.cli import main
 os.environ.setdefault("MPLBACKEND", "Agg")  # also for the processes that a test starts
 os.environ["COUNTERFLOW_COMPILE"] = "foreground"  # the same bits in the first run as in later ones
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for those only: torch is imported already
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, which torch may do as well
 
 HERE = Path(__file__).parent
 SOURCE = HERE.parent / "src" / "counterflow"
@@ -34,17 +37,21 @@ MAX_SECONDS = 10.0  # of CPU time in the test's own process
 def pytest_configure(config: pytest.Config) -> None:
     """Do not import what is not run: the tools' modules alone take many seconds in each process."""
     left_out = [path for tier, paths in FOLDERS.items() for path in paths if f"not {tier}" in config.option.markexpr]
+    if find_spec("triton") is None:  # which these import at the top, as its decorators need
+        left_out += [SOURCE / "engine" / "gpu" / f"{name}.py" for name in ("maps", "splines", "substitution")]
     config.option.ignore = [*(config.option.ignore or []), *map(str, left_out)]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by the folders of FOLDERS."""
+    """Mark tests by the folders of FOLDERS, and skip those of a GPU where there is none."""
     tiers: dict[Path, list[str]] = {}
     for item in items:
         if item.path not in tiers:
             tiers[item.path] = [name for name, paths in FOLDERS.items() if any(map(item.path.is_relative_to, paths))]
         for tier in tiers[item.path]:
             item.add_marker(tier)
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU with CUDA"))
 
 
 @pytest.hookimpl(wrapper=True)

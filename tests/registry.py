@@ -7,6 +7,7 @@ from typing import TypeVar
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import counterflow as cf
 
@@ -251,3 +252,13 @@ def close(came: Tensor, expected: Tensor, tolerance: float = 1e-10) -> None:
     """Equal in shape and dtype, and in value within tolerance * (1 + the largest one expected)."""
     size = expected.detach().abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(came, expected, rtol=0, atol=tolerance * (1 + size))
+
+
+class Launches(TorchDispatchMode):
+    """Count the operations that are no views."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))

@@ -66,6 +66,7 @@ LAZY = [
     "sklearn",
     "stan",
     "tensorboard",
+    "triton",
     "tyro",
     "wandb",
     "zuko",

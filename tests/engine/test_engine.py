@@ -21,7 +21,7 @@ from counterflow.engine.cpu import compilation, threads
 from counterflow.engine.solve import SOLVERS, body_for, solve
 from counterflow.made.activations import ACTIVATIONS
 
-BODIES = [name for name in SOLVERS if name not in ("auto", "reference")]
+BODIES = [name for name in SOLVERS if name not in ("auto", "reference", "gpu")]  # test_gpu.py has the last one
 DEVICES = ["cpu"] + ["cuda"] * torch.cuda.is_available()
 HIDDEN = [(7,), (13, 5), (3, 11), (11, 6, 9), (37, 70), (130,)]
 DEGREES = {  # of D features
@@ -228,7 +228,7 @@ def test_push_score_and_forward_agree_under_autocast(univariate):
             close(came, expected.detach(), 1e-6)
 
 
-@over([s for s in SOLVERS if s != "reference"], "solver")
+@over(["auto", *BODIES], "solver")
 def test_only_tensors_that_require_a_gradient_get_one(solver):
     t = stir(cf.Autoregressive(3, 2, (5,)))
     y, c = inputs(t, 4)

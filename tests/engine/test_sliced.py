@@ -2,21 +2,10 @@
 
 import pytest
 import torch
-from registry import ARCHITECTURES, UNIVARIATES, case, close, inputs, stir
-from torch.utils._python_dispatch import TorchDispatchMode
+from registry import ARCHITECTURES, UNIVARIATES, Launches, case, close, inputs, stir
 
 import counterflow as cf
 from counterflow.engine import reference, sliced
-
-
-class Launches(TorchDispatchMode):
-    """Count the operations that are no views."""
-
-    count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += not func.is_view
-        return func(*args, **(kwargs or {}))
 
 
 def system_of(t, rows=6, dtype=torch.float64):

@@ -27,10 +27,11 @@ from torch.nn import Parameter
 from counterflow.checks import one_of
 from counterflow.engine.contract import Body, Layout, Solution, System
 from counterflow.made.staircase import Staircase, is_batched, weight_gradient
+from counterflow.univariate.base import Univariate
 
 # Largest number of values of the network that a solve without gradients holds at a time: 128 MiB in float32.
 MAX_VALUES = 1 << 25
-SOLVERS = ("auto", "reference", "sliced", "cpu")
+SOLVERS = ("auto", "reference", "sliced", "cpu", "gpu")
 
 
 def check_solver(name: str) -> str:
@@ -57,12 +58,18 @@ def has_memory(*tensors: Tensor) -> bool:
 def body_for(solver: str, layout: Layout, *tensors: Tensor) -> Body:
     """Return the body of a solver's name; "auto" is `cpu` if it supports both and is compiled, else `sliced`.
 
-    At the sizes of benchmarks/results/bench.md `sliced` takes 2.6 to 9 times as long as `cpu` (EPYC 9004, two cores).
+    At the sizes of benchmarks/results/bench.md `sliced` takes 2.6 to 9 times as long as `cpu` (EPYC 9004, two cores;
+    measured before it had blocks). `gpu` has not been timed, so "auto" is `sliced` on every device but the CPU.
     """
     if torch.compiler.is_compiling():
         from counterflow.engine.traced import Traced
 
         return Traced(solver)
+    if solver == "gpu" and not runs_on_gpu(*tensors):
+        raise ValueError(
+            f"expected plain tensors on cuda for solver='gpu', got tensors on {tensors[0].device}, or tensors that "
+            "torch traces or transforms; use solver='auto'"
+        )
     if solver in ("auto", "cpu"):
         # Imported at the first solve, because it imports Numba.
         device = tensors[0].device.type
@@ -77,6 +84,22 @@ def body_for(solver: str, layout: Layout, *tensors: Tensor) -> Body:
             supported = import_module("counterflow.engine.cpu").is_ready(tensors[0].dtype)
         solver = "cpu" if supported else "sliced"
     return import_module(f"counterflow.engine.{solver}")
+
+
+def runs_on_gpu(*tensors: Tensor) -> bool:
+    """Return True if the kernels of `engine.gpu` can read these tensors."""
+    device = tensors[0].device
+    return has_memory(*tensors) and not is_transformed() and import_module("counterflow.engine.gpu").runs_on(device)
+
+
+def univariate_forward(solver: str, univariate: Univariate, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+    """Return univariate.forward(x, params); solver "gpu" has a kernel for splines."""
+    if solver != "gpu" or torch.compiler.is_compiling() or not runs_on_gpu(x, params):
+        return univariate.forward(x, params)
+    if not import_module("counterflow.engine.gpu").fuses(univariate, x):
+        return univariate.forward(x, params)
+    y, log_slope = import_module("counterflow.engine.gpu.splines").forward(univariate, x, params)
+    return y, log_slope
 
 
 def without_autocast(device: str) -> AbstractContextManager[Any]:

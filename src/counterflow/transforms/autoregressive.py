@@ -12,7 +12,7 @@ from torch import Tensor
 from counterflow.checks import positive
 from counterflow.engine.chain import Pass, Stage, supports
 from counterflow.engine.contract import Body, Layout, Solution, System
-from counterflow.engine.solve import body_for, check_solver, is_transformed, solve, without_autocast
+from counterflow.engine.solve import body_for, check_solver, is_transformed, solve, univariate_forward, without_autocast
 from counterflow.made.architecture import Architecture
 from counterflow.made.derived import Derived
 from counterflow.made.graph import check_adjacency, longest_paths
@@ -48,8 +48,8 @@ class Autoregressive(Derived, Transform):
     Attributes:
         solver: implementation of the substitution: "cpu", compiled with Numba, for Affine, Gated,
             RationalQuadraticSpline and ForeignAffine; "sliced", in torch operations, for any device and any univariate
-            map; "reference", D passes, the definition; or "auto", which is "cpu" if it supports the map and the device
-            and "sliced" otherwise.
+            map; "gpu", Triton kernels for CUDA (see docs/gpu.md); "reference", D passes, the definition; or "auto",
+            which is "cpu" if it supports the map and the device and "sliced" otherwise.
 
     Raises:
         TypeError: univariate is not a univariate map.
@@ -239,7 +239,7 @@ class Autoregressive(Derived, Transform):
 
     def _forward(self, x: Tensor, c: Tensor | None) -> tuple[Tensor, Tensor]:
         x = self._sort(x)
-        y, log_slope = self.univariate.forward(x, self.made(x, c).to(x.dtype))
+        y, log_slope = univariate_forward(self._solver, self.univariate, x, self.made(x, c).to(x.dtype))
         return self._unsort(y), log_slope
 
     def _system(self, like: Tensor, c: Tensor | None) -> System:
