@@ -65,13 +65,13 @@ def scales(code, scale, log_scale, a, constants):
     """Fill scale and log_scale with those of `ForeignAffine`."""
     real, least, unit, most = a.dtype.type, constants[LEAST], constants[UNIT], constants[CLIP]
     if code in (SOFTPLUS, SIGMOID):
-        for r in range(len(a)):
+        for r in range(len(scale)):
             scale[r] = least + (softplus(a[r] + unit) if code == SOFTPLUS else sigmoid(a[r] + real(2)))
-        for r in range(len(a)):  # a loop of its own: the library's logarithm is not vectorised
+        for r in range(len(scale)):  # a loop of its own: the library's logarithm is not vectorised
             log_scale[r] = math.log(scale[r])
     else:
         low, high = constants[LOW], constants[HIGH]
-        for r in range(len(a)):
+        for r in range(len(scale)):
             clipped = a[r] / (real(1) + abs(a[r]) / most) if code == SOFTCLIP else min(max(a[r], low), high)
             log_scale[r] = clipped
             scale[r] = exp(clipped)
@@ -92,7 +92,7 @@ def slopes_of_log_scale(code, slope, scale, a, constants):
     """Fill slope with the derivative of the log scale of `ForeignAffine` by a."""
     real, unit, most = a.dtype.type, constants[UNIT], constants[CLIP]
     low, high = constants[LOW], constants[HIGH]
-    for r in range(len(a)):
+    for r in range(len(scale)):
         if code == SOFTPLUS:
             slope[r] = sigmoid(a[r] + unit) / scale[r]
         elif code == SIGMOID:

@@ -6,6 +6,7 @@ from __future__ import annotations
 # mypy: allow-untyped-defs, no-check-untyped-defs
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import carray, types  # type: ignore[attr-defined]  # missing in its stubs
 from numba.core import cgutils
@@ -72,6 +73,13 @@ def take_number(typing: Any, pointer: Any) -> Any:
 def matrix(job, k, like):
     """Return the matrix that row k of the job describes, with the gap between its rows as further columns."""
     return carray(pointer(job[k, ADDRESS], like), (job[k, MATRIX_ROWS], job[k, STEP]))
+
+
+@compiled
+def window(whole, row, column, rows):
+    """Return rows of a matrix from a column on, in the layout C; the end of the last row lies beyond."""
+    address = np.int64(whole.ctypes.data) + (row * whole.shape[1] + column) * whole.itemsize
+    return carray(pointer(address, whole), (rows, whole.shape[1]))
 
 
 def emit_block(

@@ -11,7 +11,7 @@ import ctypes
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from threading import Timer
@@ -28,11 +28,18 @@ AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 VECTOR_BYTES = 64 if AVX512 else 32
 
 
-def compiled(function: Any) -> Any:
-    """Declare a function that kernels call. Without entries from Python it compiles faster."""
+def compiled(function: Any, *, inlined: bool = False) -> Any:
+    """Declare a function that kernels call; inlined wherever it is called, whatever its size.
+
+    A loop becomes vector code only if everything that it calls is inlined. Without entries from Python the function
+    compiles faster.
+    """
     # contract: a * b + c is one operation
-    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True, "forceinline": inlined}
     return njit(fastmath={"contract"}, error_model="numpy", **options)(function)
+
+
+inlined = partial(compiled, inlined=True)
 
 
 def named(name: str, function: Any) -> Any:

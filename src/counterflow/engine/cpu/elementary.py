@@ -13,68 +13,82 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
-from counterflow.engine.cpu.compilation import compiled, named
+from counterflow.engine.cpu.compilation import inlined, named
 from counterflow.made.activations import ACTIVATIONS
 
 
 @intrinsic
 def two_to(typing: Any, k: Any) -> Any:
-    """Return 2^k for an integral k, by exponent bits; 0 at the smallest exponent, infinity at the largest."""
+    """Return 2^k for an integral k, by exponent bits; 0 at the smallest exponent, infinity at the largest.
+
+    The last bits of 1.5 2^mantissa + k are those of the integer k. There is no vector instruction for a conversion to
+    64-bit integers before AVX-512.
+    """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         bits, mantissa, bias = (32, 23, 127) if k.bitwidth == 32 else (64, 52, 1023)
         word = ir.IntType(bits)
-        # Saturating, because a plain conversion of NaN is undefined; any integer will do.
-        kind = ir.FunctionType(word, [args[0].type])
-        to_int = cgutils.get_or_insert_function(builder.module, kind, f"llvm.fptosi.sat.i{bits}.f{bits}")
-        exponent = builder.add(builder.call(to_int, args), word(bias))
+        shifted = builder.fadd(args[0], ir.Constant(args[0].type, 1.5 * 2.0**mantissa))
+        exponent = builder.add(builder.bitcast(shifted, word), word(bias))
         return builder.bitcast(builder.shl(exponent, word(mantissa)), args[0].type)
 
     return k(k), codegen
 
 
-@compiled
+@inlined
+def _is_double(real):
+    """Return True for float64: known when a kernel is compiled, so that float32 takes the shorter series."""
+    return np.finfo(real).maxexp > 128
+
+
+@inlined
 def scale_and_rest(x):
     """Return 2^k and q with exp(x) = 2^k (1 + q).
 
-    r = x - k log 2 with |r| <= log(2) / 2, and q = r + r^2 / 2! + ... + r^13 / 13!.
+    r = x - k log 2 with |r| <= log(2) / 2, and q = r + r^2 / 2! + ... + r^13 / 13!, in float32 up to r^7 / 7!.
     """
     real, log_2 = type(x), 0.6931471805599453
     top = np.finfo(real).maxexp
     x = min(max(x, real((1 - top) * log_2)), real(top * log_2))  # in this order NaN stays NaN
     k = np.rint(x * real(1 / log_2))
     r = x - k * real(0.693359375) + k * real(2.1219444005469058e-4)  # log 2 in two parts, the first of 10 bits
-    q = real(1 / 6227020800)
-    for factorial in (479001600, 39916800, 3628800, 362880, 40320, 5040, 720, 120, 24, 6, 2, 1):
+    q = real(0)
+    if _is_double(real):
+        for factorial in (6227020800, 479001600, 39916800, 3628800, 362880, 40320):
+            q = q * r + real(1 / factorial)
+    for factorial in (5040, 720, 120, 24, 6, 2, 1):
         q = q * r + real(1 / factorial)
     return two_to(k), q * r
 
 
-@compiled
+@inlined
 def exp(x):
     """Return exp(x)."""
     scale, q = scale_and_rest(x)
     return scale * (type(x)(1) + q)
 
 
-@compiled
+@inlined
 def expm1(x):
     """Return exp(x) - 1 for x <= 0."""
     scale, q = scale_and_rest(x)
     return scale - type(x)(1) + scale * q
 
 
-@compiled
+@inlined
 def log1p(x):
-    """Return log(1 + x) for x in 0..1, as 2 (z + z^3 / 3 + ... + z^33 / 33) with z = x / (2 + x) <= 1/3."""
+    """Return log(1 + x) for x in 0..1, as 2 (z + z^3 / 3 + ...) with z = x / (2 + x) <= 1/3.
+
+    The series ends with z^33 / 33, in float32 with z^15 / 15.
+    """
     real = type(x)
     z = x / (real(2) + x)
-    square, total = z * z, real(1 / 33)
-    for odd in (31, 29, 27, 25, 23, 21, 19, 17):  # two loops, because LLVM does not unroll longer ones
-        total = total * square + real(1 / odd)
+    square, total = z * z, real(0)
+    if _is_double(real):
+        for odd in (33, 31, 29, 27, 25, 23, 21, 19, 17):  # two loops, because LLVM does not unroll longer ones
+            total = total * square + real(1 / odd)
     for odd in (15, 13, 11, 9, 7, 5, 3, 1):
         total = total * square + real(1 / odd)
     return real(2) * z * total
@@ -95,21 +109,27 @@ def _split_exponent(typing: Any, x: Any) -> Any:
     return types.UniTuple(x, 2)(x), codegen
 
 
-@compiled
+@inlined
 def log(x):
-    """Return log(x) for x >= 0 that is not subnormal: k log 2 + 2 (z + z^3 / 3 + ... + z^21 / 21), |z| <= 0.172."""
+    """Return log(x) for x >= 0 that is not subnormal: k log 2 + 2 (z + z^3 / 3 + ...) with |z| <= 0.172.
+
+    The series ends with z^21 / 21, in float32 with z^9 / 9.
+    """
     real = type(x)
     k, m = _split_exponent(x)
     z = (m - real(1)) / (m + real(1))
-    square, total = z * z, real(1 / 21)
-    for odd in (19, 17, 15, 13, 11, 9, 7, 5, 3, 1):
+    square, total = z * z, real(0)
+    if _is_double(real):
+        for odd in (21, 19, 17, 15, 13, 11):
+            total = total * square + real(1 / odd)
+    for odd in (9, 7, 5, 3, 1):
         total = total * square + real(1 / odd)
     value = k * real(0.693359375) + (real(2) * z * total - k * real(2.1219444005469058e-4))
     value = value if x < real(np.inf) else x  # infinity and NaN
     return value if x != real(0) else real(-np.inf)
 
 
-@compiled
+@inlined
 def tanh(x):
     """Return tanh(x)."""
     real = type(x)
@@ -117,26 +137,26 @@ def tanh(x):
     return m / (m + real(2)) * real(-1 if x > 0 else 1)
 
 
-@compiled
+@inlined
 def sigmoid(x):
     """Return 1 / (1 + exp(-x))."""
     real = type(x)
     return real(1) / (real(1) + exp(-x))
 
 
-@compiled
+@inlined
 def softplus(x):
     """Return log(1 + exp(x))."""
     return max(x, type(x)(0)) + log1p(exp(-abs(x)))  # torch returns x from 20 on, which is 2e-9 less
 
 
-@compiled
+@inlined
 def _df_tanh(x):
     t = tanh(x)
     return type(x)(1) - t * t
 
 
-@compiled
+@inlined
 def _df_silu(x):
     real, s = type(x), sigmoid(x)
     return s * (real(1) + x * (real(1) - s))

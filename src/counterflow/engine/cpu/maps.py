@@ -65,7 +65,10 @@ def _log_det(like, a, i):
 
 @compiled
 def _arrays(like, a):
-    """Return the arrays of the arguments that all kernels share."""
+    """Return the arrays of the arguments that all kernels share.
+
+    Parameters are passed on with all columns: see the layout in `spline`.
+    """
     D, P, step = a[MAP_FEATURES], a[MAP_PARAMETERS], a[MAP_STEP]
     x = rows_at(a[MAP_X], D, step, like)
     params = rows_at(a[MAP_PARAMS], D * P, step, like)
@@ -85,7 +88,7 @@ def _make_evaluate(name: str, evaluate: Any) -> Any:
         width, P = a[MAP_WIDTH], a[MAP_PARAMETERS]
         for i in range(len(x)):
             y_i = rows_at(a[MAP_BASE], index[i] + 1, a[MAP_STEP], like)[index[i], :width]
-            evaluate(y_i, _log_det(like, a, i), x[i, :width], params[P * i : P * (i + 1), :width], work, constants)
+            evaluate(y_i, _log_det(like, a, i), x[i, :width], params[P * i : P * (i + 1)], work, constants)
 
     return entry(f"evaluate_{name}_entry", of_all)
 
@@ -105,7 +108,7 @@ def _make_pull(name: str, pull: Any) -> Any:
         bars = rows_at(a[MAP_PARAMS_BAR], len(params), a[MAP_STEP], like)
         for i in range(len(x)):
             u = rows_at(a[MAP_BASE], index[i] + 1, a[MAP_STEP], like)[index[i], :width]
-            params_i, bars_i = params[P * i : P * (i + 1), :width], bars[P * i : P * (i + 1), :width]
+            params_i, bars_i = params[P * i : P * (i + 1)], bars[P * i : P * (i + 1)]
             pull(x_bar[i, :width], bars_i, u, _log_det(like, a, i), x[i, :width], params_i, work, constants)
 
     return entry(f"pull_{name}_entry", of_all)
@@ -127,7 +130,7 @@ def _make_push(name: str, push: Any) -> Any:
         bars = rows_at(a[MAP_PARAMS_BAR], len(params), a[MAP_STEP], like)
         for i in range(len(x)):
             u = rows_at(a[MAP_BASE], index[i] + 1, a[MAP_STEP], like)[index[i], :width]
-            params_i, bars_i = params[P * i : P * (i + 1), :width], bars[P * i : P * (i + 1), :width]
+            params_i, bars_i = params[P * i : P * (i + 1)], bars[P * i : P * (i + 1)]
             w = _log_det(like, a, i)
             push(u, bars_i, returned[i, :width], v[i, :width], w, x[i, :width], params_i, work, constants)
 

@@ -6,13 +6,13 @@ from __future__ import annotations
 # mypy: allow-untyped-defs, no-check-untyped-defs
 import math
 
-from counterflow.engine.cpu.compilation import compiled
+from counterflow.engine.cpu.compilation import compiled, inlined
 from counterflow.engine.cpu.elementary import exp, expm1, log, log1p, tanh
 
 LOG_2 = math.log(2)
 
 
-@compiled
+@inlined
 def _root(x):
     """Return sqrt(1 + x^2), also where x^2 overflows."""
     real, size = type(x), abs(x)
@@ -20,7 +20,7 @@ def _root(x):
     return math.sqrt(real(1) + near * near) if size < real(1e9) else size
 
 
-@compiled
+@inlined
 def _asinh(x, root):
     """Return asinh(x), given root = sqrt(1 + x^2)."""
     real, size = type(x), abs(x)
@@ -30,7 +30,7 @@ def _asinh(x, root):
     return value if x > 0 else -value
 
 
-@compiled
+@inlined
 def _hyperbolic(u):
     """Return sinh(u), cosh(u), tanh(u) and log cosh(u)."""
     real, size = type(u), abs(u)
@@ -42,7 +42,7 @@ def _hyperbolic(u):
     return half * (real(-0.5) * rest) * half * sign, half * (real(0.5) * twice) * half, -rest / twice * sign, log_cosh
 
 
-@compiled
+@inlined
 def _clipped(m, a, bound):
     """Return e / (3 bound) and s / bound; see `SinhArcsinh`."""
     real = type(m)
@@ -73,7 +73,7 @@ def invert_sinh_arcsinh(x, log_det, m, a, bound):
         log_det[r] += log_cosh - bound * s - log(root)
 
 
-@compiled
+@inlined
 def _partials(x, m, a, bound):
     """Return dy/dx, dlog_slope/dx, and du/dm, du/da, cosh(u), tanh(u), ds/da for u = asinh(y)."""
     real = type(x)

@@ -13,36 +13,38 @@ from counterflow.engine.cpu.tables import BIN_FLOOR, BOUND, CLIP, LEAST, UNIT
 
 # The formulas and letters are those of `RationalQuadraticSpline`. The work space `knots` holds the edges of the bins,
 # xs and ys, (bins + 1, rows) each, and then `found`: for the bin in which each row lies its ends, the raw slopes and
-# the slopes at both ends, its number, and two more rows. These are the rows of `found`:
+# the slopes at both ends, its number, and two more rows. All matrices keep the layout C, with columns beyond the rows
+# that count: the compiler does not know the stride of a part of the columns, and makes no vector code then. These are
+# the rows of `found`:
 X0, X1, Y0, Y1, D0, D1, S0, S1, PLACE, MEAN_X, MEAN_Y = range(11)
 
 
 @compiled
-def _edges(edges, highest, total, raw, constants, clipped):
-    """Fill the edges (bins + 1, rows) from raw shares (bins, rows); highest and total are work space."""
+def _edges(edges, highest, total, raw, constants, clipped, width):
+    """Fill the edges (bins + 1, width) from raw shares (bins, width); highest and total are work space."""
     bins, real, bound, floor = len(raw), edges.dtype.type, constants[BOUND], constants[BIN_FLOOR]
     for k in range(bins):
         if clipped:
-            _clip(edges[k + 1], raw[k], constants[CLIP] / real(2))
+            _clip(edges[k + 1, :width], raw[k], constants[CLIP] / real(2))
         else:
-            copy(edges[k + 1], raw[k])
-    copy(highest, edges[1])
+            copy(edges[k + 1, :width], raw[k])
+    copy(highest[:width], edges[1])
     for k in range(2, bins + 1):
-        for r in range(len(total)):
+        for r in range(width):
             highest[r] = max(highest[r], edges[k, r])
-    fill(total, 0)
+    fill(total[:width], 0)
     for k in range(1, bins + 1):
-        for r in range(len(total)):
+        for r in range(width):
             edges[k, r] = exp(edges[k, r] - highest[r])
             total[r] += edges[k, r]
     share, rest = highest, real(1) - floor * real(bins)
-    fill(share, 0)
+    fill(share[:width], 0)
     for k in range(1, bins):
-        for r in range(len(total)):
+        for r in range(width):
             share[r] += floor + rest * edges[k, r] / total[r]
             edges[k, r] = bound * (real(2) * share[r] - real(1))
-    fill(edges[0], -bound)
-    fill(edges[bins], bound)
+    fill(edges[0, :width], -bound)
+    fill(edges[bins, :width], bound)
 
 
 @compiled
@@ -52,22 +54,22 @@ def _clip(to, row, bound):
 
 
 @compiled
-def _slopes(found, constants, clipped):
+def _slopes(found, constants, clipped, width):
     """Fill the slopes, rows S0 and S1, from the raw slopes, rows D0 and D1."""
     least, unit = constants[LEAST], constants[UNIT]
     for k in range(2):
         if clipped:
-            _clip(found[S0 + k], found[D0 + k], constants[CLIP])
-        for r in range(found.shape[1]):
+            _clip(found[S0 + k, :width], found[D0 + k], constants[CLIP])
+        for r in range(width):
             found[S0 + k, r] = exp(found[S0 + k, r]) if clipped else least + softplus(found[D0 + k, r] + unit)
 
 
 @compiled
-def _slopes_by_raw(found, constants, clipped):
+def _slopes_by_raw(found, constants, clipped, width):
     """Overwrite the raw slopes, rows D0 and D1, with the derivatives of the slopes by them."""
     unit, most = constants[UNIT], constants[CLIP]
     for k in range(2):
-        for r in range(found.shape[1]):
+        for r in range(width):
             rest = type(most)(1) + abs(found[D0 + k, r]) / most
             found[D0 + k, r] = found[S0 + k, r] / (rest * rest) if clipped else sigmoid(found[D0 + k, r] + unit)
 
@@ -76,14 +78,14 @@ def _slopes_by_raw(found, constants, clipped):
 def _find_bin(value, along_x, params, knots, constants, clipped):
     """Fill `knots` for the bins in which the values lie, and return its rows `found`."""
     bins, width = (len(params) + 1) // 3, len(value)
-    xs, ys, found = knots[: bins + 1, :width], knots[bins + 1 : 2 * bins + 2, :width], knots[2 * bins + 2 :, :width]
-    _edges(xs, found[D0], found[D1], params[:bins], constants, clipped)
-    _edges(ys, found[D0], found[D1], params[bins : 2 * bins], constants, clipped)
+    xs, ys, found = knots[: bins + 1], knots[bins + 1 : 2 * bins + 2], knots[2 * bins + 2 :]
+    _edges(xs, found[D0], found[D1], params[:bins], constants, clipped, width)
+    _edges(ys, found[D0], found[D1], params[bins : 2 * bins], constants, clipped, width)
     edges, slopes = xs if along_x else ys, params[2 * bins :]
     for at, row in ((X0, xs[0]), (X1, xs[1]), (Y0, ys[0]), (Y1, ys[1]), (D1, slopes[0])):
-        copy(found[at], row)
-    fill(found[D0], 0)  # a raw slope of 0 is a slope of 1, as at both ends of the spline
-    fill(found[PLACE], 0)
+        copy(found[at, :width], row)
+    fill(found[D0, :width], 0)  # a raw slope of 0 is a slope of 1, as at both ends of the spline
+    fill(found[PLACE, :width], 0)
     for k in range(1, bins):
         last = k == bins - 1
         for r in range(width):
@@ -98,7 +100,7 @@ def _find_bin(value, along_x, params, knots, constants, clipped):
                 found[D1, r] = found.dtype.type(0) if beyond else found[D1, r]
             else:
                 found[D1, r] = slopes[k, r] if beyond else found[D1, r]
-    _slopes(found, constants, clipped)
+    _slopes(found, constants, clipped, width)
     return found
 
 
@@ -154,7 +156,7 @@ def _fill_adjoints(solving, u, x_bar, bars, returned, v, w, x, params, knots, co
     bins, real, bound = (len(params) + 1) // 3, u.dtype.type, constants[BOUND]
     found = _find_bin(x, True, params, knots, constants, clipped)
     xs, ys = knots[: bins + 1], knots[bins + 1 : 2 * bins + 2]
-    _slopes_by_raw(found, constants, clipped)
+    _slopes_by_raw(found, constants, clipped, len(u))
     # An edge is bound (2 share - 1), where share is spread / (2 bound) times the sum of the softmax before the edge,
     # plus BIN_FLOOR times the number of the edge.
     rest = real(1) - constants[BIN_FLOOR] * real(bins)

@@ -31,7 +31,7 @@ from counterflow.engine.cpu.affine import (
     solve_gated,
     solve_scaled,
 )
-from counterflow.engine.cpu.arrays import add, add_product, copy, fill, integers, matrix, take_number
+from counterflow.engine.cpu.arrays import add, add_product, copy, fill, integers, matrix, take_number, window
 from counterflow.engine.cpu.compilation import VECTOR_BYTES, compiled, entry
 from counterflow.engine.cpu.elementary import activate, take_back
 from counterflow.engine.cpu.sinh_arcsinh import invert_sinh_arcsinh, solve_sinh_arcsinh
@@ -146,7 +146,7 @@ def _forward(pointer):
                 for k in range(top - 1, weights):
                     receive(below, starts, job, k, top, g, g + 1, begin, g, record, start, known, width)
                 for i in range(below[0, g], below[0, g + 1]):
-                    params = record[starts[top] + P * i : starts[top] + P * (i + 1), start:stop]
+                    params = window(record, starts[top] + P * i, start, P)
                     x_i, total = known[features + i, :width], log_det[0, left:right]
                     if univariate == AFFINE:
                         invert_affine(x_i, total, params[0], params[1], constants[BOUND])
@@ -218,7 +218,7 @@ def _back(pointer):
                 for i in range(below[0, g], below[0, g + 1]):
                     at = starts[top] + P * i
                     u_i, returned, x_i = u[i, left:right], adjoint[features + i], x[i, left:right]
-                    v_i, w_i, params_i = v[i, left:right], w[0, left:right], params[P * i : P * (i + 1), left:right]
+                    v_i, w_i, params_i = v[i, left:right], w[0, left:right], window(params, P * i, left, P)
                     bars = adjoint[at : at + P]
                     if univariate == AFFINE:
                         solve_affine(u_i, bars[0], bars[1], returned, v_i, w_i, x_i, params_i[1], constants[BOUND])
