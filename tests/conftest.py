@@ -66,7 +66,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     with install_timer("numba:compile", compiling.append):
         result = yield
     seconds = time.process_time() - started
-    exempt = any(item.get_closest_marker(name) for name in ("slow", *FOLDERS)) or item.path.name == "test_docs.py"
+    exempt = (
+        any(item.get_closest_marker(name) for name in ("slow", "cuda", *FOLDERS)) or item.path.name == "test_docs.py"
+    )
     if seconds > MAX_SECONDS and not compiling and not exempt:
         pytest.fail(
             f"expected at most {MAX_SECONDS:.0f} s of CPU time, got {seconds:.1f}; make the test faster or mark it slow"

@@ -15,6 +15,7 @@ from counterflow.engine import gpu, reference
 from counterflow.engine.gpu import splines, substitution
 from counterflow.made.activations import ACTIVATIONS
 
+pytestmark = pytest.mark.cuda if torch.cuda.is_available() else []
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPE = torch.float64 if gpu.is_interpreted() else torch.float32
 TOLERANCE = 1e-10 if gpu.is_interpreted() else 5e-4
@@ -167,7 +168,8 @@ from counterflow.engine.gpu import splines, substitution
 from counterflow.engine.gpu.maps import constants_of
 
 def compiled(kernel, constants):
-    types = {"N": "i32", "begins": "*i32", "starts": "*i32", "weight_starts": "*i32"}
+    types = dict.fromkeys(substitution.SIZES, "i32") | dict.fromkeys(("begins", "starts", "weight_starts"), "*i32")
+    constants = {name: v for name, v in constants.items() if name not in types}
     signature = {n: "constexpr" if n in constants else types.get(n, "*fp32") for n in kernel.arg_names}
     source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
     return triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]

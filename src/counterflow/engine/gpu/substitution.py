@@ -24,6 +24,7 @@ from counterflow.engine.sliced import block_size
 ROWS = 16  # of a tile: the smallest side of a product
 UNITS = 32  # outputs of a product at a time
 INPUTS = 32  # inputs of a product at a time
+SIZES = ("N", "G", "BLOCK", "D", "P")  # a kernel is compiled once for all of them
 
 
 class Plan(NamedTuple):
@@ -92,7 +93,7 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
 
 
 @triton.jit
-def _begin(begins, level: tl.constexpr, g, G: tl.constexpr):
+def _begin(begins, level: tl.constexpr, g, G):
     """Return how many units of a level have a degree below g."""
     return tl.load(begins + level * (G + 2) + g)
 
@@ -124,12 +125,12 @@ def _add(
             tl.store(other[:, None] + out, activate(total, ACTIVATION), mask=stored)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _forward(
     N, before, after, log_slope, weights, begins, starts, weight_starts,
     MAP: tl.constexpr, BOUND: tl.constexpr, BINS: tl.constexpr, K: tl.constexpr, MIN_SLOPE: tl.constexpr,
-    OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, LAYERS: tl.constexpr,
-    D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, INPUTS: tl.constexpr,
+    OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, LAYERS: tl.constexpr, G, BLOCK, D, P, ROWS: tl.constexpr,
+    UNITS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """Solve a tile of rows: y in the first level of `before`, x into that of `after`."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
@@ -170,12 +171,12 @@ def _forward(
                 tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _back(
     N, values, adjoints, v, w, weights, begins, starts, weight_starts,
     MAP: tl.constexpr, BOUND: tl.constexpr, BINS: tl.constexpr, K: tl.constexpr, MIN_SLOPE: tl.constexpr,
-    OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, LAYERS: tl.constexpr,
-    D: tl.constexpr, P: tl.constexpr, ROWS: tl.constexpr, UNITS: tl.constexpr, INPUTS: tl.constexpr,
+    OFFSET: tl.constexpr, ACTIVATION: tl.constexpr, LAYERS: tl.constexpr, G, BLOCK, D, P, ROWS: tl.constexpr,
+    UNITS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
     """Solve the transposed system for a tile of rows; `adjoints` begins with zeros, and its first level ends as u."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
