@@ -10,6 +10,7 @@ from registry import FLOWS, case, close, inputs, over, stir
 from torch.distributions import Distribution, Normal
 
 import counterflow as cf
+from counterflow.flows.bases import log_prob_and_score
 
 ONE_PASS = [name for name in FLOWS if name.startswith(("IAF", "diagonal alone", "permuted")) or name == "diagonal"]
 
@@ -22,6 +23,17 @@ def flow_and_context(name, *batch, features=3):
 
 def leaves(flow, c):
     return [*flow.parameters()] + ([] if c is None else [c])
+
+
+@over(FLOWS)
+def test_the_score_of_the_base_is_the_gradient_of_its_log_density(name):
+    flow, c = flow_and_context(name, 4)
+    base = flow(c).base
+    eps = base.sample((5,))
+    log_prob, score = log_prob_and_score(base, eps)
+    expected = base.log_prob(eps.requires_grad_())
+    close(log_prob, expected)
+    close(score, torch.autograd.grad(expected.sum(), eps)[0])
 
 
 def held(flow, c):

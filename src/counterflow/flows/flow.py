@@ -12,7 +12,7 @@ from torch import Size, Tensor, nn
 from torch.distributions import Distribution, Independent, constraints
 from torch.distributions.kl import register_kl
 
-from counterflow.flows.bases import Base
+from counterflow.flows.bases import Base, log_prob_and_score
 from counterflow.notebook import html_table
 from counterflow.transforms.base import Cost, Transform, check_context, prepare
 
@@ -138,10 +138,7 @@ class FlowDistribution(Distribution):
         estimators for normalizing flows".
         """
         eps = self._sample_base(sample_shape)
-        with torch.enable_grad():
-            leaf = eps.detach().requires_grad_()
-            log_base = self._log_base(leaf)
-            (score,) = torch.autograd.grad(log_base.sum(), leaf)
+        log_base, score = log_prob_and_score(self.base, eps)
         z, log_det, score = self.transform.push_score(eps, score, self.context)
         return z, (log_base - log_det).detach() + (score * (z - z.detach())).sum(-1)
 

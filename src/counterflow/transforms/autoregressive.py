@@ -149,7 +149,8 @@ class Autoregressive(Derived, Transform):
 
     def stages(self, inverse: bool) -> tuple[list[Stage], list[Tensor]] | None:
         """See `Transform.stages`."""
-        modules = (self, self.made, *self.made.masked_layers(), *self.made.contexts.values())
+        layers, contexts = self.made.masked_layers(), tuple(self.made.contexts.values())
+        modules = (self, self.made, *layers, *contexts)
         if (
             inverse
             or self._solver not in ("auto", "cpu")
@@ -158,8 +159,8 @@ class Autoregressive(Derived, Transform):
             or not self._is_compiled
         ):
             return None
-        tensors: list[Any] = [layer.weight for layer in self.made.contexts.values()]
-        for layer in self.made.masked_layers():
+        tensors: list[Any] = [layer.weight for layer in contexts]
+        for layer in layers:
             tensors += [layer.graph_weight, layer.bias]
         return [self._pass], tensors
 
