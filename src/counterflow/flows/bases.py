@@ -55,10 +55,10 @@ def log_prob_and_score(base: Distribution, eps: Tensor) -> tuple[Tensor, Tensor]
     """
     each = base.base_dist if isinstance(base, Independent) else None
     eps = eps.detach()
-    if type(each) is Normal or type(each) is StudentTDistribution:
+    if isinstance(each, (Normal, StudentTDistribution)):
         with torch.no_grad():
             z = (eps - each.loc) / each.scale
-            score = -z if type(each) is Normal else -(each.df + 1) * z / (each.df + z.square())
+            score = -z if isinstance(each, Normal) else -(each.df + 1) * z / (each.df + z.square())
             return each.log_prob(eps).sum(-1), score / each.scale
     with torch.enable_grad():
         leaf = eps.requires_grad_()
