@@ -193,9 +193,9 @@ def c2st(
         versus = f"{difference.mean():+.3f} ± {error:.3f}" if name.startswith("ours") else ""
         rows.append((name, f"{statistics.mean(values):.3f}", versus, f"{spent[name]:.0f}", trained[name] // seeds))
     return [
-        f"NPE with {simulations:,} simulations, sbi's settings of training and at most {epochs:,} epochs, seeds: {seeds}. C2ST is the mean of "
-        f"{observations} observations for each seed, {draws:,} draws for each; 0.5 is best. The difference is from "
-        "sbi's estimator of the same kind, on the same observations.",
+        f"NPE with {simulations:,} simulations, sbi's settings of training and at most {epochs:,} epochs. C2ST is the "
+        f"mean of {seeds} seeds and {observations} observations for each, with {draws:,} draws for each; 0.5 is best. "
+        "The difference is from sbi's estimator of the same kind, on the same observations.",
         "",
         *table("estimator | C2ST | difference | training, s | epochs", rows),
     ]

@@ -5,6 +5,7 @@ import pytest
 import torch
 from registry import close, over, stir
 from torch import distributions as D
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
@@ -65,6 +66,23 @@ def test_optimizers_modes_and_checkpointing(name):
     for came, wanted in zip(torch.autograd.grad(again, list(flow.parameters())), gradients, strict=True):
         close(came, wanted)
     assert torch.autograd.gradcheck(lambda v: flow().log_prob(v), x[:2].clone().requires_grad_())
+
+
+@over(RECIPES, quick=["MAF"])
+def test_fake_tensors_pass_through_both_directions(name):
+    with FakeTensorMode():
+        flow = RECIPES[name](3, 2, order="random", **SMALL)
+        assert all(isinstance(t, FakeTensor) for t in (*flow.parameters(), *flow.buffers()))
+        q, x, c = flow(torch.randn(5, 2)), torch.randn(5, 3), torch.randn(5, 2)
+        z, log_q = q.rsample_and_path_log_prob((4,))
+        assert isinstance(z, FakeTensor) and (z.shape, log_q.shape) == ((4, 5, 3), (4, 5))
+        (q.log_prob(x).sum() + log_q.sum()).backward()
+        assert all(p.grad.shape == p.shape for p in flow.parameters())
+        for method in (flow.transform.push_score, flow.transform.pull_score):
+            assert [v.shape for v in method(x, x, c)] == [(5, 3), (5,), (5, 3)]
+    real = stir(RECIPES[name](3, 2, **SMALL))  # no fake tensor is left in a cache
+    x, c = torch.randn(5, 3).double(), torch.randn(5, 2).double()
+    close(real.transform.inverse(real.transform(x, c)[0], c)[0], x)
 
 
 class Double(torch.nn.Module):

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from counterflow.engine.contract import Adjoints, Layout, Solution, System
+from counterflow.engine.solve import is_transformed
 
 BLOCK = 128  # units of the widest hidden layer; benchmarks/results/sliced.md has the times of smaller and larger blocks
 MAX_DEGREES = 64  # of a block, for narrow networks
@@ -46,6 +47,8 @@ class Block(NamedTuple):
 
     def can_iterate(self, like: Tensor) -> bool:
         """Return True if sweeps over rows like y (N, D) are the faster way, and their end can be checked."""
+        if is_transformed():  # what is recorded should not depend on the values of this call
+            return False
         if like.device.type == "cpu":
             return len(like) * sum(row.stop - row.start for row in self.span.rows) <= MAX_SWEPT
         return not like.is_meta
@@ -63,9 +66,15 @@ def block_size(layout: Layout) -> int:
     return max(1, min(MAX_DEGREES, BLOCK * layout.groups // widest))
 
 
-@lru_cache(maxsize=64)
 def blocks(layout: Layout, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Block, ...]:
     """Return the blocks of `size` degrees each, in ascending order; hidden units of degree 0 are in the first."""
+    # Masks that are made under a mode of torch, such as that of fake tensors, belong to it.
+    make = _blocks.__wrapped__ if is_transformed() else _blocks
+    return make(layout, size, dtype, device)
+
+
+@lru_cache(maxsize=64)
+def _blocks(layout: Layout, size: int, dtype: torch.dtype, device: torch.device) -> tuple[Block, ...]:
     P = layout.univariate.parameters
     begins = [(0, *ends[:-1]) for ends in layout.ends]  # how many units have a degree below g
 
@@ -75,10 +84,12 @@ def blocks(layout: Layout, size: int, dtype: torch.dtype, device: torch.device) 
 
     def masks(low: int, high: int) -> tuple[Tensor, ...]:
         features, *units = (
-            torch.arange(low, high).repeat_interleave(torch.tensor(ends[low:high]) - torch.tensor(begin[low:high]))
+            torch.tensor(
+                [g for g in range(low, high) for _ in range(begin[g], ends[g])], dtype=torch.long, device="cpu"
+            )
             for begin, ends in zip(begins, layout.ends, strict=True)
         )
-        params = features.repeat_interleave(P)[:, None]
+        params = features[:, None].expand(-1, P).reshape(-1, 1)
         found = [after[:, None] >= before for before, after in pairwise((features, *units))]
         return tuple(m.to(device, dtype) for m in (*found, params > units[-1], params > features))
 

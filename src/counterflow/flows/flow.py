@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Size, Tensor, nn
+from torch._subclasses import FakeTensor  # torch imports it, and has no public name for it
 from torch.distributions import Distribution, Independent, constraints
 from torch.distributions.kl import register_kl
 
@@ -72,7 +73,7 @@ class FlowDistribution(Distribution):
             ValueError: a wrong number of features, a batch shape that does not broadcast, or a NaN.
         """
         value = prepare(self.transform, value, self.context, "value", "flow")
-        validate = self._validate_args and not value.is_meta
+        validate = self._validate_args and not (value.is_meta or isinstance(value, FakeTensor))  # they have no values
         if validate and value.numel():
             self._validate_sample(value)
         eps, log_det = self.transform.inverse(value, self.context)

@@ -11,6 +11,7 @@ import torch
 from counterflow.checks import one_of, positive
 from counterflow.flows.bases import StandardNormal
 from counterflow.flows.flow import Flow
+from counterflow.made.derived import with_values
 from counterflow.random import seeded
 from counterflow.transforms.autoregressive import Autoregressive
 from counterflow.transforms.base import Transform
@@ -57,10 +58,14 @@ def stack(
     with nullcontext() if seed is None else seeded(seed):
         for k in range(positive(layers, "layers")):
             if k and order != "same":
-                backwards = torch.arange(features - 1, -1, -1, device="cpu")
-                transforms.append(Permute(backwards if order == "reversed" else torch.randperm(features, device="cpu")))
+                transforms.append(Permute(range(features)[::-1] if order == "reversed" else _shuffled(features)))
             transforms.append(Autoregressive(features, context, hidden, univariate, degrees, activation))
     return Compose(transforms)
+
+
+def _shuffled(n: int) -> list[int]:
+    with with_values():
+        return torch.randperm(n, device="cpu").tolist()
 
 
 def IAF(

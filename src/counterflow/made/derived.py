@@ -3,10 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Without public names in torch, as in `made.staircase`.
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+def with_values() -> AbstractContextManager[Any]:
+    """Return a context in which tensors have values, also under a mode of torch that makes fake ones."""
+    return _disable_current_modes()
+
+
+def in_current_mode(value: Tensor) -> Tensor:
+    """Return a tensor that was made `with_values` on the default device, under the active modes of torch."""
+    device = torch.get_default_device()
+    if not dispatch_modes():
+        return value.to(device)
+    with with_values():
+        numbers = value.flatten().tolist()
+    return torch.tensor(numbers, dtype=value.dtype, device=device).reshape(value.shape)
 
 
 class Derived(nn.Module):
@@ -18,18 +38,22 @@ class Derived(nn.Module):
     """
 
     def derived(self) -> Mapping[str, Tensor]:
-        """Return the buffers on the CPU, {name: value}."""
+        """Return the buffers on the CPU, {name: value}; call it `with_values`."""
         raise NotImplementedError
 
     def register_derived(self) -> None:
         """Register the buffers on the default device."""
-        for name, value in self.derived().items():
-            self.register_buffer(name, value.to(torch.get_default_device()), persistent=False)
+        with with_values():
+            found = self.derived()
+        for name, value in found.items():
+            self.register_buffer(name, in_current_mode(value), persistent=False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        for name, value in self.derived().items():
+        with with_values():
+            found = self.derived()
+        for name, value in found.items():
             buffer = self._buffers[name]
             if buffer is not None and not buffer.is_meta:
-                buffer.copy_(value)
+                buffer.copy_(in_current_mode(value) if dispatch_modes() else value)
         return self

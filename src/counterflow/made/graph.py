@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from counterflow.made.derived import Derived
+from counterflow.made.derived import Derived, with_values
 
 Set = tuple[int, ...]  # of features, in ascending order
 
@@ -33,13 +33,15 @@ def check_adjacency(adjacency: Sequence[Sequence[int]] | Tensor, features: int) 
         >>> check_adjacency([[0, 0, 0], [1, 0, 0], [1, 1, 0]], 3)
         ((), (0,), (0, 1))
     """
-    matrix = torch.as_tensor(adjacency, device="cpu")
+    with with_values():
+        matrix = torch.as_tensor(adjacency, device="cpu")
+        edges = [row.nonzero()[:, 0].tolist() for row in matrix]
     if matrix.shape != (features, features):
         raise ValueError(
             f"expected adjacency of shape ({features}, {features}), got {tuple(matrix.shape)}; row i marks the "
             "features that feature i depends on"
         )
-    parents = tuple(tuple(j for j in row.nonzero()[:, 0].tolist() if j != i) for i, row in enumerate(matrix))
+    parents = tuple(tuple(j for j in row if j != i) for i, row in enumerate(edges))
     longest_paths(parents)
     return parents
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from counterflow.made.derived import in_current_mode, with_values
 from counterflow.made.graph import Subsets
 from counterflow.made.staircase import Staircase, linear
 
@@ -28,12 +29,12 @@ class MaskedLinear(nn.Linear):
         self.out_features, self.in_features = mask.shape
         self.staircase = Staircase(mask)
         self.graph = graph
-        if graph is not None:
-            mask = graph.derived()["mask"]
         # Uniform with variance gain^2 / (inputs of the row): rows with few inputs get as large an output as the others.
-        spread = gain * torch.sqrt(3.0 / (mask.sum(1, keepdim=True) + more_inputs).clamp_min(1)) * mask
+        with with_values():
+            seen = mask if graph is None else graph.derived()["mask"]
+            spread = gain * torch.sqrt(3.0 / (seen.sum(1, keepdim=True) + more_inputs).clamp_min(1)) * seen
         weight = torch.empty(mask.shape).uniform_(-1, 1)
-        self.weight = nn.Parameter(weight * spread.to(weight.device))
+        self.weight = nn.Parameter(weight * in_current_mode(spread))
         self.bias = nn.Parameter(torch.zeros(self.out_features))
 
     @property

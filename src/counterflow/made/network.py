@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from counterflow.checks import positive
 from counterflow.made.activations import activation_named
 from counterflow.made.architecture import Architecture
+from counterflow.made.derived import with_values
 from counterflow.made.graph import Set, Subsets, degree, unit_sets
 from counterflow.made.masked_linear import MaskedLinear
 
@@ -84,9 +85,10 @@ class MADE(nn.Module):
         levels = [list(degrees), *hidden_levels]
         self.ends = tuple(tuple(bisect_right(level, g) for g in range(G + 1)) for level in levels)
 
-        d = [torch.tensor(level, device="cpu") for level in levels]
-        masks = [after[:, None] >= before[None, :] for before, after in pairwise(d)]
-        outputs = [(d[0][:, None] > seen[None, :]).repeat_interleave(parameters, dim=0) for seen in (d[-1], d[0])]
+        with with_values():
+            d = [torch.tensor(level, device="cpu") for level in levels]
+            masks = [after[:, None] >= before[None, :] for before, after in pairwise(d)]
+            outputs = [(d[0][:, None] > seen[None, :]).repeat_interleave(parameters, dim=0) for seen in (d[-1], d[0])]
         graphs: list[Subsets | None] = [None] * (len(masks) + 2)  # of the hidden layers and of the outputs
         if parents is not None:
             D = len(degrees)

@@ -27,7 +27,7 @@ from torch._C import _are_functorch_transforms_active as functions_are_transform
 from torch.compiler import is_compiling
 from torch.jit import is_tracing  # type: ignore[attr-defined]  # documented, but not in its __all__
 
-from counterflow.made.derived import Derived
+from counterflow.made.derived import Derived, with_values
 
 # Overheads, as the number of weights that are multiplied in the same time; measured in benchmarks/results/staircase.md.
 STEP = 1 << 13  # overhead of one step: its calls, and the lower speed of narrow products
@@ -110,7 +110,8 @@ class Staircase(Derived):
 
     def __init__(self, mask: Tensor, steps: Sequence[Step] | None = None) -> None:
         super().__init__()
-        self.reach = tuple(mask.sum(1).tolist())
+        with with_values():
+            self.reach = tuple(mask.sum(1).tolist())
         self.columns = mask.shape[1]
         self.steps = cut(self.reach, self.columns) if steps is None else tuple(steps)
         self.register_derived()

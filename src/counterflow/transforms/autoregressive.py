@@ -106,20 +106,26 @@ class Autoregressive(Derived, Transform):
         self.made = MADE(sorted(self.degrees), P, hidden, activation, self.context, architecture, self._sorted_parents)
         self.hidden, self.architecture = tuple(hidden), architecture
         self._layout = Layout(self.made.ends, self.made.activation, self.univariate, self.made.links)
-        self._pass = Pass(self._layout, tuple(self.derived()["order"].tolist()), self.context)
+        self._pass = Pass(self._layout, self._sorting[0], self.context)
         self.solver = "auto"
 
     def derived(self) -> dict[str, Tensor]:
         """See `Derived`."""
-        order = torch.argsort(torch.tensor(self.degrees, device="cpu"), stable=True)
-        return {"order": order, "places": torch.argsort(order)}
+        order, places = (torch.tensor(indices, device="cpu") for indices in self._sorting)
+        return {"order": order, "places": places}
+
+    @property
+    def _sorting(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Features in order of degree, and the place of each in that order."""
+        order = sorted(range(self.features), key=self.degrees.__getitem__)
+        return tuple(order), tuple(sorted(range(self.features), key=order.__getitem__))
 
     @property
     def _sorted_parents(self) -> list[tuple[int, ...]] | None:
         """Parents in the network, whose features are sorted by degree."""
         if self.parents is None:
             return None
-        order, places = (t.tolist() for t in (self.derived()["order"], self.derived()["places"]))
+        order, places = self._sorting
         return [tuple(sorted(places[j] for j in self.parents[i])) for i in order]
 
     @property

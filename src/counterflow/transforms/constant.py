@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from counterflow.engine.chain import Permutation, Scale, Stage
-from counterflow.made.derived import Derived
+from counterflow.made.derived import Derived, with_values
 from counterflow.transforms.base import Transform, prepare
 
 Vector = Tensor | Sequence[float]
@@ -55,7 +55,11 @@ class Permute(Derived, Transform):
 
     def __init__(self, order: Sequence[int] | Tensor) -> None:
         super().__init__()
-        indices = torch.as_tensor(order, device=order.device if isinstance(order, Tensor) else "cpu")
+        with with_values():
+            self._set_order(torch.as_tensor(order, device=order.device if isinstance(order, Tensor) else "cpu"))
+        self.register_derived()
+
+    def _set_order(self, indices: Tensor) -> None:
         if indices.numel() and (indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool):
             raise TypeError(
                 f"expected order to hold integers, got a tensor of {indices.dtype}; convert it with .long()"
@@ -66,7 +70,6 @@ class Permute(Derived, Transform):
         self._indices = tuple(indices.tolist())
         self._reversed = self._indices == tuple(range(self.features))[::-1]
         self._stages = (Permutation(self._indices), Permutation(tuple(torch.argsort(indices).tolist())))
-        self.register_derived()
 
     def derived(self) -> dict[str, Tensor]:
         """See `Derived`."""
