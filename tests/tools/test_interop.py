@@ -1,6 +1,7 @@
 """Flows of other libraries and what `convert` makes of them: the same numbers."""
 
 import copy
+import itertools
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from nflows.flows import Flow as NFlow
 from nflows.flows import MaskedAutoregressiveFlow, SimpleRealNVP
 from nflows.nn.nets import ResidualNet
 from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, ConditionalDenseNN, DenseNN
-from registry import close, over
+from registry import case, close, over
 from torch import Tensor, nn
 from zuko.distributions import BoxUniform, DiagNormal
 from zuko.lazy import UnconditionalDistribution, UnconditionalTransform
@@ -656,6 +657,54 @@ def test_density_estimators_of_sbi(name):
         if not zuko:  # sbi keeps this number in float32
             theirs.net._distribution._log_z = 0.5 * features * torch.tensor(2 * torch.pi, dtype=torch.float64).log()
         close(cf.convert(theirs)(x).log_prob(theta), theirs.log_prob(theta[None], x)[0])
+
+
+def _priors() -> dict[str, tuple[Any, int]]:
+    """Priors of D features with the supports that sbi maps to all numbers, and whether some numbers are outside."""
+    from sbi.utils import BoxUniform, MultipleIndependent
+
+    one, d = torch.ones(1), torch.distributions
+    return {
+        "box": (BoxUniform(torch.tensor([-1.0, 0.0, 2.0]), torch.tensor([1.0, 3.0, 7.0])), True),
+        "several": (
+            MultipleIndependent([d.Gamma(2 * one, one), d.Beta(2 * one, 3 * one), d.Normal(0 * one, one)]),
+            True,
+        ),
+        "positive": (d.Independent(d.LogNormal(torch.zeros(3), torch.ones(3)), 1), True),
+        "normal": (d.MultivariateNormal(torch.ones(3), 2 * torch.eye(3)), False),
+    }
+
+
+def test_an_estimator_on_the_support_of_the_prior():
+    from sbi.neural_nets import posterior_nn
+
+    for (name, (prior, bounded)), model in itertools.product(_priors().items(), ("zuko_maf", "zuko_nsf")):
+        with case(name=name, model=model), torch.no_grad():
+            theta = prior.sample((200,))
+            x = theta + torch.randn_like(theta)
+            settings = {"z_score_theta": "transform_to_unconstrained", "x_dist": prior, "hidden_features": 20}
+            theirs = posterior_nn(model, **settings)(theta, x).eval().double()
+            ours, theta, x = cf.convert(theirs), theta.double(), x.double()
+            close(ours(x).log_prob(theta), theirs.log_prob(theta[None], x)[0])
+            noise = torch.randn_like(theta)
+            close(ours.transform(noise, x)[0], theirs.net(theirs.embedding_net(x)).transform.inv(noise))
+            outside = theta - 100
+            assert not bounded or (ours(x).log_prob(outside) == -torch.inf).all()
+
+
+@torch.no_grad()
+def test_batch_norm_between_the_layers_of_a_network():
+    def net(*middle):
+        return nn.Sequential(nn.Linear(2, 7), *middle, nn.Linear(7, 4))
+
+    for middle in ([nn.BatchNorm1d(7), nn.Tanh()], [nn.Tanh(), nn.BatchNorm1d(7)]):
+        with case(middle=middle):
+            param_map = net(*middle)
+            param_map.train()(torch.randn(50, 2) * 3 + 1)  # running statistics
+            t = nf.flows.AffineCouplingBlock(param_map, scale_map="exp")
+            theirs = nf.NormalizingFlow(nf.distributions.DiagGaussian(4), [t]).eval().double()
+            x = torch.randn(20, 4).double()
+            close(cf.convert(theirs)().log_prob(x), theirs.log_prob(x))
 
 
 def test_a_posterior_of_sbi_is_its_density_estimator():

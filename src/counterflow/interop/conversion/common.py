@@ -397,15 +397,25 @@ def inputs_of(layers: Sequence[Layer], last: Layer) -> int:
 def sequential(net: Any) -> tuple[list[Layer], Layer, str]:
     """Return hidden layers, last layer and activation of an nn.Linear, or of a Sequential of them and activations.
 
+    Batch norm, in eval mode, becomes a part of the linear layer before or after it.
+
     Raises:
         TypeError: other modules, or more than one kind of activation.
     """
     layers: list[Layer] = []
     names: set[str] = set()
     modules: list[Any] = list(net) if isinstance(net, nn.Sequential) else [net]
+    pending: tuple[Tensor, Tensor] | None = None  # scale and shift of the inputs of the next linear layer
     for module in modules:
         if type(module) is nn.Linear or (is_from_library(module, "zuko", "Linear") and module.weight.dim() == 2):
-            layers.append(layer_of(module, linear=True))
+            layer = layer_of(module, linear=True)
+            layers.append(layer if pending is None else layer.after_affine(*pending))
+            pending = None
+        elif type(module) is nn.BatchNorm1d and layers and pending is None:
+            if layers[-1].linear:
+                layers[-1] = layers[-1].before_affine(*batch_norm(module))
+            else:
+                pending = batch_norm(module)
         elif isinstance(module, nn.Identity | nn.Dropout):
             continue
         elif layers and layers[-1].linear:
@@ -413,7 +423,7 @@ def sequential(net: Any) -> tuple[list[Layer], Layer, str]:
             layers[-1] = replace(layers[-1], linear=False)
         else:
             raise TypeError(f"expected linear layers, each with at most one activation, got {type(module).__name__}")
-    if not layers or not layers[-1].linear or len(names) > 1:
+    if not layers or not layers[-1].linear or pending is not None or len(names) > 1:
         raise TypeError(f"expected linear layers with one kind of activation between them, got {net}")
     return layers[:-1], layers[-1], names.pop() if names else "relu"  # any name: nothing is activated
 

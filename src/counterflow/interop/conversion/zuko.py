@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.distributions import AffineTransform
+from torch.distributions.transforms import _InverseTransform
 from zuko import transforms as zt
 from zuko.distributions import DiagNormal
 from zuko.flows import GeneralCouplingTransform, MaskedAutoregressiveTransform
@@ -18,6 +19,7 @@ from zuko.nn import MaskedLinear, Residual
 
 from counterflow.flows.flow import Flow
 from counterflow.interop.conversion import common
+from counterflow.interop.conversion.bounded import unbounded
 from counterflow.interop.conversion.common import Layer, layer_of
 from counterflow.interop.zuko import AdaptedFlow
 from counterflow.transforms.base import Transform
@@ -168,6 +170,8 @@ def _elementwise(t: Any, D: int) -> Transform:
 
 def _unconditional(t: Any, D: int) -> Transform:
     """Convert a transform without a context."""
+    if type(t) is _InverseTransform:  # of sbi's z-scoring "transform_to_unconstrained"
+        return unbounded(t.inv, D)
     if type(t) is AffineTransform:
         loc, scale = (torch.as_tensor(v) for v in (t.loc, t.scale))
         return common.scale_and_shift(scale, loc, D)
