@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
+from itertools import takewhile
 from typing import Any, NamedTuple, get_args
 
 import numpy as np
@@ -78,6 +79,21 @@ class _LogDensity:
         z, log_det = self.columns(start + width * torch.rand_like(x))
         log_q = flow(batch[1] if self.has_context else None).log_prob(z.float())
         terms: Tensor = log_q + log_det + self.columns.log_mass(width)
+        return terms * batch[-1] if self.has_weights else terms
+
+
+@dataclass(frozen=True)
+class _LogDensityOfMapped:
+    """Objective: the weighted log density of rows that constant transforms have mapped before the training.
+
+    A batch holds z and the log_det of these transforms, then the context and the weights, if any.
+    """
+
+    has_context: bool
+    has_weights: bool
+
+    def __call__(self, flow: Flow, batch: tuple[Tensor, ...]) -> Tensor:
+        terms = flow(batch[2] if self.has_context else None).log_prob(batch[0]) + batch[1]
         return terms * batch[-1] if self.has_weights else terms
 
 
@@ -238,8 +254,8 @@ class DensityTrainer:
             tracker: client of an experiment tracker, which logs the configuration and every epoch.
         """
         on_epoch = tracked(tracker, self.config, on_epoch)
-        columns = self.columns.to(self.config.device)
-        objective = _LogDensity(columns, bool(self._given), self._weights is not None)
+        columns = copy.deepcopy(self.columns).to(self.config.device)
+        has = (bool(self._given), self._weights is not None)
         self.histories = []
 
         def train(model: Any, objective: Any, rows: Split, config: FitConfig) -> None:
@@ -261,7 +277,11 @@ class DensityTrainer:
         def train_member(number: int, correlated: bool) -> Flow:
             """Train the next task, a flow of this member."""
             member = self._member(number, correlated)
-            train(member.flow, objective, member.rows, member.config)
+            if self.columns.quantized:
+                train(member.flow, _LogDensity(columns, *has), member.rows, member.config)
+            else:
+                flow, rows = self._mapped(member)
+                train(flow, _LogDensityOfMapped(*has), rows, member.config)
             return self._with_kernels(member) if self.config.kernels else member.flow
 
         def interrupted() -> bool:
@@ -284,8 +304,7 @@ class DensityTrainer:
             probability = _LogProbability(self.context is not None, self._weights is not None)
             rows = self._split(self._codes, self.seed)
             train(network, probability, rows, self._fit_config(len(rows.train[0]), self.seed))
-        columns = columns.cpu()
-        members = [_in_table_units(flow, columns) for flow in flows]
+        members = [_in_table_units(flow, self.columns) for flow in flows]
         return TableDensity(
             members[0] if len(members) == 1 else FlowMixture(members).eval(),
             self.names,
@@ -333,6 +352,27 @@ class DensityTrainer:
             seed=seed,
             device=config.device,
         )
+
+    @torch.no_grad()
+    def _mapped(self, member: Member) -> tuple[Flow, Split]:
+        """Return the trained part of a member's flow, and the rows as the constant transforms before it map them.
+
+        Rows without cells get no noise, so these transforms need not run in every step.
+        """
+        to_noise = Inverse(member.flow.transform).flattened()
+        constant = list(takewhile(lambda t: not any(p.requires_grad for p in t.parameters()), to_noise[:-1]))
+        trained = Flow(member.flow.base, Inverse(Compose(to_noise[len(constant) :])))
+
+        def mapped(rows: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x, *extra = rows
+            z, log_det = self.columns(x)
+            z = z.float()
+            for t in constant:
+                z, more = t(z)
+                log_det = log_det + more
+            return z, log_det, *extra
+
+        return trained, Split(mapped(member.rows.train), mapped(member.rows.validation))
 
     @torch.no_grad()
     def _with_kernels(self, member: Member) -> Flow:
