@@ -334,7 +334,7 @@ def material(bad_material, tmp_path):
 GAUSSIAN = "vae --data rows.npy --likelihood gaussian "
 BAD = {
     "missing folder": ("vae --data nowhere", "expected .* got nowhere, which does not exist"),
-    "empty folder": ("vae --data empty", "expected IDX files or PNG or JPEG images in empty, got an empty folder"),
+    "empty folder": ("vae --data empty", "expected IDX files or PNG, .* images in empty, got an empty folder"),
     "folder of texts": ("vae --data text", "got 1 other files, the first a.txt"),
     "bytes under Bernoulli": ("vae --data bytes.npy", r"values in \[0, 1\] .* got 0 to 255; rescale"),
     "rows under Bernoulli": ("vae --data rows.npy", r"values in \[0, 1\] for a Bernoulli"),
@@ -379,6 +379,7 @@ BAD = {
     "score over a file": ("score run rows.npy --out old.csv", "expected a new file, got old.csv, which exists"),
     "score by no samples": ("score run rows.npy --samples 0", "expected samples of at least 1, got 0"),
     "score on a device": ("score run rows.npy --device toaster", "expected .*device.* got 'toaster'"),
+    "sample on a device": ("sample run --device toaster", "expected .*device.* got 'toaster'"),
 }  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import io
 import struct
 import sys
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,13 @@ def picture(pixels: np.ndarray, kind: str = "PNG", mode: str | None = None) -> b
     return stream.getvalue()
 
 
+def pages(pictures: np.ndarray, kind: str) -> bytes:
+    stream = io.BytesIO()
+    first, *rest = map(Image.fromarray, pictures)
+    first.save(stream, kind, save_all=True, append_images=rest)
+    return stream.getvalue()
+
+
 def parquet(**columns: object) -> bytes:
     stream = io.BytesIO()
     pa.parquet.write_table(pa.table(columns), stream)
@@ -86,6 +94,10 @@ IMAGES: dict[str, tuple[dict[str, bytes], np.ndarray]] = {
     "png": ({f"{i}.png": picture(x) for i, x in enumerate(GREY)}, GREY[:, None]),
     "one png": ({"a.png": picture(GREY[0])}, GREY[:1, None]),
     "colour": ({f"{i}.PNG": picture(x) for i, x in enumerate(COLOUR)}, COLOUR.transpose(0, 3, 1, 2)),
+    "tiff and webp": (
+        {"a.tif": picture(COLOUR[0], "TIFF"), "b.TIFF": picture(COLOUR[1], "TIFF")},
+        COLOUR[:2].transpose(0, 3, 1, 2),
+    ),
     "subfolders, in order": (
         {"b/1.png": picture(GREY[1]), "a/2.png": picture(GREY[0]), "c.png": picture(GREY[2])},
         GREY[:, None],
@@ -259,7 +271,7 @@ PNG = picture(GREY[0])
 HUGE = gzip.compress(struct.pack(">4I", 0x803, 2**31, 2**32 - 1, 2**32 - 1))
 
 FOLDERS: dict[str, tuple[dict[str, bytes], str]] = {
-    "empty": ({}, r"expected IDX files or PNG or JPEG images in .*, got an empty folder; give"),
+    "empty": ({}, r"expected IDX files or PNG, JPEG, TIFF or WebP images in .*, got an empty folder; give"),
     "neither": ({"a.txt": b"", "b.md": b""}, r'got 2 other files, the first a.txt; give "digits", a folder of'),
     "two training sets": (
         {"a-train-images-idx3-ubyte": b"", "b-train-images-idx3-ubyte.gz": b""},
@@ -274,11 +286,16 @@ FOLDERS: dict[str, tuple[dict[str, bytes], str]] = {
         {"a.png": PNG, "b/c.png": picture(GREY[0].T), "d.png": PNG},
         r"of one size, got \(5, 7\) in .*a\.png and \(7, 5\) in .*c\.png \(height, width\); resize or crop",
     ),
-    "no image": ({"a.png": b"hello"}, r"expected .*a\.png to be a PNG or JPEG image, but it does not read: "),
+    "no image": ({"a.png": b"hello"}, r"expected .*a\.png to be a PNG, JPEG, TIFF or WebP image, but it does not"),
     "cut": ({"a.png": PNG, "b.png": PNG[:-40]}, r"expected .*b\.png to be a PNG.* read: .*; check that it"),
-    "corrupt": ({"a.jpg": twisted(PNG)}, r"expected .*a\.jpg to be a PNG .* not read: .+"),
-    "another kind": ({"a.png": picture(GREY[0], "BMP")}, r"expected .*a\.png to be a PNG .* not read: .+"),
-    "16 bits": ({"a.png": picture(WIDE)}, r"8 bits per channel in .*a\.png, got 16-bit .*; convert it to 8"),
+    "corrupt": ({"a.jpg": twisted(PNG)}, r"expected .*a\.jpg to be a PNG.* not read: .+"),
+    "another kind": ({"a.png": picture(GREY[0], "BMP")}, r"expected .*a\.png to be a PNG.* not read: .+"),
+    "32 bits": (
+        {"a.tif": picture(WIDE.astype(np.int32), "TIFF")},
+        r"expected 8 or 16 bits per channel in .*a\.tif, got 32 \(mode I\); convert it to 8",
+    ),
+    "two pages": ({"a.tiff": pages(GREY[:2], "TIFF")}, r"expected one image in .*a\.tiff, got 2; save each"),
+    "an animation": ({"a.webp": pages(COLOUR[:2], "WEBP")}, r"expected one image in .*a\.webp, got 2; save each"),
 }  # fmt: skip
 
 FILES: dict[str, tuple[str, bytes, str]] = {
@@ -383,19 +400,43 @@ def test_an_empty_or_missing_path_is_named(tmp_path: Path):
         load(tmp_path / "nowhere.npy")
 
 
-def test_16_bit_colour_is_refused(tmp_path: Path):
+def test_16_bits_become_8(tmp_path: Path):
+    wide = np.array([[0, 128, 129, 65535, 32767], [257, 514, 40000, 1, 65406]], np.uint16)
+    for kind in ("PNG", "TIFF"):
+        values = load(write(tmp_path / kind, **{f"a.{kind}": picture(wide, kind)})).values
+        assert values.dtype == torch.uint8 and values.shape == (1, 1, 2, 5)
+        assert np.array_equal(values[0, 0].numpy(), np.round(wide / 257))
+    mixed = load(write(tmp_path / "PNG", **{"b.png": picture(COLOUR[0][:2, :5])})).values
+    assert mixed.shape == (2, 3, 2, 5) and torch.equal(mixed[0, 0], mixed[0, 2])
+
+
+def test_16_bit_colour_becomes_8(tmp_path: Path):
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zipfile.crc32(kind + body))
 
-    header = struct.pack(">2I5B", 7, 5, 16, 2, 0, 0, 0)  # Pillow cannot write it, only read it
-    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
-    with pytest.raises(ValueError, match=r"expected 8 bits per channel in .*a\.png, got 16-bit .*RGB;16B"):
-        load(write(tmp_path, **{"a.png": png}))
+    header = struct.pack(">2I5B", 2, 1, 16, 2, 0, 0, 0)  # Pillow cannot write it, only read it
+    row = zlib.compress(b"\0" + struct.pack(">6H", *(257 * v for v in (1, 2, 3, 100, 200, 255))))
+    png = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", row) + chunk(b"IEND", b"")
+    assert load(write(tmp_path, **{"a.png": png})).values.flatten().tolist() == [1, 100, 2, 200, 3, 255]
+
+
+def test_images_are_turned_upright(tmp_path: Path):
+    upright = COLOUR[0]
+    turned = {1: upright, 3: np.rot90(upright, 2), 6: np.rot90(upright, 1), 8: np.rot90(upright, -1)}
+    for kind in ("PNG", "WEBP", "TIFF"):
+        for orientation, pixels in turned.items():
+            image = Image.fromarray(np.ascontiguousarray(pixels))
+            exif = Image.Exif()
+            exif[0x0112] = orientation
+            stream = io.BytesIO()
+            image.save(stream, kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
+            values = load(write(tmp_path / kind / str(orientation), **{f"a.{kind.lower()}": stream.getvalue()})).values
+            assert np.array_equal(values[0].permute(1, 2, 0).numpy(), upright), (kind, orientation)
 
 
 def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)  # of 35: Pillow itself refuses from twice as many on
-    with pytest.raises(ValueError, match=r"expected .*a\.png to be a PNG .*decompression bomb"):
+    with pytest.raises(ValueError, match=r"expected .*a\.png to be a PNG.*decompression bomb"):
         load(write(tmp_path, **{"a.png": PNG}))
 
 

@@ -9,10 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from counterflow.io.data import Dataset
+from counterflow.io.data.images import PICTURES
 from counterflow.vae.likelihoods import DiscretizedLogistic
 from counterflow.vae.vae import VAE
-
-IMAGES = (".png", ".jpg", ".jpeg")
 
 
 def packages_for(source: str) -> list[str]:
@@ -22,7 +21,7 @@ def packages_for(source: str) -> list[str]:
         return ["sklearn"]
     if path.suffix.lower() in (".csv", ".parquet"):
         return ["pyarrow"]
-    if path.is_dir() and any(file.suffix.lower() in IMAGES for file in path.rglob("*")):
+    if path.is_dir() and any(file.suffix.lower() in PICTURES for file in path.rglob("*")):
         return ["PIL"]
     return []
 

@@ -1,6 +1,6 @@
 """Data by name or path: images and tables as tensors, and their seeded splits.
 
-Image files (IDX, PNG, JPEG) and the digits have known levels, so they stay integers. Arrays and tables do not, so their
+Image files and the digits have known levels, so they stay integers. Arrays and tables do not, so their
 numbers are kept unless the caller gives `levels`.
 """
 
@@ -72,13 +72,14 @@ def load(source: str | Path, key: str | None = None, levels: int | None = None) 
     |---|---|
     | "digits" | the 1797 images of 8 x 8 that scikit-learn ships ("./digits" is a folder of that name) |
     | folder of MNIST-style IDX files, or one such file | grey images |
-    | folder of PNG or JPEG images | images in the order of their paths, subfolders included |
+    | folder of PNG, JPEG, TIFF or WebP images | images in the order of their paths, subfolders included |
     | .npy or .npz file | rows (N, D), grey images (N, H, W), or colour images, see below |
     | .csv, .parquet, .feather, .xlsx, .sqlite or .duckdb file | rows (N, D); the first line of a CSV may hold names |
 
-    Images are grey unless one of them has colour, then all become RGB; alpha is dropped. A colour array is
-    (N, C, H, W) with C in (1, 3), or else (N, H, W, C) with C in (1, 3, 4). Arrays and Parquet columns of float64 stay
-    float64. Everything else becomes float32, or float64 if a number is beyond 2**24, where float32 rounds integers.
+    Images are grey unless one of them has colour, then all become RGB; alpha is dropped. Image files are turned upright
+    by their EXIF orientation, and 16 bits per channel become 8. A colour array is (N, C, H, W) with C in (1, 3), or
+    else (N, H, W, C) with C in (1, 3, 4). Arrays and Parquet columns of float64 stay float64. Everything else becomes
+    float32, or float64 if a number is beyond 2**24, where float32 rounds integers.
 
     Args:
         source: name or path.

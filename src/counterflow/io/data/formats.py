@@ -6,6 +6,6 @@ ACCEPTED = (
 )
 CSV = "a CSV table with the same number of cells on every line"
 IDX = "an IDX file of images"
-IMAGE = "a PNG or JPEG image"
+IMAGE = "a PNG, JPEG, TIFF or WebP image"
 NPY = "a NumPy .npy file"
 NPZ = "a NumPy .npz file"

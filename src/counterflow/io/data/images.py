@@ -1,4 +1,4 @@
-"""8-bit images: IDX files such as MNIST's, folders of PNG and JPEG images, and the digits."""
+"""8-bit images: IDX files such as MNIST's, folders of PNG, JPEG, TIFF and WebP images, and the digits."""
 
 from __future__ import annotations
 
@@ -25,6 +25,9 @@ IDX_IMAGES = re.compile(r"images[-.]idx3-ubyte(\.gz)?$", re.IGNORECASE)  # names
 IDX_TEST = re.compile(r"(?<![a-z])(t10k|test)(?![a-z])", re.IGNORECASE)  # in the name of test images
 IDX_MAGIC = bytes([0, 0, 8, 3])  # unsigned bytes, 3 dimensions
 GZIP_MAGIC = b"\x1f\x8b"
+PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp")
+FORMATS = ("PNG", "JPEG", "TIFF", "WEBP")  # Pillow's names
+ORIENTATION = 0x0112  # EXIF tag; values of 5 and more exchange width and height
 
 
 def read_digits() -> torch.Tensor:
@@ -34,7 +37,7 @@ def read_digits() -> torch.Tensor:
 
 
 def read_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Read a folder of IDX files, or of PNG and JPEG images, as (N, C, H, W).
+    """Read a folder of IDX files, or of images in the formats of FORMATS, as (N, C, H, W).
 
     Returns:
         The images, and the official test images where the folder has IDX files of them.
@@ -45,10 +48,12 @@ def read_folder(folder: Path) -> tuple[torch.Tensor, torch.Tensor | None]:
     inside = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     # without .ipynb_checkpoints, and without the ._* files that macOS adds
     files = [path for path in inside if not re.search(r"(^|/)\.", path.relative_to(folder).as_posix())]
-    pictures = [path for path in files if path.suffix.lower() in (".png", ".jpg", ".jpeg")]
+    pictures = [path for path in files if path.suffix.lower() in PICTURES]
     if not pictures:
         found = f"{len(files)} other files, the first {files[0].name}" if files else "an empty folder"
-        raise ValueError(f"expected IDX files or PNG or JPEG images in {folder}, got {found}; give {ACCEPTED}")
+        raise ValueError(
+            f"expected IDX files or PNG, JPEG, TIFF or WebP images in {folder}, got {found}; give {ACCEPTED}"
+        )
     return _read_pictures(pictures), None
 
 
@@ -123,24 +128,38 @@ def _read_pictures(paths: Sequence[Path]) -> torch.Tensor:
 
 
 def _read_picture_header(image: Any, path: Path) -> tuple[tuple[int, int], bool]:
-    """Return an image's (height, width), and True if it is grey."""
-    with decoding(path, IMAGE), image.open(path, formats=("PNG", "JPEG")) as opened:
-        # Pillow reduces 16-bit colour to 8 bits without a warning; only the tile still says "RGB;16B"
-        modes = [opened.mode, *(str(tile[3]) for tile in opened.tile)]
+    """Return an image's (height, width) as it is shown, and True if it is grey."""
+    with decoding(path, IMAGE), image.open(path, formats=FORMATS) as opened:
+        frames = 1 if opened.format == "PNG" else getattr(opened, "n_frames", 1)
+        mode, deep = opened.mode, _is_deep(opened)
         size = (opened.height, opened.width)
-        grey = opened.mode in ("1", "L", "LA")
+        # Pillow turns TIFF images itself
+        if opened.format != "TIFF" and opened.getexif().get(ORIENTATION, 1) >= 5:
+            size = size[::-1]
     check_image(path, size)
-    if any("16" in mode or mode == "I" for mode in modes):
-        raise ValueError(f"expected 8 bits per channel in {path}, got 16-bit {modes}; convert it to 8 bits")
-    return size, grey
+    if frames > 1:
+        raise ValueError(f"expected one image in {path}, got {frames}; save each of them in a file of its own")
+    if mode in ("I", "F") and not deep:
+        raise ValueError(f"expected 8 or 16 bits per channel in {path}, got 32 (mode {mode}); convert it to 8 bits")
+    return size, deep or mode in ("1", "L", "LA")
+
+
+def _is_deep(opened: Any) -> bool:
+    """Return True for grey images of 16 bits, whose mode is I in older versions of Pillow."""
+    return bool(opened.mode.startswith("I;16") or (opened.mode == "I" and opened.format == "PNG"))
 
 
 def _read_picture(image: Any, path: Path, channels: int) -> torch.Tensor:
-    """Read an image file as (C, H, W)."""
+    """Read an image file as (C, H, W), turned as its EXIF data say. 16 bits are rounded to 8, in colour by Pillow."""
     # from memory: Pillow asks a file for as many bytes as a chunk declares
     content = io.BytesIO(path.read_bytes())
-    with decoding(path, IMAGE), image.open(content, formats=("PNG", "JPEG")) as opened:
+    with decoding(path, IMAGE), image.open(content, formats=FORMATS) as opened:
+        deep = _is_deep(opened)
+        upright = require("PIL.ImageOps", "data", "a folder of images").exif_transpose(opened)
+        if deep:
+            wide = np.array(upright).astype(np.uint32)
+            upright = image.fromarray(((wide * 255 + 32767) // 65535).astype(np.uint8))
         # Pillow warns unless a palette is converted to RGBA first
-        plain = opened.convert("RGBA") if opened.mode in ("P", "PA") else opened
+        plain = upright.convert("RGBA") if upright.mode in ("P", "PA") else upright
         pixels = np.array(plain.convert("L" if channels == 1 else "RGB"))
     return torch.from_numpy(pixels).view(*pixels.shape[:2], channels).permute(2, 0, 1)
