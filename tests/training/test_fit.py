@@ -15,6 +15,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import counterflow as cf
+from counterflow.training.batches import picked, placed
 from counterflow.training.checkpoints import Checkpoint, Checkpoints
 
 ROWS, HELD_OUT = torch.randn(60, 2, generator=torch.Generator().manual_seed(0)).split([40, 20])
@@ -612,3 +613,21 @@ def test_each_part_of_a_tuple_is_converted():
 def test_data_that_are_not_numbers_are_refused(data):
     with pytest.raises(TypeError, match="expected the training data to be a tensor, or an array, a list or a data fra"):
         fit(train=data)
+
+
+def test_data_go_to_the_device_at_once_if_they_fit():
+    """Take the meta device for one with memory of its own."""
+    meta = torch.device("meta")
+    rows = torch.randn(10, 3)  # 120 bytes
+    for free, there in ((480, "meta"), (479, "cpu")):
+        assert placed(rows, meta, free).device.type == there
+    together = placed((rows, rows), meta, 960)
+    assert [part.device.type for part in together] == ["meta", "meta"]
+    assert placed(rows, torch.device("cpu")) is rows and placed(7, meta, 0) == 7
+
+
+def test_rows_are_picked_from_each_part_of_the_data():
+    rows, c = torch.arange(6.0)[:, None], torch.arange(6)
+    index = torch.tensor([4, 1])
+    assert torch.equal(picked(rows, index), rows[[4, 1]])
+    assert all(torch.equal(a, b[[4, 1]]) for a, b in zip(picked((rows, c), index), (rows, c), strict=True))

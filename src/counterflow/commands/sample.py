@@ -38,7 +38,7 @@ class Sample:
     """new file, - for standard output, or folder of parts; by default samples.npy (VAE) or samples.csv in the run
     folder"""
     device: str = "cpu"
-    """density only: cpu, cuda or mps"""
+    """cpu, cuda or mps; a density needs float64, which mps does not have"""
 
     def run(self) -> int:
         """Write the samples; return the exit code."""
@@ -46,6 +46,7 @@ class Sample:
         n = default if self.n is None else self.n
         if n < 1:
             raise ValueError(f"expected -n to be at least 1, got {n}")
+        from counterflow.checks import check_device
         from counterflow.commands.preflight import check_new_file_or_parts, check_readable
         from counterflow.commands.requirements import require_packages
         from counterflow.commands.trained import kind_of_run
@@ -54,15 +55,14 @@ class Sample:
         if self.context is not None:
             check_readable(self.context, "a table of the columns to condition on")
         check_new_file_or_parts(self.out)
+        check_device(self.device)
         if kind_of_run(self.run_folder) == "density":
             require_packages("sklearn", "pyarrow")
-            from counterflow.checks import check_device
             from counterflow.commands.density_output import sample_table
 
-            check_device(self.device)
             return sample_table(self.run_folder, n, self.context, self.seed, self.device, self.out)
         if self.context is not None:
             raise ValueError(f"expected no --context for a VAE, got {self.context}; leave it out")
         from counterflow.commands.vae_output import sample_from_vae
 
-        return sample_from_vae(self.run_folder, n, self.mean, self.seed, self.out)
+        return sample_from_vae(self.run_folder, n, self.mean, self.seed, self.device, self.out)

@@ -37,15 +37,16 @@ BATCH = 1024  # rows drawn at a time
 MAX_SHOWN = 256  # images in the plot
 
 
-def sample_from_vae(run: Path, n: int, mean: bool, seed: int, out: Path | None) -> int:
+def sample_from_vae(run: Path, n: int, mean: bool, seed: int, device: str, out: Path | None) -> int:
     """Write n samples of a VAE and, of images, a plot; return the exit code."""
     shards = shard_folder(out)
     model, folder = load_trained_vae(run)
+    model.to(device)
 
     def draw(rows: int, report: Report) -> Tensor:
         parts = []
         for portion in portions(rows, BATCH):
-            parts.append(model.sample(portion, mean))
+            parts.append(model.sample(portion, mean).cpu())
             report(sum(map(len, parts)))
         return torch.cat(parts)
 

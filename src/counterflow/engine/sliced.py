@@ -28,7 +28,7 @@ MAX_DEGREES = 64  # of a block, for narrow networks
 ROUNDINGS = 4  # a row has settled if a sweep changes it by no more roundings of its largest value
 # Largest number of values that a sweep computes on a CPU; with more, its arithmetic costs more than the launches that
 # it saves (measured as above). On other devices launches are what a solve waits for.
-MAX_SWEPT = 3 << 15
+MAX_SWEPT = 1 << 17
 
 
 class Span(NamedTuple):

@@ -70,12 +70,47 @@ def check_rows(data: Batch | int, what: str, min_rows: int) -> int:
     return rows
 
 
+def placed(data: Batch | int, device: torch.device, free: int | None = None) -> Batch | int:
+    """Return data on the device of the training if they take at most a quarter of its free memory, else as they are.
+
+    Args:
+        data: rows.
+        device: where batches are needed.
+        free: bytes; by default those of the device.
+    """
+    if isinstance(data, int) or device.type == "cpu":
+        return data
+    free = _free_bytes(device) if free is None else free
+    fits = 4 * sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(data)) <= free
+    return moved(data, device) if fits else data
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    return 0
+
+
+def picked(data: Batch, rows: Tensor) -> Batch:
+    """Return the rows with these indices as a batch."""
+    found = tuple(part[rows.to(part.device, non_blocking=True)] for part in tensors_of(data))
+    return found if isinstance(data, tuple) else found[0]
+
+
 def moved(batch: Batch, device: torch.device) -> Batch:
-    """Return the batch on a device."""
+    """Return the batch on a device; a copy to CUDA goes on while the caller does."""
     if batch is None:
         return None
-    there = tuple(tensor.to(device) for tensor in tensors_of(batch))
+    there = tuple(_moved(tensor, device) for tensor in tensors_of(batch))
     return there if isinstance(batch, tuple) else there[0]
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if tensor.is_cpu and device.type == "cuda":
+        tensor = tensor.pin_memory()  # which a copy that does not wait needs
+    return tensor.to(device, non_blocking=True)
 
 
 def in_order(data: Batch | int, size: int) -> Iterator[tuple[Batch, int]]:

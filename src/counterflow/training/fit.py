@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from counterflow.random import seeded
-from counterflow.training.batches import Batch, as_batch, check_rows, fingerprint_of
+from counterflow.training.batches import Batch, as_batch, check_rows, fingerprint_of, placed
 from counterflow.training.checkpoints import Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Workers
@@ -90,6 +90,7 @@ def fit(
     fingerprint = "" if checkpoints is None else fingerprint_of((train, validation))
     on_epoch = tracked(tracker, config, on_epoch)
     model.to(config.device)
+    train, validation = (placed(data, torch.device(config.device)) for data in (train, validation))
     trainer = Trainer(model, objective, config, steps_per_epoch, workers, task, checkpoints, fingerprint)
     with seeded(workers.rank_seed(config.seed), cuda=True), closing(trainer):
         trainer.resume()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from counterflow.random import seeded
-from counterflow.training.batches import Batch, in_order, moved, tensors_of
+from counterflow.training.batches import Batch, in_order, moved, picked, tensors_of
 from counterflow.training.checkpoints import Checkpoint, Checkpoints
 from counterflow.training.config import FitConfig
 from counterflow.training.distributed import Mailbox, Workers
@@ -123,9 +123,7 @@ class Trainer:
             if self.order is None:
                 self.order = torch.randperm(len(tensors_of(data)[0]), generator=self.shuffle)
             for k in range(done, self.steps_per_epoch):
-                index = self.order[k * size + self.workers.rank : (k + 1) * size : self.workers.size]
-                picked = tuple(part[index] for part in tensors_of(data))
-                yield picked if isinstance(data, tuple) else picked[0]
+                yield picked(data, self.order[k * size + self.workers.rank : (k + 1) * size : self.workers.size])
         self.epoch_seconds = time.perf_counter() - begun
         self.epoch_steps = self.steps_per_epoch - done
 
@@ -188,15 +186,17 @@ class Trainer:
         if self.average is not None:
             self.average.copy_buffers(self.model)
         self.evaluated.eval()
-        total, rows = 0.0, 0.0
+        means: list[Tensor] = []
+        sizes: list[int] = []
         with seeded(self.workers.rank_seed(self.config.seed), cuda=True):
             batches = in_order(data, self.config.batch_size)
             for batch, size in islice(batches, self.workers.rank, None, self.workers.size):
                 with self.autocast:
                     terms = objective(self.evaluated, moved(batch, self.device))
-                total += _mean(terms).item() * size
-                rows += size
-        total, rows = self.workers.sum(total, rows)
+                means.append(_mean(terms))  # read at the end, so that a GPU is not waited for in between
+                sizes.append(size)
+        total = sum(mean * size for mean, size in zip(_numbers(means), sizes, strict=True))
+        total, rows = self.workers.sum(total, float(sum(sizes)))
         return total / rows
 
     def end_epoch(self, reached: float) -> Epoch:
@@ -364,6 +364,11 @@ def _parallel(loss: nn.Module, workers: Workers) -> nn.Module:
 def _mean(terms: Tensor) -> Tensor:
     """Return the mean of the terms, in at least float32."""
     return terms.mean(dtype=torch.promote_types(terms.dtype, torch.float32))
+
+
+def _numbers(means: list[Tensor]) -> list[float]:
+    """Return scalar tensors as numbers, in one read."""
+    return torch.stack(means).tolist() if means else []
 
 
 def _under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
