@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from counterflow.objectives import log_likelihood as log_likelihood
     from counterflow.posterior import targets as targets
     from counterflow.posterior.config import PosteriorConfig as PosteriorConfig
+    from counterflow.posterior.fit import fit_posterior as fit_posterior
     from counterflow.posterior.posterior import Posterior as Posterior
-    from counterflow.posterior.posterior import fit_posterior as fit_posterior
     from counterflow.training.checkpoints import Checkpoints as Checkpoints
     from counterflow.training.config import FitConfig as FitConfig
     from counterflow.training.fit import fit as fit
@@ -69,7 +69,7 @@ _NAMES = {
     "Checkpoints": "counterflow.training.checkpoints:Checkpoints",
     "log_likelihood": "counterflow.objectives:log_likelihood",
     # tasks
-    "fit_posterior": "counterflow.posterior.posterior:fit_posterior",
+    "fit_posterior": "counterflow.posterior.fit:fit_posterior",
     "PosteriorConfig": "counterflow.posterior.config:PosteriorConfig",
     "Posterior": "counterflow.posterior.posterior:Posterior",
     "VAE": "counterflow.vae.vae:VAE",

@@ -31,7 +31,7 @@ from counterflow.diagnostics.calibration import Calibration, calibration, random
 from counterflow.io.atomic import atomic_write
 from counterflow.io.json import read_json, write_json
 from counterflow.posterior.config import PosteriorConfig
-from counterflow.posterior.posterior import fit_posterior
+from counterflow.posterior.fit import fit_posterior
 from counterflow.posterior.targets.layout import element_names
 from counterflow.posterior.targets.target import Target
 from counterflow.random import seeded

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from counterflow.checks import require
 from counterflow.posterior.config import PosteriorConfig
-from counterflow.posterior.posterior import fit_posterior
+from counterflow.posterior.fit import fit_posterior
 from counterflow.posterior.targets.pymc import from_pymc
 from counterflow.training.tracking import Tracker
 
