@@ -27,7 +27,8 @@ def both(body, system, y, **options):
     return solution, body.back_substitution(system, at, y.sin(), y[:, 0].cos(), **options)
 
 
-def test_a_solve_takes_at_most_500_launches():
+def test_a_solve_takes_at_most_500_launches(monkeypatch):
+    monkeypatch.setattr(sliced, "is_transformed", lambda: False)  # the count is a mode of torch, as tracers are
     for gain in (0.1, 0.8):
         with case(gain=gain):
             t = stir(cf.Autoregressive(64, hidden=(512, 512)), gain=gain)
