@@ -420,6 +420,12 @@ def test_16_bit_colour_becomes_8(tmp_path: Path):
     assert load(write(tmp_path, **{"a.png": png})).values.flatten().tolist() == [1, 100, 2, 200, 3, 255]
 
 
+def test_a_jpeg_with_a_preview_is_its_first_image(tmp_path: Path):
+    """Cameras write such files (MPO)."""
+    values = load(write(tmp_path, **{"a.jpg": pages(COLOUR[:2], "MPO"), "b.jpg": picture(COLOUR[0], "JPEG")})).values
+    assert torch.equal(values[0], values[1])
+
+
 def test_images_are_turned_upright(tmp_path: Path):
     upright = COLOUR[0]
     turned = {1: upright, 3: np.rot90(upright, 2), 6: np.rot90(upright, 1), 8: np.rot90(upright, -1)}

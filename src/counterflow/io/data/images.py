@@ -130,7 +130,8 @@ def _read_pictures(paths: Sequence[Path]) -> torch.Tensor:
 def _read_picture_header(image: Any, path: Path) -> tuple[tuple[int, int], bool]:
     """Return an image's (height, width) as it is shown, and True if it is grey."""
     with decoding(path, IMAGE), image.open(path, formats=FORMATS) as opened:
-        frames = 1 if opened.format == "PNG" else getattr(opened, "n_frames", 1)
+        # the further images of a PNG or a JPEG, such as the previews of a camera, are only additions to the first
+        frames = opened.n_frames if opened.format in ("TIFF", "WEBP") else 1
         mode, deep = opened.mode, _is_deep(opened)
         size = (opened.height, opened.width)
         # Pillow turns TIFF images itself
