@@ -55,11 +55,11 @@ def test_the_factors_of_a_network_are_conditional_probabilities_and_sum_to_one()
     assert p.sum().item() == pytest.approx(1)
     first = network.log_prob(torch.tensor([[1.0, -1, -1]]).double(), c).exp()  # the others are missing
     assert p[every[:, 0] == 1].sum().item() == pytest.approx(first.item())
-    drawn = network.sample(torch.full((4000, 3), -1.0).double(), c.expand(4000, -1))
+    drawn = network.sample(torch.ones(4000, 3, dtype=torch.bool), c.expand(4000, -1))
     counts = torch.stack([(drawn == row).all(1).double().mean() for row in every])
     assert (counts - p).abs().max() < 0.03
-    given = network.sample(torch.tensor([[1.0, -1, -1]] * 5).double(), c.expand(5, -1))
-    assert (given[:, 0] == 1).all() and (given >= 0).all()
+    some = network.sample(torch.tensor([[True, False, True]] * 5), c.expand(5, -1))
+    assert (some >= 0).tolist() == [[True, False, True]] * 5
     with pytest.raises(ValueError, match="expected positive shares of at least one category, got "):
         CategoryNetwork([[0.5, 0.0]])
 
@@ -149,6 +149,7 @@ def test_categories_that_have_moved_are_named():
     assert (first.name, first.medians[1], first.p_value < 0.01 < second.p_value) == ("k", 2.0, True)
 
 
+@pytest.mark.slow
 def test_files_with_categories(here, tmp_path):
     table = TABLE.assign(id=[f"r{k}" for k in range(N)])
     write_table(table, tmp_path / "table.csv")

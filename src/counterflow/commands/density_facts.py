@@ -37,7 +37,8 @@ def column_cards(density: TableDensity, rows: Rows, samples: Array) -> list[dict
 
 def _category_card(category: CategoryColumn, data: Array, samples: Array) -> dict[str, Any]:
     """Describe a column of codes by the shares of its most frequent values."""
-    counts = [np.bincount(part.astype(int), minlength=len(category.values)) for part in (data, samples)]
+    known = ~np.isnan(data)
+    counts = [np.bincount(part[known].astype(int), minlength=len(category.values)) for part in (data, samples)]
     order = np.argsort(-counts[0], kind="stable")[:BINS]
     scale = max(1, *(int(part.max()) for part in counts))
     heights = [[round(float(part[k]) / scale, 4) for k in order] for part in counts]
@@ -46,6 +47,11 @@ def _category_card(category: CategoryColumn, data: Array, samples: Array) -> dic
 
 
 def _card(data: Array, samples: Array) -> dict[str, Any]:
+    known = ~np.isnan(data)
+    if known.any():
+        data, samples = data[known], samples[known]
+    else:
+        data = samples
     low, high = np.quantile(data, [0.005, 0.995])
     distinct = len(np.unique(data))
     bins = np.linspace(low, high, min(BINS, max(2, distinct)) + 1) if high > low else np.array([low - 0.5, low + 0.5])
@@ -78,7 +84,7 @@ def unusual_rows(
     lowest = np.argsort(scores, kind="stable")[:UNUSUAL]
     rows = test.take(lowest)
     levels = max(2, min(20, MAX_SCORED // rows.x.size))
-    usual = np.quantile(train, (np.arange(levels) + 0.5) / levels, axis=0, method="nearest")
+    usual = np.nanquantile(train, (np.arange(levels) + 0.5) / levels, axis=0, method="nearest")
     gains, values = cell_gains(density, rows.x, usual, density.encode(rows.context))
     found = []
     for k, row in enumerate(rows.x):

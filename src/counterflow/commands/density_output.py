@@ -27,6 +27,7 @@ from counterflow.commands.table_streams import input_table, is_stream, output_ta
 from counterflow.density.categories import unseen_in
 from counterflow.density.config import CATEGORIES, DESCRIPTION, MODEL
 from counterflow.density.context import ContextEncoder
+from counterflow.density.missing import MaskedTableDensity
 from counterflow.density.model import TableDensity
 from counterflow.io.data.cells import check_cells, numbers, to_texts
 from counterflow.io.data.source import TablePart, TableSource, located_batches
@@ -293,11 +294,13 @@ def trained_columns(
     for path, first, batch in _read_ahead(located_batches(source.parts(None) if pieces is None else pieces, BATCH)):
         encoded = None if context is None else _encode(context, context_names, batch, path, first)
         x = np.empty((batch.num_rows, len(names)))
-        x[:, places] = numbers(batch, [names[i] for i in places], path, first, types)
+        keep = isinstance(density, MaskedTableDensity)
+        x[:, places] = numbers(batch, [names[i] for i in places], path, first, types, keep)
         for i in coded:
             category = density.categories[density.names[i]]
             x[:, i] = category.encode(category.cells(batch.column(names[i]), path, first))
-        check_cells(x, names, path, first)
+        if not keep:
+            check_cells(x, names, path, first)
         yield x, encoded, batch
 
 

@@ -44,7 +44,8 @@ def plot_run(
         for task, history in zip(trainer.tasks, trainer.histories, strict=False)  # an interrupted fit has fewer
     }
     plots.learning_curves(folder / "learning_curve.png", curves, "log density, nats per row")
-    shown = test.take(np.arange(min(SHOWN, len(test.x))))
+    complete = np.flatnonzero(~np.isnan(test.x).any(1))
+    shown = test.take(complete[:SHOWN] if len(complete) > 1 else np.arange(len(test.x)))
     context = density.encode(shown.context)
     samples = samples[:SHOWN]
     tables = {"held-out rows": shown.x, "samples": samples[: len(shown.x)]}

@@ -8,7 +8,7 @@ import shlex
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.table import Table
@@ -58,7 +58,7 @@ class Rows:
     @property
     def texts(self) -> dict[str, Array]:
         """Columns of categories, those to condition on included, as texts by name."""
-        coded = {name: self.x[:, self.names.index(name)].astype(str) for name in self.categories}
+        coded = {name: self.x[:, self.names.index(name)].astype(str) for name in self.categories}  # also "nan"
         return {**(self.context or {}), **coded}
 
     def take(self, rows: Array) -> Rows:
@@ -150,11 +150,12 @@ def _read_file(options: Density, path: Path) -> Rows:
     source = open_table(path, options.table.options())
     console.note_all(source.notes)
     names = _column_names(options, source.names)
+    missing = _missing(options)
     texts: dict[str, str] = {}
 
     def read(categories: Sequence[str]) -> ReadTable:
         numbers = [name for name in names if name not in categories]
-        return read_table(source, numbers, [*categories, *options.context], options.drop_missing)
+        return read_table(source, numbers, [*categories, *options.context], missing)
 
     try:
         table = read(options.categories)
@@ -179,6 +180,13 @@ def _read_file(options: Density, path: Path) -> Rows:
     context = {name: table.others[name] for name in options.context}
     types = table.types | {name: "string" for name, category in categories.items() if category.is_text}
     return Rows(np.stack([columns[name] for name in names], 1), names, context or None, types, categories)
+
+
+def _missing(options: Density) -> Literal["error", "drop", "keep"]:
+    """Return what is done with missing cells."""
+    if options.drop_missing:
+        return "drop"
+    return "keep" if options.fit.missing == "model" else "error"
 
 
 def _categories(columns: dict[str, Array], texts: dict[str, str], faults: Faults) -> dict[str, CategoryColumn]:
@@ -230,7 +238,10 @@ def _advice(error: TableFaultsError) -> str:
     if text:
         parts.append(f"texts that hardly repeat, or stand among numbers, are no categories ({', '.join(text)})")
     if error.incomplete:
-        parts.append(f"--drop-missing leaves out {error.incomplete:,} of {error.rows:,} rows")
+        parts.append(
+            f"--missing model models the other cells, --drop-missing leaves out {error.incomplete:,} of "
+            f"{error.rows:,} rows"
+        )
     dropped = [*text, *infinite]
     flags = [f"--drop {shlex.join(dropped)}"] if dropped else []
     flags += ["--drop-missing"] if error.incomplete else []
@@ -287,15 +298,17 @@ def _summary(
         "stopped": histories[-1].stopped,
         "holds_rows": density.holds_rows,
     }
-    if not test.context and density.network is None:
+    complete = ~np.isnan(test.x).any(1)
+    if not test.context and density.network is None and not np.isnan(train.x).any():
         cell_points = options.fit.cell_points
         others, components = mixture_log_density(
             density.columns, train.x, test.x, cell_points, options.seed, progress.update
         )
         summary["gaussian_mixture"] = {"components": components, **_mean_and_error(others, "test_log_density")}
         summary["difference"] = _mean_and_error(scores - others, "log_density")
-    if len(test.x) >= MIN_ROWS:
-        summary["two_sample_test"] = classifier_test(test.x, samples[: len(test.x)], options.seed)._asdict()
+    if complete.sum() >= MIN_ROWS:
+        rows, drawn = test.x[complete], samples[: len(test.x)][complete]
+        summary["two_sample_test"] = classifier_test(rows, drawn, options.seed)._asdict()
     return summary
 
 

@@ -55,6 +55,6 @@ def cell_gains(density: TableDensity, x: Array, values: Array, c: Array | None =
     scores = density.score(changed.reshape(-1, D), given).reshape(N, D, K)
     best = scores.argmax(2)
     highest = scores.max(2)
-    better = highest > own[:, None]
+    better = (highest > own[:, None]) & ~np.isnan(x)  # a missing cell does not make a row unusual
     gains = np.where(better, highest, 0.0) - np.where(better, own[:, None], 0.0)
     return CellGains(gains, np.where(better, values[best, np.arange(D)], x))

@@ -24,6 +24,7 @@ class DensityConfig:
     hidden: tuple[int, ...] = (64, 64)  # hidden sizes of each layer's network; more overfits a few thousand rows
     bins: int = 8  # bins of a spline, as in Durkan et al. 2019
     constant: Literal["drop", "error"] = "drop"  # leave out constant columns and copies with a warning, or refuse them
+    missing: Literal["error", "model"] = "error"  # refuse missing cells, or model all subsets of the columns
     members: int = 3  # flows averaged, each with its own seed and validation rows; gains 0.1 to 1.3 nats per row
     kernels: bool = True  # allow kernels at the training rows if they gain 0.1 nats; the model then holds these rows
     epochs: int = 60  # at most; the cosine schedule ends there, and patience ends most trainings before
@@ -44,6 +45,7 @@ class DensityConfig:
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"expected validation_fraction in (0, 1), got {self.validation_fraction}")
         one_of(self.constant, "constant", ("drop", "error"))
+        one_of(self.missing, "missing", ("error", "model"))
         if self.device.startswith("mps"):
             raise ValueError(f"expected device to be cpu or cuda, got {self.device!r}, which has no float64")
         FitConfig(  # checks the other fields

@@ -10,12 +10,13 @@ from typing import Any, Literal, get_type_hints
 
 import numpy as np
 
-from counterflow.checks import require
+from counterflow.checks import positive, require
 from counterflow.density.categories import unseen_in
 from counterflow.density.config import DensityConfig, RecipeName
 from counterflow.density.detection import Bounds, Kind
 from counterflow.density.fitting import DensityTrainer, Recipe
 from counterflow.density.inputs import coded_table, columns_by_name
+from counterflow.density.missing import masked
 from counterflow.density.model import TableDensity, not_a_density
 from counterflow.io.data.cells import check_cells
 from counterflow.io.json import from_json
@@ -35,6 +36,70 @@ SETTINGS = get_type_hints(DensityConfig) | {  # types of the settings in density
     "columns": str | dict[str, str],
     "bounds": dict[str, tuple[float | None, float | None]] | None,
 }
+
+
+class Conditional:
+    """Density of some columns of a table given the others, from `FlowDensity.conditional`."""
+
+    def __init__(self, estimator: FlowDensity, columns: Sequence[str]) -> None:
+        density = masked(estimator.density_)
+        unknown = [name for name in columns if name not in density.names]
+        if unknown or not 0 < len({*columns}) < len(density.names):
+            raise ValueError(f"expected some of the columns {density.names}, but not all, got {list(columns)}")
+        self._estimator = estimator
+        self._density = density
+        self.given = list(columns)
+
+    def score_samples(self, X: Any, context: Any = None) -> Array:
+        """Return log p(the other columns | the given columns) of each row of X (N, D), (N,), in nats.
+
+        It is the difference of two log densities, so that it is consistent with `FlowDensity.score_samples`.
+        """
+        x = self._estimator._validated(X, reset=False)[:, self._density.kept]
+        c = self._density.encode(context, len(x))
+        given = np.where(np.isin(self._density.names, self.given), x, np.nan)
+        return self._density.score(x, c) - self._density.score(given, c)
+
+    def score(self, X: Any, context: Any = None) -> float:
+        """Return the mean of `score_samples`."""
+        return float(self.score_samples(X, context).mean())
+
+    def sample(
+        self,
+        given: Any,
+        samples: int | None = None,
+        context: Any = None,
+        random_state: Any = None,
+        candidates: int = 1,
+        return_ess: bool = False,
+    ) -> Any:
+        """Draw rows given some of their columns.
+
+        Args:
+            given: the given columns (N,) by name, in a data frame or a dictionary.
+            samples: S, the number of draws for each row; None for one draw without an axis for it.
+            context: of the N rows.
+            random_state: seed of the draws.
+            candidates: the number of draws of which one is kept, by importance weights.
+            return_ess: also return the effective number of the candidates, the mean over the draws.
+
+        Returns:
+            The rows, (N, D), or with `samples` (S, N, D), and with return_ess a pair of them and a float.
+        """
+        density = self._density
+        columns = columns_by_name(given, None)
+        missing = [name for name in self.given if name not in columns]
+        if missing:
+            raise ValueError(f"expected the given columns {self.given}, got none called {', '.join(missing)}")
+        x = density.coded({name: columns[name] for name in self.given})
+        repeats = 1 if samples is None else positive(samples, "samples")
+        c = density.encode(context, len(x))
+        seed = int(sklearn_utils.check_random_state(random_state).randint(2**31 - 1))
+        many = None if c is None else np.tile(c, (repeats, 1))
+        done = density.complete(np.tile(x, (repeats, 1)), many, seed, candidates)
+        values = density.values(done.rows)
+        values = values if samples is None else values.reshape(repeats, len(x), -1)
+        return (values, float(done.ess.mean())) if return_ess else values
 
 
 class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # type: ignore[name-defined,misc]
@@ -84,6 +149,10 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         bounds: (low, high) by name, None for no bound, such as {"age": (0, None)}.
         constant: "drop" to leave out constant columns, copies of others and linear functions of others, with a warning;
             the density is then that of the other columns, and samples have all of them. "error" to refuse them.
+        missing: "error" to refuse missing cells; "model" for a density of every subset of the columns: rows with
+            missing cells are trained on and scored by what is there, `impute` draws the rest, and `conditional` answers
+            questions about some columns given others. Its flow is "nsf" or "maf", without correlations and kernels;
+            drawing takes a pass per column and layer.
         cell_points: S, the number of points over which the density of a cell is averaged.
         random_state: seed of validation rows, initial weights, batches and noise.
         device: the torch device of training and scoring, "cpu" or "cuda".
@@ -107,7 +176,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         True
     """
 
-    density_: TableDensity
+    density_: TableDensity  # a `MaskedTableDensity` with missing="model"
 
     def __init__(
         self,
@@ -128,6 +197,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         columns: Mapping[str, Kind] | Kind = "auto",
         bounds: Mapping[str, Bounds] | None = None,
         constant: Literal["drop", "error"] = DensityConfig.constant,
+        missing: Literal["error", "model"] = DensityConfig.missing,
         cell_points: int = DensityConfig.cell_points,
         random_state: Any = None,
         device: str = DensityConfig.device,
@@ -148,6 +218,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         self.columns = columns
         self.bounds = bounds
         self.constant = constant
+        self.missing = missing
         self.cell_points = cell_points
         self.random_state = random_state
         self.device = device
@@ -229,8 +300,14 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         x: Array = sklearn_validation.validate_data(
             self, X, reset=reset, dtype=np.float64, ensure_all_finite=False, ensure_min_samples=rows
         )
-        check_cells(x, self.get_feature_names_out().tolist())
+        finite = np.where(np.isnan(x), 0.0, x) if self.missing == "model" else x
+        check_cells(finite, self.get_feature_names_out().tolist())
         return x
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = self.missing == "model"
+        return tags
 
     def get_feature_names_out(self, input_features: Any = None) -> Array:
         """Return the names of the columns: feature_names_in_, or x0, x1, ..."""
@@ -298,6 +375,69 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
             return self.density_.values(rows)
         arrow = require("pyarrow", "data", "a data frame")
         return arrow.table(self.density_.to_arrow(rows)).to_pandas()
+
+    def impute(
+        self, X: Any, samples: int | None = None, context: Any = None, random_state: Any = None, candidates: int = 1
+    ) -> Array:
+        """Draw the missing cells of rows given those that are known, for a density with missing="model".
+
+        Args:
+            X: the rows (N, D), with missing cells.
+            samples: S, the number of draws of each row; None for one draw without an axis for it.
+            context: of the N rows.
+            random_state: seed of the draws.
+            candidates: the number of draws of which one is kept, by importance weights; 1 takes the network's word.
+
+        Returns:
+            The rows, (N, D), or with `samples` (S, N, D), of Python objects if there are categories.
+
+        Raises:
+            ValueError: the density was fitted with missing="error".
+
+        Example:
+            >>> import numpy as np, counterflow as cf
+            >>> x = np.random.default_rng(0).normal(size=(300, 1))
+            >>> X = np.hstack([x, x + 0.1 * np.random.default_rng(1).normal(size=(300, 1))])
+            >>> X[::3, 1] = np.nan
+            >>> density = cf.FlowDensity("maf", layers=2, hidden=(16,), members=1, missing="model", random_state=0)
+            >>> drawn = density.fit(X).impute([[1.0, np.nan]], samples=500, random_state=0)
+            >>> drawn.shape, bool(abs(drawn[:, 0, 1].mean() - 1.0) < 0.2)
+            ((500, 1, 2), True)
+        """
+        sklearn_validation.check_is_fitted(self)
+        density = masked(self.density_)
+        x = self._validated(X, reset=False)[:, density.kept]
+        repeats = 1 if samples is None else positive(samples, "samples")
+        c = density.encode(context, len(x))
+        rows = np.tile(x, (repeats, 1))
+        seed = int(sklearn_utils.check_random_state(random_state).randint(2**31 - 1))
+        drawn = density.complete(rows, None if c is None else np.tile(c, (repeats, 1)), seed, candidates).rows
+        values = density.values(drawn)
+        return values if samples is None else values.reshape(repeats, len(x), -1)
+
+    def conditional(self, columns: Sequence[str]) -> Conditional:
+        """Return the density of the other columns given some, for a density with missing="model".
+
+        Args:
+            columns: the names of the given columns; those of an array are called x0, x1, ...
+
+        Raises:
+            ValueError: unknown names, none or all of them, or a density that was fitted with missing="error".
+
+        Example:
+            >>> import numpy as np, counterflow as cf
+            >>> x = np.random.default_rng(0).normal(size=(300, 1))
+            >>> X = np.hstack([x, x + 0.1 * np.random.default_rng(1).normal(size=(300, 1))])
+            >>> density = cf.FlowDensity("maf", layers=2, hidden=(16,), members=1, missing="model", random_state=0)
+            >>> given = density.fit(X).conditional(["x0"])
+            >>> drawn = given.sample({"x0": [-1.0, 1.0]}, random_state=0)
+            >>> bool(abs(drawn[:, 1] - [-1.0, 1.0]).max() < 0.5)
+            True
+            >>> bool(given.score([[1.0, 1.0]]) > given.score([[1.0, -1.0]]) + 5)
+            True
+        """
+        sklearn_validation.check_is_fitted(self)
+        return Conditional(self, columns)
 
     def save(self, folder: str | Path) -> None:
         """Write model.safetensors, which `cf.load` reads as a flow or a mixture, and density.json. Never pickle."""

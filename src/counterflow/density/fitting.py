@@ -6,7 +6,7 @@ import copy
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import takewhile
 from typing import Any, NamedTuple, get_args
 
@@ -19,11 +19,12 @@ from counterflow.density.config import DensityConfig, RecipeName
 from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import Bounds, Kind, detect
 from counterflow.density.left_out import LeftOut, find_left_out
+from counterflow.density.missing import LogConditional, MaskedTableDensity, Places, filled_at_random
 from counterflow.density.model import TableDensity
 from counterflow.density.preprocessing import dequantized, preprocessing
 from counterflow.density.validation import MAX_LISTED, check_columns, check_sizes
 from counterflow.flows.bases import StandardNormal
-from counterflow.flows.categories import CategoryNetwork
+from counterflow.flows.categories import MISSING, CategoryNetwork
 from counterflow.flows.flow import Flow
 from counterflow.flows.kde import with_kernel_base
 from counterflow.flows.mixture import FlowMixture
@@ -36,8 +37,12 @@ from counterflow.training.distributed import Workers
 from counterflow.training.fit import fit
 from counterflow.training.history import History, OnEpoch, OnStep
 from counterflow.training.tracking import Tracker, tracked
+from counterflow.transforms.autoregressive import Autoregressive
 from counterflow.transforms.compose import Compose, Inverse
+from counterflow.transforms.masked import MaskedAutoregressive
 from counterflow.transforms.table.table import TableTransform
+from counterflow.univariate.affine import Affine
+from counterflow.univariate.base import Univariate
 from counterflow.univariate.spline import RationalQuadraticSpline
 
 Array = np.ndarray[Any, Any]
@@ -171,6 +176,10 @@ class DensityTrainer:
             raise ValueError(
                 f"expected at least two rows with a positive weight, got n_samples={len(x)}; bring more data"
             )
+        known = ~np.isnan(x)
+        self._masked = config.missing == "model"
+        if self._masked:
+            x = filled_at_random(x, labels, seed)
         check_sizes(x, labels)
         self.categories = list(categories)
         coded = [labels.index(each.name) for each in categories]
@@ -190,17 +199,16 @@ class DensityTrainer:
                 'constant="error" refuses such tables',
                 stacklevel=2,
             )
+            known = known[:, [i for i in range(len(labels)) if i not in {each.index for each in self.left_out}]]
             x, labels = self._without(self.left_out, x, labels)
-        self.network, self._codes = self._categories(x, labels, c, sample_weight)
-        if self.network is not None:
-            indicators = self.network.indicators(self._codes[0]).numpy()
-            c = indicators if c is None else np.concatenate([indicators, c], 1)
-            x = x[:, [i for i, label in enumerate(labels) if label not in {each.name for each in categories}]]
-        extra = [torch.from_numpy(part).float() for part in (c, sample_weight) if part is not None]
-        self._rows = (torch.from_numpy(np.require(x, requirements=["C", "W"])), *extra)
+        names_of_codes = {each.name for each in categories}
+        self._places = Places(
+            [i for i, label in enumerate(labels) if label not in names_of_codes],
+            [i for i, label in enumerate(labels) if label in names_of_codes],
+        )
         self._weights = sample_weight
-        self._given = 0 if c is None else c.shape[1]
-        self._whitens_correlations = 1 < x.shape[1] <= MAX_WHITENED
+        self._prepare_rows(x, known, [labels[i] for i in self._places.categories], c)
+        self._whitens_correlations = 1 < len(self._places.numbers) <= MAX_WHITENED and not self._masked
         first = ["member 1", "member 1 without correlations"] if self._whitens_correlations else ["member 1"]
         self.tasks = first + [f"member {k + 1}" for k in range(1, config.members)]
         self.tasks += [] if self.network is None else [CATEGORIES]
@@ -221,21 +229,56 @@ class DensityTrainer:
             self.names = [self.names[i] for i in kept]
         return x[:, kept], [labels[i] for i in kept]
 
-    def _categories(
-        self, x: Array, labels: Sequence[str], c: Array | None, weights: Array | None
-    ) -> tuple[CategoryNetwork | None, tuple[Tensor, ...]]:
-        """Return the network of the categories among the columns, and its training rows: codes, context and weights."""
-        sizes = {each.name: len(each.values) for each in self.categories if each.name in labels}
-        if not sizes:
-            return None, ()
-        codes = x[:, [i for i, label in enumerate(labels) if label in sizes]]
-        shares = []
-        for column, label in zip(codes.T, [label for label in labels if label in sizes], strict=True):
-            counts = np.bincount(column.astype(int), weights, minlength=sizes[label]) + UNSEEN
-            shares.append((counts / counts.sum()).tolist())
-        with seeded(self.seed):
-            network = CategoryNetwork(shares, 0 if c is None else c.shape[1], self.config.hidden)
-        return network, tuple(torch.from_numpy(part).float() for part in (codes, c, weights) if part is not None)
+    def _prepare_rows(self, x: Array, known: Array, coded: Sequence[str], c: Array | None) -> None:
+        """Set the network of the categories, and the rows that it and the flow are trained on.
+
+        Args:
+            x: rows (N, D), with codes for categories, and numbers in the place of missing cells.
+            known: True for the cells that are not missing (N, D).
+            coded: the names of the columns of categories.
+            c: the encoded context (N, C).
+        """
+        codes = x[:, self._places.categories]
+        sizes = [len(each.values) for name in coded for each in self.categories if each.name == name]
+        given = sum(sizes) + (0 if c is None else c.shape[1])  # size of the context of the flow
+        network_context = given if self._masked else given - sum(sizes)
+        if self._masked:
+            given += self._places.flow_context
+            network_context += self._places.network_context
+        self._given = given
+        self.network = None
+        if coded:
+            counts = [
+                np.bincount(codes[here, k].astype(int), None if self._weights is None else self._weights[here], size)
+                for k, (size, here) in enumerate(zip(sizes, known[:, self._places.categories].T, strict=True))
+            ]
+            shares = [((count + UNSEEN) / (count + UNSEEN).sum()).tolist() for count in counts]
+            with seeded(self.seed):
+                self.network = CategoryNetwork(shares, network_context, self.config.hidden)
+        extra = [torch.from_numpy(part).float() for part in (c, self._weights) if part is not None]
+        numbers = torch.from_numpy(np.ascontiguousarray(x[:, self._places.numbers]))
+        k = torch.from_numpy(codes)
+        if self._masked:
+            k = torch.where(torch.from_numpy(known[:, self._places.categories]), k, MISSING)
+            self._rows = (numbers, torch.from_numpy(known).float(), k.float(), *extra)
+            self._codes = self._rows
+            return
+        self._codes = (k.float(), *extra)
+        if self.network is not None:
+            indicators = self.network.indicators(k)
+            extra = [indicators if c is None else torch.cat([indicators, extra[0]], 1), *extra[c is not None :]]
+        self._rows = (numbers, *extra)
+
+    def _objectives(self, columns: TableTransform) -> tuple[Any, Any]:
+        """Return the objective of the flow and that of the network."""
+        has_context, has_weights = self.context is not None, self._weights is not None
+        if not self._masked:
+            return _LogDensity(columns, bool(self._given), has_weights), _LogProbability(has_context, has_weights)
+        network = copy.deepcopy(self.network)
+        if network is not None:
+            network = network.to(self.config.device)
+        masked = LogConditional(columns, self._places, network, False, has_context, has_weights)
+        return masked, replace(masked, of_categories=True)
 
     def fit(
         self,
@@ -255,7 +298,7 @@ class DensityTrainer:
         """
         on_epoch = tracked(tracker, self.config, on_epoch)
         columns = copy.deepcopy(self.columns).to(self.config.device)
-        has = (bool(self._given), self._weights is not None)
+        objective, probability = self._objectives(columns)
         self.histories = []
 
         def train(model: Any, objective: Any, rows: Split, config: FitConfig) -> None:
@@ -277,10 +320,11 @@ class DensityTrainer:
         def train_member(number: int, correlated: bool) -> Flow:
             """Train the next task, a flow of this member."""
             member = self._member(number, correlated)
-            if self.columns.quantized:
-                train(member.flow, _LogDensity(columns, *has), member.rows, member.config)
+            if self.columns.quantized or self._masked:
+                train(member.flow, objective, member.rows, member.config)
             else:
                 flow, rows = self._mapped(member)
+                has = (bool(self._given), self._weights is not None)
                 train(flow, _LogDensityOfMapped(*has), rows, member.config)
             return self._with_kernels(member) if self.config.kernels else member.flow
 
@@ -301,11 +345,11 @@ class DensityTrainer:
                 flows.append(flow)
         network = copy.deepcopy(self.network)
         if network is not None and not interrupted():
-            probability = _LogProbability(self.context is not None, self._weights is not None)
             rows = self._split(self._codes, self.seed)
             train(network, probability, rows, self._fit_config(len(rows.train[0]), self.seed))
         members = [_in_table_units(flow, self.columns) for flow in flows]
-        return TableDensity(
+        kind = MaskedTableDensity if self._masked else TableDensity
+        return kind(
             members[0] if len(members) == 1 else FlowMixture(members).eval(),
             self.names,
             self.context,
@@ -391,6 +435,8 @@ def build_flow(config: DensityConfig, features: int, context: int, seed: int) ->
     """Build the flow that the configuration names, or that its recipe returns, with initial weights from the seed."""
     recipe: Any = config.flow
     with seeded(seed):
+        if config.missing == "model":
+            return torch_init(_masked_flow(config, features, context))
         if not callable(recipe):
             return torch_init(_named_flow(config, features, context))
         flow = recipe(features, context)
@@ -413,6 +459,19 @@ def _named_flow(config: DensityConfig, features: int, context: int) -> Flow:
             return IAF(features, context, config.layers, config.hidden)
     names = ", ".join(get_args(RecipeName))
     raise ValueError(f"expected flow to be one of {names}, or a recipe, got {config.flow!r}")
+
+
+def _masked_flow(config: DensityConfig, features: int, context: int) -> Flow:
+    """Build the flow of masked layers that the configuration names; its context begins with the mask."""
+    maps: dict[Any, Univariate] = {"nsf": RationalQuadraticSpline(config.bins), "maf": Affine()}
+    if config.flow not in maps:
+        raise ValueError(f"expected flow to be nsf or maf with missing='model', got {config.flow!r}")
+    up = list(range(1, features + 1))
+    layers = [
+        Autoregressive(features, max(context, features), config.hidden, maps[config.flow], up[:: 1 - 2 * (k % 2)])
+        for k in range(config.layers)
+    ]
+    return Flow(StandardNormal(features), Inverse(Compose([MaskedAutoregressive(layer) for layer in layers])))
 
 
 def torch_init(flow: Flow) -> Flow:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +20,7 @@ from counterflow.density.context import ContextEncoder
 from counterflow.density.inputs import columns_by_name
 from counterflow.density.left_out import LeftOut, restored
 from counterflow.flows.bases import KernelMixture
-from counterflow.flows.categories import MISSING, CategoryNetwork
+from counterflow.flows.categories import CategoryNetwork
 from counterflow.flows.flow import Flow
 from counterflow.flows.mixture import FlowMixture
 from counterflow.io.data.types import encode
@@ -108,7 +108,7 @@ class TableDensity:
         features = flow.features + len(sizes)
         self.kept = [i for i in range(features + len(places)) if i not in places]
         names = [f"x{i}" for i in self.kept] if names is None else list(names)
-        size = sum(sizes) + (0 if context is None else context.size)
+        size = sum(sizes) + (0 if context is None else context.size) + self._mask_size(flow.features, features)
         if (len(names), size) != (features, flow.context):
             raise ValueError(
                 f"expected {features} names and a context of size {flow.context}, as the flow has, got "
@@ -128,6 +128,11 @@ class TableDensity:
         self.device = device
         self.settings = dict(settings or {})
         self.types = dict(types or {})
+
+    @staticmethod
+    def _mask_size(numbers: int, columns: int) -> int:
+        """Return the size of the part of the flow's context that says which cells are known."""
+        return 0
 
     @property
     def members(self) -> list[Flow]:
@@ -237,15 +242,23 @@ class TableDensity:
         """
         rows, given = _tensor(x), self._context_tensor(c)
         points = self._cell_points()
-        step = max(1, CHUNK // (rows.shape[1] * (1 if points is None else len(points))))
-        self._to(self.device)
-        scores = []
-        for first in range(0, len(rows), step):
-            part = rows[first : first + step].to(self.device)
-            c_part = None if given is None else given[first : first + step]
-            scores.append(self._log_joint(part, c_part, points).double().cpu())
-        self._to("cpu")
-        return torch.cat(scores).numpy()
+
+        def log_joint(part: slice) -> Tensor:
+            return self._log_joint(rows[part].to(self.device), None if given is None else given[part], points)
+
+        return self._in_chunks(len(rows), log_joint, points)
+
+    def _in_chunks(self, rows: int, run: Callable[[slice], Tensor], points: Tensor | None = None) -> Array:
+        """Return run(part) for slices of the rows, with the flow on its device; each row may have several points."""
+        step = max(1, CHUNK // (len(self.names) * (1 if points is None else len(points))))
+        self.flow.to(self.device)
+        if self.network is not None:
+            self.network.to(self.device)
+        done = [run(slice(first, min(first + step, rows))).double().cpu() for first in range(0, rows, step)]
+        self.flow.cpu()
+        if self.network is not None:
+            self.network.cpu()
+        return torch.cat(done).numpy()
 
     def _log_joint(self, rows: Tensor, c: Tensor | None, points: Tensor | None) -> Tensor:
         """Return the log density of rows (B, D) of numbers and codes."""
@@ -257,11 +270,9 @@ class TableDensity:
 
     def _split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the numbers (B, F) and the codes (B, J) of rows (B, D)."""
-        return (
-            (rows, rows[:, :0])
-            if self.network is None
-            else (rows[:, self.number_places], rows[:, self.category_places])
-        )
+        if self.network is None:
+            return rows, rows[:, :0]
+        return rows[:, self.number_places], rows[:, self.category_places]
 
     def _given(self, k: Tensor, c: Tensor | None) -> Tensor | None:
         """Return the context of the flow: the indicators of codes (B, J) and the context (B, C)."""
@@ -269,12 +280,6 @@ class TableDensity:
             return c
         indicators = self.network.indicators(k)
         return indicators if c is None else torch.cat([indicators, c], -1)
-
-    def _to(self, device: str) -> None:
-        """Move the flow and the network to a device."""
-        self.flow.to(device)
-        if self.network is not None:
-            self.network.to(device)
 
     def _log_density(self, x: Tensor, c: Tensor | None, points: Tensor | None) -> Tensor:
         """Return log p of rows x (B, D), averaged over points (S, D) of their cells, if any have cells."""
@@ -317,22 +322,18 @@ class TableDensity:
             with seeded(seed, cuda=self.device.startswith("cuda")):
                 return self.sample(n, c)
         given = self._context_tensor(c)
-        step = max(1, CHUNK // len(self.names))
-        self._to(self.device)
-        drawn = []
-        for first in range(0, n, step):
-            rows = min(step, n - first)
-            c_part = None if given is None else given.expand(n, -1)[first : first + rows]
-            drawn.append(self._draw(rows, c_part).double().cpu())
-        self._to("cpu")
-        return torch.cat(drawn).numpy()
+
+        def draw(part: slice) -> Tensor:
+            return self._draw(part.stop - part.start, None if given is None else given.expand(n, -1)[part])
+
+        return self._in_chunks(n, draw)
 
     def _draw(self, n: int, c: Tensor | None) -> Tensor:
         """Draw n rows (n, D) of numbers and codes."""
         if self.network is None:
             return self.columns.snap(self.flow(c).sample((n,) if c is None else ()))
         rows = torch.empty(n, len(self.names), dtype=torch.float64, device=self.device)
-        k = self.network.sample(torch.full((n, len(self.network.sizes)), MISSING, dtype=rows.dtype).to(rows), c)
+        k = self.network.sample(torch.ones(n, len(self.network.sizes), dtype=torch.bool, device=self.device), c)
         rows[:, self.category_places] = k
         rows[:, self.number_places] = self.columns.snap(self.flow(self._given(k, c)).sample()).double()
         return rows
@@ -351,22 +352,26 @@ class TableDensity:
         """
         rows, given = _tensor(x), self._context_tensor(c)
         rng = np.random.default_rng(seed)
-        step = max(1, CHUNK // rows.shape[1])
-        self._to(self.device)
-        noise = []
-        for first in range(0, len(rows), step):
-            part, k = self._split(rows[first : first + step].to(self.device))
-            c_part = self._given(k, None if given is None else given[first : first + step])
-            start, width = self.columns.cells(part)
-            point = start + width * torch.from_numpy(rng.random(part.shape)).to(part)
-            log_q = torch.stack([member(c_part).log_prob(point) for member in self.members])
-            u = torch.from_numpy(rng.random(len(part))).to(log_q)
-            picked = (log_q.softmax(0).cumsum(0) < u).sum(0).clamp_max(len(log_q) - 1)
+
+        def noise(part: slice) -> Tensor:
+            B = part.stop - part.start
+            jitter = torch.from_numpy(rng.random((B, self.flow.features))).to(self.device)
+            u = torch.from_numpy(rng.random(B)).to(self.device)
             with seeded(int(rng.integers(2**31 - 1)), cuda=self.device.startswith("cuda")):
-                each = torch.stack([_normal_noise(member, point, c_part) for member in self.members])
-            noise.append(each[picked, torch.arange(len(part), device=each.device)].double().cpu())
-        self._to("cpu")
-        return torch.cat(noise).numpy()
+                each, log_q = self._noise(rows[part].to(self.device), None if given is None else given[part], jitter)
+            picked = (log_q.softmax(0).cumsum(0) < u).sum(0).clamp_max(len(log_q) - 1)
+            return each[picked, torch.arange(B, device=each.device)]
+
+        return self._in_chunks(len(rows), noise)
+
+    def _noise(self, rows: Tensor, c: Tensor | None, jitter: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the noise of rows (B, D) under each member, (M, B, F), and their log densities, (M, B)."""
+        x, k = self._split(rows)
+        given = self._given(k, c)
+        start, width = self.columns.cells(x)
+        point = start + width * jitter
+        log_q = torch.stack([member(given).log_prob(point) for member in self.members])
+        return torch.stack([_normal_noise(member, point, given) for member in self.members]), log_q
 
     def _context_tensor(self, c: Array | None) -> Tensor | None:
         """Return the encoded context on the device."""
@@ -401,6 +406,8 @@ class TableDensity:
             FileNotFoundError: one of the two files does not exist.
             ValueError: the files do not hold a density.
         """
+        from counterflow.density.missing import MaskedTableDensity  # a subclass
+
         path = Path(folder) / DESCRIPTION
         if not path.is_file():
             raise FileNotFoundError(f"expected {path}, which FlowDensity.save writes, got no such file")
@@ -410,7 +417,8 @@ class TableDensity:
             context = description["context"]
             categories = from_json(description.get("categories", []), tuple[CategoryColumn, ...], "categories")
             network = Path(folder) / CATEGORIES
-            return cls(
+            kind = MaskedTableDensity if description["settings"].get("missing") == "model" else cls
+            return kind(
                 flow,
                 from_json(description["names"], tuple[str, ...] | None, "names"),
                 None if context is None else ContextEncoder.from_json(context),

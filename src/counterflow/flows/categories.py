@@ -43,7 +43,7 @@ class CategoryNetwork(nn.Module):
         >>> network = CategoryNetwork([[0.5, 0.5], [0.2, 0.3, 0.5]], hidden=(8,))
         >>> network.log_prob(torch.tensor([[0.0, 2.0], [1.0, -1.0]])).exp().round(decimals=2).tolist()
         [0.25, 0.5]
-        >>> network.sample(torch.full((4, 2), -1.0)).shape
+        >>> network.sample(torch.ones(4, 2, dtype=torch.bool)).shape
         torch.Size([4, 2])
     """
 
@@ -88,17 +88,17 @@ class CategoryNetwork(nn.Module):
         return terms
 
     @torch.no_grad()
-    def sample(self, k: Tensor, c: Tensor | None = None) -> Tensor:
-        """Draw the missing codes of k (..., J), one after the other, each given those before it and a context (..., C).
+    def sample(self, draw: Tensor, c: Tensor | None = None) -> Tensor:
+        """Draw codes (..., J), one after the other, each given those before it and a context (..., C).
 
-        The draws do not depend on the codes after them: they are those of the joint distribution if the codes that are
-        given come first.
+        Args:
+            draw: True for each code that is drawn (..., J); the others stay missing.
+            c: the context.
         """
-        k = k.clone()
+        k = torch.full(draw.shape, float(MISSING), dtype=self._log_shares.dtype, device=draw.device)
         for j in range(len(self.sizes)):
-            log_p = self.log_probs(k, c)[j]
-            drawn = torch.distributions.Categorical(logits=log_p).sample().to(k)
-            k[..., j] = torch.where(k[..., j] < 0, drawn, k[..., j])
+            drawn = torch.distributions.Categorical(logits=self.log_probs(k, c)[j]).sample().to(k)
+            k[..., j] = torch.where(draw[..., j], drawn, k[..., j])
         return k
 
     def config(self) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Linear, Permute, Standardize, Whiten
 from counterflow.transforms.context import StandardizedContext
 from counterflow.transforms.coupling import CouplingLayer
+from counterflow.transforms.masked import MaskedAutoregressive
 from counterflow.transforms.quantile_spline import QuantileSpline
 from counterflow.transforms.table.continuous import AsinhColumn, LinearColumn, LogColumn, LogitColumn
 from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, SpikedColumn
@@ -63,6 +64,7 @@ TYPES: dict[str, type] = {
         LinearColumn,
         LogColumn,
         LogitColumn,
+        MaskedAutoregressive,
         OrdinalColumn,
         Permute,
         QuantileSpline,

@@ -7,6 +7,7 @@ from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Linear, Permute, Standardize, Whiten
 from counterflow.transforms.context import StandardizedContext
 from counterflow.transforms.coupling import CouplingLayer
+from counterflow.transforms.masked import MaskedAutoregressive
 from counterflow.transforms.quantile_spline import QuantileSpline
 from counterflow.transforms.table.continuous import AsinhColumn, LinearColumn, LogColumn, LogitColumn
 from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, SpikedColumn
@@ -34,6 +35,7 @@ __all__ = [
     "LinearColumn",
     "LogColumn",
     "LogitColumn",
+    "MaskedAutoregressive",
     "OrdinalColumn",
     "Permute",
     "QuantileSpline",

@@ -247,6 +247,10 @@ class Whiten(Transform):
         y = prepare(self, y, c, "y")
         return self.mean + y @ self.factor.T, self._log_det(y)
 
+    def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Transform.forward_by_feature`."""
+        return self.forward(x, c)[0], total - self.factor.diagonal().log()
+
     def inverse_by_feature(self, y: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """See `Transform.inverse_by_feature`."""
         return self.inverse(y, c)[0], total + self.factor.diagonal().log()

@@ -131,7 +131,12 @@ def to_numbers_or_texts(column: Any) -> Array:
 
 
 def numbers(
-    batch: Any, names: Sequence[str], path: Path, first: int = 0, types: Sequence[str | None] | None = None
+    batch: Any,
+    names: Sequence[str],
+    path: Path,
+    first: int = 0,
+    types: Sequence[str | None] | None = None,
+    keep_missing: bool = False,
 ) -> Array:
     """Convert columns of an Arrow record batch to a float64 array (N, D), every cell of which is finite.
 
@@ -141,6 +146,7 @@ def numbers(
         path: the file, for errors.
         first: the number of the batch's first row in the file, for errors.
         types: the types that the columns had in training; None where that is not known.
+        keep_missing: missing cells stay NaN.
 
     Raises:
         ValueError: a cell is missing, not a number or not finite, or a date where numbers were, or the other way round.
@@ -151,7 +157,7 @@ def numbers(
         trained = None if types is None else types[k]
         if trained and type and is_time(trained) != is_time(type):
             raise ValueError(f"expected {trained} in column {name!r} of {path}, as in training, got {type}")
-    check_cells(values, names, path, first)
+    check_cells(np.where(np.isnan(values), 0.0, values) if keep_missing else values, names, path, first)
     return values
 
 

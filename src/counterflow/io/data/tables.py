@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -103,7 +103,10 @@ def _open(path: Path, options: TableOptions) -> TableSource:
 
 
 def read_table(
-    source: TableSource, names: Sequence[str], others: Sequence[str], drop_missing: bool = False
+    source: TableSource,
+    names: Sequence[str],
+    others: Sequence[str],
+    missing: Literal["error", "drop", "keep"] = "error",
 ) -> ReadTable:
     """Read all rows of some columns.
 
@@ -111,11 +114,12 @@ def read_table(
         source: the table.
         names: columns of numbers.
         others: columns of numbers or texts.
-        drop_missing: leave out rows with a missing cell.
+        missing: "error" to refuse missing cells, "drop" to leave out their rows, "keep" to keep them as NaN, or as None
+            in columns of texts.
 
     Raises:
-        TableFaultsError: a cell is missing, or a cell of the columns `names` is not a finite number; it names every
-            such column.
+        TableFaultsError: a missing cell that is refused, or a cell of the columns `names` that is not a finite number;
+            it names every such column.
         ValueError: the rows take more memory than the file's bytes account for.
     """
     arrow = require("pyarrow", "data", "a table")
@@ -135,12 +139,12 @@ def read_table(
     context = _joined(rest, others) if others and rest else {}
     incomplete = np.isnan(x[:, [name not in faults.text for name in names]]).any(1)
     for name, column in context.items():
-        missing = missing_cells(column)
-        faults.add_missing(name, missing)
-        incomplete |= missing
-    if faults.text or faults.infinite or (faults.missing and not drop_missing):
+        holes = missing_cells(column)
+        faults.add_missing(name, holes)
+        incomplete |= holes
+    if faults.text or faults.infinite or (faults.missing and missing == "error"):
         raise TableFaultsError(source.path, faults, int(incomplete.sum()), len(x), context)
-    if faults.missing:
+    if faults.missing and missing == "drop":
         x = x[~incomplete]
         context = {name: column[~incomplete] for name, column in context.items()}
     return ReadTable(arrow.table(dict(zip(names, x.T, strict=True))), context, faults.types)

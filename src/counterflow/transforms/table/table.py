@@ -75,6 +75,13 @@ class TableTransform(Transform):
             total = total + log_slope
         return y, total
 
+    def forward_by_feature(self, x: Tensor, total: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """See `Transform.forward_by_feature`."""
+        x = prepare(self, x, c)
+        each = [column(x[..., i]) for i, column in enumerate(self.columns)]
+        y, terms = (torch.stack(part, -1) for part in zip(*each, strict=True))
+        return y, total + terms
+
     def inverse(self, y: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return x and log|det dx/dy|."""
         y = prepare(self, y, c, "y")
