@@ -9,7 +9,8 @@ density per unit for the others. All contestants have the same cells of recorded
 * FlowDensity: the defaults.
 * mixtures per category: the joint shares of the categories, shrunk to their product by as many rows as do best on a
   tenth of the training rows, and Gaussian mixtures by BIC of the numbers, one for each value of the category, or
-  combination of all of them, that does best on the same tenth; that of all rows where there are fewer than 20.
+  combination of all of them, that does best on the same tenth. Each has a tenth of the mixture of all rows in it, which
+  stands alone where there are fewer than 20 rows.
 * mixture without categories: the same shares, one mixture for all rows.
 * independent columns: the product of the shares and of a mixture of each column.
 
@@ -37,6 +38,7 @@ import torch
 
 import counterflow as cf
 from counterflow.commands.gaussian_mixture import mixture_log_density
+from counterflow.density.detection import detect
 from counterflow.density.split import split_rows
 from counterflow.transforms.table.table import TableTransform
 
@@ -108,20 +110,23 @@ def log_grouped(
     for key, count in Counter(train[0]).items():
         own, theirs = (np.array([other == key for other in part[0]]) for part in (train, test))
         if count >= MIN_GROUP and theirs.any() and train[1][own].std(0).min() > 0:
-            scores[theirs] = mixture_log_density(columns, train[1][own], test[1][theirs], POINTS, seed)[0]
+            each = mixture_log_density(columns, train[1][own], test[1][theirs], POINTS, seed)[0]
+            scores[theirs] = np.logaddexp(np.log(0.9) + each, np.log(0.1) + pooled[theirs])
     return scores
 
 
-def contestants(table: pd.DataFrame, seed: int) -> dict[str, float]:
-    """Return the mean log density of test rows by contestant."""
+def contestants(table: pd.DataFrame, seed: int, done: dict[str, float]) -> dict[str, float]:
+    """Return the mean log density of test rows by contestant; the flow is not trained again if it is done."""
     categories = [name for name in table if not pd.api.types.is_numeric_dtype(table[name])]
     numbers = [name for name in table if name not in categories]
     train_rows, test_rows = split_rows(len(table), 0.2, seed, {name: table[name].to_numpy(str) for name in categories})
     train, test = table.iloc[train_rows], table.iloc[test_rows]
-    started = time.perf_counter()
-    density = cf.FlowDensity(random_state=seed).fit(train)
-    result = {"FlowDensity": float(density.score(test)), "seconds": time.perf_counter() - started}
-    columns = density.columns_
+    result = dict(done)
+    if "FlowDensity" not in result:
+        started = time.perf_counter()
+        density = cf.FlowDensity(random_state=seed).fit(train)
+        result |= {"FlowDensity": float(density.score(test)), "seconds": time.perf_counter() - started}
+    columns = detect(train[numbers].to_numpy(float), numbers, seed=seed)
     x, held_out = train[numbers].to_numpy(float), test[numbers].to_numpy(float)
     rows, others = (list(part[categories].itertuples(index=False, name=None)) for part in (train, test))
     sizes = [table[name].nunique() for name in categories]
@@ -163,11 +168,12 @@ def main() -> None:
     for table in options.tables:
         rows = TABLES[table]()
         for seed in range(options.seeds):
-            if f"{table}, {seed}" in kept:
+            done = kept.get(f"{table}, {seed}", {})
+            if "independent columns" in done:
                 continue
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                kept[f"{table}, {seed}"] = {"shape": list(rows.shape)} | contestants(rows, seed)
+                kept[f"{table}, {seed}"] = {"shape": list(rows.shape)} | contestants(rows, seed, done)
             KEPT.write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
             print(table, seed, kept[f"{table}, {seed}"], flush=True)
     write_page(kept, options.seeds)

@@ -117,8 +117,8 @@ def test_a_mixture_is_told_from_one_column():
     x = np.stack([side, -side], 1) + 0.5 * RNG.normal(size=(N, 2))
     density = cf.FlowDensity(**QUICK | {"flow": "nsf"}).fit(np.where(RNG.random(x.shape) < 0.3, np.nan, x))
     drawn = density.impute([[3.0, np.nan], [-3.0, np.nan], [np.nan, np.nan]], samples=500, random_state=0)
-    assert (drawn[:, 0, 1] < 0).mean() > 0.88 and (drawn[:, 1, 1] > 0).mean() > 0.88
-    assert 0.35 < (drawn[:, 2, 0] > 0).mean() < 0.65 and (drawn[:, 2, 0] * drawn[:, 2, 1] < 0).mean() > 0.9
+    assert (drawn[:, 0, 1] < 0).mean() > 0.85 and (drawn[:, 1, 1] > 0).mean() > 0.85
+    assert 0.35 < (drawn[:, 2, 0] > 0).mean() < 0.65 and (drawn[:, 2, 0] * drawn[:, 2, 1] < 0).mean() > 0.85
 
 
 def table():

@@ -50,6 +50,8 @@ class Density:
     """columns of ordered grades, at most a few dozen numbers; by default found from the data"""
     bounds: Annotated[tuple[str, ...], optional("COLUMN=LOW:HIGH [..]")] = ()
     """bounds of columns, such as share=0:1 or income=0:; the density is zero outside"""
+    circular: Annotated[tuple[str, ...], optional("COLUMN=PERIOD [..]")] = ()
+    """periods of columns whose ends meet, such as hour=24 or angle=360; day, week or year for dates and times"""
     test: float = 0.2
     """fraction of the rows that is set apart for the test"""
     seed: int = 0

@@ -28,6 +28,7 @@ from counterflow.density.context import ContextEncoder
 from counterflow.density.detection import Bounds
 from counterflow.density.fitting import DensityTrainer, build_flow
 from counterflow.density.model import TableDensity
+from counterflow.density.periods import Period, periods
 from counterflow.density.split import split_rows
 from counterflow.io.data.cells import is_number
 from counterflow.io.data.faults import Faults, TableFaultsError
@@ -73,7 +74,7 @@ def run(command: Density) -> int:
     if not 0 < options.test < 1:
         raise ValueError(f"expected --test to be in (0, 1), got {options.test}")
     build_flow(options.fit, features=2, context=0, seed=0)  # refuses settings before the table is read
-    bounds = _bounds(options.bounds)
+    bounds, circular = _bounds(options.bounds), _circular(options.circular)
     with Progress("reading the table"):
         table = _read(options)
     if table.context is not None:  # errors should come before there is a run folder
@@ -90,6 +91,7 @@ def run(command: Density) -> int:
             config=options.fit,
             kinds=dict.fromkeys(options.ordinal, "ordinal") or "auto",
             bounds=bounds or None,
+            circular=circular or None,
             types=train.types,
             categories=list(train.categories.values()),
             seed=options.seed,
@@ -210,6 +212,7 @@ def _categories(columns: dict[str, Array], texts: dict[str, str], faults: Faults
 def _column_names(options: Density, names: Sequence[str]) -> list[str]:
     """Return the names of the columns that are neither dropped nor conditioned on."""
     stated = (*options.context, *options.drop, *options.categories, *options.ordinal, *_bounds(options.bounds))
+    stated = (*stated, *_circular(options.circular))
     unknown = [name for name in stated if name not in names]
     if unknown:
         raise ValueError(f"expected names of columns ({', '.join(names)}), got {', '.join(unknown)}")
@@ -229,6 +232,18 @@ def _bounds(texts: Sequence[str]) -> dict[str, Bounds]:
             raise ValueError(f"expected --bounds COLUMN=LOW:HIGH, such as share=0:1 or income=0:, got {text}")
         bounds[name] = (float(low) if low else None, float(high) if high else None)
     return bounds
+
+
+def _circular(texts: Sequence[str]) -> dict[str, Period]:
+    """Return the periods by column of texts like hour=24 and sold=day."""
+    circular: dict[str, Period] = {}
+    for text in texts:
+        name, _, period = text.rpartition("=")
+        if not name or not period:
+            raise ValueError(f"expected --circular COLUMN=PERIOD, such as hour=24 or sold=day, got {text}")
+        circular[name] = float(period) if is_number(period) else period
+    periods(circular)  # refuses texts that are no periods before the table is read
+    return circular
 
 
 def _advice(error: TableFaultsError) -> str:

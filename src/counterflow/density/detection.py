@@ -9,7 +9,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 
+from counterflow.checks import positive_number
 from counterflow.density.validation import listed
+from counterflow.transforms.table.circular import CircularColumn
 from counterflow.transforms.table.column import Column
 from counterflow.transforms.table.continuous import AsinhColumn, LinearColumn, LogColumn, LogitColumn
 from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, SpikedColumn
@@ -27,6 +29,8 @@ MAX_FILLED = 1_000  # whole numbers of an ordinal column, those that did not occ
 UNSEEN = 0.5  # count of a whole number that did not occur, as of Krichevsky and Trofimov 1981
 MIN_STEP = 1e-3  # in standard deviations of the column; numbers on a finer grid are taken to be continuous
 MIN_SPIKE = 0.01  # share of the rows in which a number of a continuous column must repeat to be a spike
+TURN_PLACES = 48  # of a circle at which it may be cut open
+TURN_SHARPNESS = 20.0  # concentration of the kernels, of von Mises, that find the rarest
 MIN_GAIN = 0.1  # nats per row that another map must be nearer to a normal distribution than the linear one
 
 
@@ -56,6 +60,7 @@ def detect(
     kinds: Mapping[str, Kind] | Kind = "auto",
     bounds: Mapping[str, Bounds] | None = None,
     seed: int = 0,
+    circular: Mapping[str, float] | None = None,
 ) -> TableTransform:
     """Infer the map of each column of a table.
 
@@ -74,15 +79,19 @@ def detect(
     the mean log-likelihood of a normal distribution fitted to v = map(x), as Box and Cox do. The best map replaces x if
     it gains at least 0.1 nats per row. Unlike the kurtosis, this criterion exists for any tails.
 
+    A circular column is linear on the circle, which is cut open where its numbers are rarest.
+
     Args:
         x: the table (N, D), float64, finite.
         names: the names of the D columns.
         kinds: the kind of all columns, or of some by name; the others are "auto".
         bounds: (low, high) by name; None for no bound.
         seed: seed of the noise within cells.
+        circular: the periods of circular columns by name.
 
     Raises:
-        ValueError: unknown names or kinds, numbers outside of the bounds, or an integer column with fractions.
+        ValueError: unknown names or kinds, numbers outside of the bounds, periods that are not positive, bounds of a
+            circular column, or an integer column with fractions.
 
     Source: Box and Cox 1964, "An analysis of transformations"; for the noise within cells, Uria et al. 2013, "RNADE",
     section 4.2, and Theis et al. 2016, "A note on the evaluation of generative models".
@@ -97,19 +106,26 @@ def detect(
     if not isinstance(kinds, str | Mapping):
         raise ValueError(f"expected columns to be one of {', '.join(KINDS)}, or kinds by name, got {kinds!r}")
     stated = dict.fromkeys(names, kinds) if isinstance(kinds, str) else dict(kinds)
-    unknown = sorted({*stated, *bounds} - {*names})
+    circular = circular or {}
+    unknown = sorted({*stated, *bounds, *circular} - {*names})
     if unknown:
         raise ValueError(f"expected names of columns ({listed(names)}), got {unknown}")
     wrong = {name: kind for name, kind in stated.items() if kind not in KINDS}
     if wrong:
         raise ValueError(f"expected kinds of columns among {', '.join(KINDS)}, got {wrong}")
+    both = sorted({*bounds} & {*circular})
+    if both:
+        raise ValueError(f"expected bounds of columns that are not circular, got {both} in both; leave one out")
     rng = np.random.default_rng(seed)
     columns = [
-        _column(column, name, stated.get(name, "auto"), bounds.get(name), rng)
+        _circular(column, name, circular[name], rng)
+        if name in circular
+        else _column(column, name, stated.get(name, "auto"), bounds.get(name), rng)
         for column, name in zip(x.T, names, strict=True)
     ]
+    with_cells = OrdinalColumn | GridColumn | CircularColumn
     decimals = [
-        None if isinstance(column, OrdinalColumn | GridColumn) or stated.get(name) == "real" else _decimals(values)
+        None if isinstance(column, with_cells) or stated.get(name) == "real" else _decimals(values)
         for column, name, values in zip(columns, names, x.T, strict=True)
     ]
     return TableTransform(columns, decimals)
@@ -141,6 +157,31 @@ def _column(x: Array, name: str, kind: Kind, bounds: Bounds | None, rng: np.rand
     if low is not None or high is not None:
         cells = cells._replace(minimum=low, maximum=high)
     return GridColumn(column, *cells)
+
+
+def _circular(x: Array, name: str, period: float, rng: np.random.Generator) -> CircularColumn:
+    """Return the circular column of numbers x (N,), cut open where they are rarest.
+
+    Samples are in [0, P), or in [-P / 2, P / 2) if the numbers are.
+    """
+    positive_number(period, f"the period of column {name!r}")
+    low = -period / 2 if x.min() < 0 and np.abs(x).max() <= period / 2 else 0.0
+    turned = low + np.mod(x - low, period)
+    values = np.unique(turned)
+    whole = bool((values == np.round(values)).all())
+    decimals = 0 if whole else _decimals(turned)
+    step = 0.0 if decimals is None or len(x) < MIN_ROWS else 10.0**-decimals
+    if step <= MIN_STEP * period:
+        step = 0.0
+    places = low + period * (np.arange(TURN_PLACES) + 0.5) / TURN_PLACES
+    if step:  # between two numbers that could have been recorded
+        places = np.unique(np.round(places / step - 0.5) + 0.5) * step
+    angle = 2 * np.pi / period
+    rarest = np.exp(TURN_SHARPNESS * np.cos(angle * (turned - places[:, None]))).sum(1).argmin()
+    cut = float(places[rarest])
+    lifted = cut + np.mod(x - cut, period) + step * (rng.random(len(x)) - 0.5)
+    column = _standardized(LinearColumn(name), lifted)
+    return CircularColumn(GridColumn(column, step, mass=whole) if step else column, period, cut, low)
 
 
 def _check_bounds(x: Array, name: str, bounds: Bounds | None) -> None:

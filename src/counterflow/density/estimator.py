@@ -18,6 +18,7 @@ from counterflow.density.fitting import DensityTrainer, Recipe
 from counterflow.density.inputs import coded_table, columns_by_name
 from counterflow.density.missing import masked
 from counterflow.density.model import TableDensity, not_a_density
+from counterflow.density.periods import Period
 from counterflow.io.data.cells import check_cells
 from counterflow.io.json import from_json
 from counterflow.training.checkpoints import Checkpoints
@@ -35,6 +36,7 @@ SETTINGS = get_type_hints(DensityConfig) | {  # types of the settings in density
     "flow": str,  # also the name of a recipe
     "columns": str | dict[str, str],
     "bounds": dict[str, tuple[float | None, float | None]] | None,
+    "circular": dict[str, float | str] | None,
 }
 
 
@@ -147,6 +149,8 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         columns: "auto", or the kind of columns by name: "auto", "real", "integer", "ordinal" or "category". The columns
             of an array are called x0, x1, ...
         bounds: (low, high) by name, None for no bound, such as {"age": (0, None)}.
+        circular: the periods of circular columns by name, such as {"hour": 24, "angle": 360}: 23 and 0 are neighbours.
+            The period of dates and times is "day", "week" or "year"; samples are then the time within it.
         constant: "drop" to leave out constant columns, copies of others and linear functions of others, with a warning;
             the density is then that of the other columns, and samples have all of them. "error" to refuse them.
         missing: "error" to refuse missing cells; "model" for a density of every subset of the columns: rows with
@@ -196,6 +200,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         validation_fraction: float = DensityConfig.validation_fraction,
         columns: Mapping[str, Kind] | Kind = "auto",
         bounds: Mapping[str, Bounds] | None = None,
+        circular: Mapping[str, Period] | None = None,
         constant: Literal["drop", "error"] = DensityConfig.constant,
         missing: Literal["error", "model"] = DensityConfig.missing,
         cell_points: int = DensityConfig.cell_points,
@@ -217,6 +222,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
         self.validation_fraction = validation_fraction
         self.columns = columns
         self.bounds = bounds
+        self.circular = circular
         self.constant = constant
         self.missing = missing
         self.cell_points = cell_points
@@ -284,6 +290,7 @@ class FlowDensity(sklearn_base.DensityMixin, sklearn_base.BaseEstimator):  # typ
             DensityConfig(**settings),
             kinds=self.columns,
             bounds=self.bounds,
+            circular=self.circular,
             types=self._types,
             categories=list(self._categories.values()),
             seed=int(Workers.current().broadcast_value(rng.randint(2**31 - 1))),

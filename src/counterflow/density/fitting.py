@@ -21,6 +21,7 @@ from counterflow.density.detection import Bounds, Kind, detect
 from counterflow.density.left_out import LeftOut, find_left_out
 from counterflow.density.missing import LogConditional, MaskedTableDensity, Places, filled_at_random
 from counterflow.density.model import TableDensity
+from counterflow.density.periods import Period, circular_types, periods
 from counterflow.density.preprocessing import dequantized, preprocessing
 from counterflow.density.validation import MAX_LISTED, check_columns, check_sizes
 from counterflow.flows.bases import StandardNormal
@@ -50,6 +51,7 @@ Recipe = Callable[[int, int], Flow]
 
 CATEGORIES = "categories"  # the last training, that of their joint distribution
 UNSEEN = 0.5  # rows by which a category counts more than training saw: no share is zero where only others have weight
+MIN_QUESTIONS = 2_000  # rows with random given and asked cells in an epoch
 MAX_WHITENED = 256  # columns up to which whitening has a matrix, whose D^2 numbers are text in the file's header
 MIN_KERNEL_GAIN = 0.1  # nats per validation row that kernels must gain
 MAX_KERNEL_ROWS = 20_000  # training rows up to which kernels are tried: scoring a row evaluates all of them
@@ -81,9 +83,14 @@ class _LogDensity:
     def __call__(self, flow: Flow, batch: tuple[Tensor, ...]) -> Tensor:
         x = batch[0]
         start, width = self.columns.cells(x)
-        z, log_det = self.columns(start + width * torch.rand_like(x))
-        log_q = flow(batch[1] if self.has_context else None).log_prob(z.float())
-        terms: Tensor = log_q + log_det + self.columns.log_mass(width)
+        point = start + width * torch.rand_like(x)
+        if self.columns.circular:
+            point = point + self.columns.lifts(x)[:, None]
+        z, log_det = self.columns(point)
+        log_q = flow(batch[1] if self.has_context else None).log_prob(z.float()) + log_det
+        if self.columns.circular:
+            log_q = torch.logsumexp(log_q, 0)
+        terms: Tensor = log_q + self.columns.log_mass(width)
         return terms * batch[-1] if self.has_weights else terms
 
 
@@ -129,6 +136,7 @@ class DensityTrainer:
         config: the configuration. Its flow may also be a recipe, (features, context) -> Flow.
         kinds: the kind of all columns, or of some by name: "auto", "real", "integer" or "ordinal".
         bounds: (low, high) by name; None for no bound.
+        circular: the periods of circular columns by name, numbers or "day", "week" or "year" for times.
         types: the recorded types of columns by name, which the density keeps.
         categories: the columns that hold codes of categories.
         seed: seed of validation rows, initial weights, batches and noise.
@@ -152,6 +160,7 @@ class DensityTrainer:
         *,
         kinds: Mapping[str, Kind] | Kind = "auto",
         bounds: Mapping[str, Bounds] | None = None,
+        circular: Mapping[str, Period] | None = None,
         types: Mapping[str, str] | None = None,
         categories: Sequence[CategoryColumn] = (),
         seed: int = 0,
@@ -160,10 +169,10 @@ class DensityTrainer:
         self.names = None if names is None else list(names)
         labels = self.names or [f"x{i}" for i in range(x.shape[1])]
         self.seed = seed
-        self.types = types
+        self.types = circular_types(types or {}, circular or {})
         self.context = None if context is None else ContextEncoder.from_table(context)
         self.settings = {field.name: getattr(config, field.name) for field in fields(config)}
-        self.settings |= {"columns": kinds, "bounds": bounds}
+        self.settings |= {"columns": kinds, "bounds": bounds, "circular": None if circular is None else dict(circular)}
         if not isinstance(config.flow, str):
             self.settings["flow"] = getattr(config.flow, "__name__", "a recipe")
         c = None if self.context is None or context is None else self.context.encode(context)
@@ -188,7 +197,7 @@ class DensityTrainer:
             raise ValueError("expected at least one column of numbers, got categories only; name one as numbers")
         if isinstance(kinds, Mapping):
             kinds = {name: kind for name, kind in kinds.items() if name not in [each.name for each in categories]}
-        self.columns = detect(x[:, numbers], [labels[i] for i in numbers], kinds, bounds, seed)
+        self.columns = detect(x[:, numbers], [labels[i] for i in numbers], kinds, bounds, seed, periods(circular or {}))
         quantized = [*coded, *(numbers[k] for k in self.columns.quantized)]
         if config.constant == "error":
             check_columns(x, labels, quantized)
@@ -256,7 +265,7 @@ class DensityTrainer:
             with seeded(self.seed):
                 self.network = CategoryNetwork(shares, network_context, self.config.hidden)
         extra = [torch.from_numpy(part).float() for part in (c, self._weights) if part is not None]
-        numbers = torch.from_numpy(np.ascontiguousarray(x[:, self._places.numbers]))
+        numbers = self.columns.wrapped(torch.from_numpy(np.ascontiguousarray(x[:, self._places.numbers])))
         k = torch.from_numpy(codes)
         if self._masked:
             k = torch.where(torch.from_numpy(known[:, self._places.categories]), k, MISSING)
@@ -368,7 +377,10 @@ class DensityTrainer:
         N = len(rows[0])
         order = torch.randperm(N, generator=torch.Generator().manual_seed(seed))
         held_out = min(max(1, round(self.config.validation_fraction * N)), N - 1)
-        return Split(tuple(part[order[held_out:]] for part in rows), tuple(part[order[:held_out]] for part in rows))
+        # A row is asked another question each time: few rows need more steps than they would without missing cells.
+        times = -(-MIN_QUESTIONS // N) if self._masked else 1
+        parts = (order[held_out:].repeat(times), order[:held_out].repeat(times))
+        return Split(*(tuple(part[chosen] for part in rows) for chosen in parts))
 
     def _member(self, number: int, correlated: bool) -> Member:
         """Split the rows and build one member: its flow, preprocessing and training configuration."""

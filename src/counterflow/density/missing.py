@@ -158,6 +158,11 @@ def log_density_of_asked(flow: Flow, x: Tensor, c: Tensor, asked: Tensor) -> Ten
     return torch.where(asked > 0, normal + terms, 0.0).sum(-1)
 
 
+def log_lifted(lifts: Tensor, asked: Tensor) -> Tensor:
+    """Return 0 for the lifts (..., F) of asked numbers (B, F) alone, (..., B), and -inf for the others."""
+    return torch.where(((lifts != 0) & (asked == 0)).any(-1), -math.inf, 0.0)
+
+
 @dataclass(frozen=True)
 class LogConditional:
     """Objective: the weighted log density of random cells given random others, of the flow or of the network.
@@ -175,7 +180,8 @@ class LogConditional:
     def __call__(self, model: Any, batch: tuple[Tensor, ...]) -> Tensor:
         x, known, k = batch[0], batch[1] > 0, batch[2]
         start, width = self.columns.cells(x)
-        point = start + width * torch.rand_like(x)
+        lifts = self.columns.lifts(x)[:, None]
+        point = start + width * torch.rand_like(x) + lifts
         z, log_slope = self.columns.forward_by_feature(point, torch.zeros_like(point))
         given, asked = random_cells(known)
         c = batch[3] if self.has_context else None
@@ -184,8 +190,8 @@ class LogConditional:
             terms = model.log_prob(q.codes, q.network_context)
         else:
             terms = log_density_of_asked(model, z.float(), q.flow_context, q.asked)
-            terms = terms + torch.where(q.asked > 0, log_slope, 0.0).sum(-1)
-            terms = terms + self.columns.log_mass(_asked_width(width, q.asked))
+            terms = terms + torch.where(q.asked > 0, log_slope, 0.0).sum(-1) + log_lifted(lifts, q.asked)
+            terms = torch.logsumexp(terms, 0) + self.columns.log_mass(_asked_width(width, q.asked))
         return terms * batch[-1] if self.has_weights else terms
 
 
@@ -257,10 +263,10 @@ class MaskedTableDensity(TableDensity):
         """Return log p(asked cells | given cells) of rows (B, D), averaged over points (S, F) of the cells."""
         x, k = self._filled(rows)
         q = self._question(x, k, given, asked, c)
-        start, width = self.columns.cells(x)
-        at = x[None] if points is None else start + width * points[:, None]
+        at, width = self._points_of(x, points)
         each = torch.stack([log_density_of_asked(member, at, q.flow_context, q.asked) for member in self.members])
-        log_p = torch.logsumexp(each, (0, 1)) - math.log(each.shape[0] * each.shape[1])
+        each = each + log_lifted(self.columns.lifts(x)[:, None, None], q.asked)
+        log_p = torch.logsumexp(each, (0, 1, 2)) - math.log(each.shape[0] * each.shape[2])
         log_p = log_p + self.columns.log_mass(_asked_width(width, q.asked))
         if self.network is not None:
             log_p = log_p + self.network.log_prob(q.codes, q.network_context)
@@ -316,9 +322,9 @@ class MaskedTableDensity(TableDensity):
         q = self._question(x, k, known, ~known, c)
         drawn = self.columns.snap(self.flow(q.flow_context).sample())
         complete = torch.empty_like(rows)
-        complete[:, self.number_places] = torch.where(q.asked > 0, drawn, x)
+        complete[:, self.number_places] = drawn
         complete[:, self.category_places] = k
-        return complete
+        return torch.where(known, rows, complete)
 
     def _noise(self, rows: Tensor, c: Tensor | None, jitter: Tensor) -> tuple[Tensor, Tensor]:
         """Return the noise of rows, NaN for missing cells; see `TableDensity`."""
@@ -326,10 +332,15 @@ class MaskedTableDensity(TableDensity):
         x, k = self._filled(rows)
         q = self._question(x, k, torch.zeros_like(known), known, c)
         start, width = self.columns.cells(x)
-        at = start + width * jitter
-        log_q = torch.stack([log_density_of_asked(member, at, q.flow_context, q.asked) for member in self.members])
-        each = torch.stack([member.transform.inverse(at, q.flow_context)[0] for member in self.members])
-        return torch.where(q.asked > 0, each, math.nan), log_q
+        lifts = self.columns.lifts(x)[:, None]
+        lifted = start + width * jitter + lifts
+        noise, log_q = [], []
+        for member in self.members:
+            each = log_density_of_asked(member, lifted, q.flow_context, q.asked) + log_lifted(lifts, q.asked)
+            lift = torch.distributions.Categorical(logits=each.T).sample()
+            noise.append(member.transform.inverse(lifted[lift, torch.arange(len(x))], q.flow_context)[0])
+            log_q.append(torch.logsumexp(each, 0))
+        return torch.where(q.asked > 0, torch.stack(noise), math.nan), torch.stack(log_q)
 
     def _question(self, x: Tensor, k: Tensor, given: Tensor, asked: Tensor, c: Tensor | None) -> Question:
         return question(self.places, self.network, self.columns(x)[0], k, given, asked, c, torch.float64)
@@ -341,7 +352,7 @@ class MaskedTableDensity(TableDensity):
     def _filled(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Return the numbers (B, F), those that are missing filled, and the codes (B, J), those that are missing -1."""
         x, k = rows[:, self.number_places], rows[:, self.category_places]
-        return torch.where(x.isnan(), self._middle(x), x), k.nan_to_num(MISSING)
+        return self.columns.wrapped(torch.where(x.isnan(), self._middle(x), x)), k.nan_to_num(MISSING)
 
 
 def _part(c: Tensor | None, part: slice) -> Tensor | None:

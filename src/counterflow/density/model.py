@@ -29,6 +29,7 @@ from counterflow.io.serialization import load, save
 from counterflow.random import seeded
 from counterflow.transforms.compose import Inverse
 from counterflow.transforms.constant import Permute
+from counterflow.transforms.table.circular import LIFTS
 from counterflow.transforms.table.table import TableTransform
 
 Array = np.ndarray[Any, Any]
@@ -57,7 +58,8 @@ class TableDensity:
 
     with S points u_s of a Sobol sequence in [0, 1]^K over the K columns with cells, scrambled by the seed and equal for
     all rows. As each point is uniform, the mean of log p over seeds is a lower bound of the log of the mass, or of the
-    mean density, that q gives to the cell. Rows outside of the support, and rows with a category that training did not
+    mean density, that q gives to the cell. The density of circular columns is summed over the lifts of their numbers,
+    x + k P; see `CircularColumn`. Rows outside of the support, and rows with a category that training did not
     see, have log density -inf.
 
     Args:
@@ -250,7 +252,8 @@ class TableDensity:
 
     def _in_chunks(self, rows: int, run: Callable[[slice], Tensor], points: Tensor | None = None) -> Array:
         """Return run(part) for slices of the rows, with the flow on its device; each row may have several points."""
-        step = max(1, CHUNK // (len(self.names) * (1 if points is None else len(points))))
+        lifts = len(LIFTS) ** len(self.columns.circular)
+        step = max(1, CHUNK // (len(self.names) * lifts * (1 if points is None else len(points))))
         self.flow.to(self.device)
         if self.network is not None:
             self.network.to(self.device)
@@ -283,14 +286,22 @@ class TableDensity:
 
     def _log_density(self, x: Tensor, c: Tensor | None, points: Tensor | None) -> Tensor:
         """Return log p of rows x (B, D), averaged over points (S, D) of their cells, if any have cells."""
-        if points is None:
+        if points is None and not self.columns.circular:
             log_p = self.flow(c).log_prob(x)
         else:
-            start, width = self.columns.cells(x)
-            log_q = self.flow(c).log_prob(start + width * points[:, None])
-            log_p = torch.logsumexp(log_q, 0) - math.log(len(points)) + self.columns.log_mass(width)
+            at, width = self._points_of(x, points)
+            log_q = self.flow(c).log_prob(at)
+            S = 1 if points is None else len(points)
+            log_p = torch.logsumexp(log_q, (0, 1)) - math.log(S) + self.columns.log_mass(width)
         # The log density is NaN only for numbers far beyond all data, whose images overflow.
         return torch.where(self.columns.inside(x) & ~log_p.isnan(), log_p, -math.inf)
+
+    def _points_of(self, x: Tensor, points: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return points in the cells of rows x (B, F), lifted, (L, S, B, F), and the widths of the cells (B, F)."""
+        x = self.columns.wrapped(x)
+        start, width = self.columns.cells(x)
+        at = x[None] if points is None else start + width * points[:, None]
+        return at + self.columns.lifts(x)[:, None, None], width
 
     def _cell_points(self) -> Tensor | None:
         """Return S points (S, D) in [0, 1]^D, zero for columns without cells, or None if no column has cells."""
@@ -368,10 +379,19 @@ class TableDensity:
         """Return the noise of rows (B, D) under each member, (M, B, F), and their log densities, (M, B)."""
         x, k = self._split(rows)
         given = self._given(k, c)
+        x = self.columns.wrapped(x)
         start, width = self.columns.cells(x)
-        point = start + width * jitter
-        log_q = torch.stack([member(given).log_prob(point) for member in self.members])
-        return torch.stack([_normal_noise(member, point, given) for member in self.members]), log_q
+        lifted = start + width * jitter + self.columns.lifts(x)[:, None]  # (L, B, F)
+        noise, log_q = [], []
+        for member in self.members:
+            each = member(given).log_prob(lifted)
+            lift = (
+                torch.distributions.Categorical(logits=each.T).sample() if len(each) > 1 else torch.zeros(len(x)).long()
+            )
+            point = lifted[lift, torch.arange(len(x))]
+            noise.append(_normal_noise(member, point, given))
+            log_q.append(torch.logsumexp(each, 0))
+        return torch.stack(noise), torch.stack(log_q)
 
     def _context_tensor(self, c: Array | None) -> Tensor | None:
         """Return the encoded context on the device."""

@@ -29,6 +29,7 @@ from counterflow.transforms.context import StandardizedContext
 from counterflow.transforms.coupling import CouplingLayer
 from counterflow.transforms.masked import MaskedAutoregressive
 from counterflow.transforms.quantile_spline import QuantileSpline
+from counterflow.transforms.table.circular import CircularColumn
 from counterflow.transforms.table.continuous import AsinhColumn, LinearColumn, LogColumn, LogitColumn
 from counterflow.transforms.table.discrete import GridColumn, OrdinalColumn, SpikedColumn
 from counterflow.transforms.table.table import TableTransform
@@ -49,6 +50,7 @@ TYPES: dict[str, type] = {
         AsinhColumn,
         Autoregressive,
         CategoryNetwork,
+        CircularColumn,
         Compose,
         CouplingLayer,
         DiagonalNormal,
