@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -70,8 +70,7 @@ class MaskedAutoregressive(Transform):
 
     def _params(self, x: Tensor, c: Tensor | None) -> Tensor:
         """Return the parameters (..., D, P) of the univariate map, zero for the features that are not selected."""
-        assert c is not None  # `prepare` has checked it
-        mask = c[..., : self.features]
+        mask = cast(Tensor, c)[..., : self.features]  # `prepare` has refused None
         params = self.layer.made((x * mask)[..., self.layer.order], c)[..., self.layer.places, :]
         return params * mask[..., None]
 
