@@ -329,7 +329,7 @@ class DensityTrainer:
         def train_member(number: int, correlated: bool) -> Flow:
             """Train the next task, a flow of this member."""
             member = self._member(number, correlated)
-            if self.columns.quantized or self._masked:
+            if self.columns.quantized or self.columns.circular or self._masked:
                 train(member.flow, objective, member.rows, member.config)
             else:
                 flow, rows = self._mapped(member)
