@@ -14,6 +14,13 @@ from torch.distributions.transforms import Transform
 from counterflow.posterior.targets.layout import Layout
 
 
+def _shape_of_u(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of u for that of x; torch's `inverse_shape` imports SymPy, which takes most of a second."""
+    if transform.domain.event_dim == transform.codomain.event_dim == 0:
+        return shape
+    return tuple(transform.inverse_shape(Size(shape)))
+
+
 @dataclass(frozen=True)
 class Bijections:
     """Named variables x = b(u), each with a bijection b from a real-valued u.
@@ -29,7 +36,7 @@ class Bijections:
     @property
     def layout(self) -> Layout:
         """Positions of the u in theta."""
-        return Layout({name: tuple(self.transforms[name].inverse_shape(Size(x))) for name, x in self.shapes.items()})
+        return Layout({name: _shape_of_u(self.transforms[name], shape) for name, shape in self.shapes.items()})
 
     @property
     def labels(self) -> dict[str, str]:
