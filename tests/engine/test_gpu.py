@@ -124,10 +124,10 @@ def test_no_rows():
 def test_a_spline_in_one_pass_has_the_numbers_and_derivatives_of_torch():
     x = (3 * torch.randn(13, 6)).to(DEVICE, DTYPE)
     x[0, :3] = torch.tensor([3.0, -3.0, 40.0])  # on the bound, and beyond
-    params = (2 * torch.randn(13, 6, SPLINE.parameters)).to(DEVICE, DTYPE)
+    params = (2 * torch.randn(6, 13, SPLINE.parameters)).to(DEVICE, DTYPE).transpose(0, 1)  # not contiguous
     results = []
     for forward in (SPLINE.forward, lambda x, params: splines.forward(SPLINE, x, params)):
-        leaves = [v.clone().requires_grad_() for v in (x, params)]
+        leaves = [v.detach().requires_grad_() for v in (x, params)]
         found = forward(*leaves)
         bars = [torch.cos(3 * v).detach() for v in found]
         first = torch.autograd.grad(found, leaves, bars, retain_graph=True)

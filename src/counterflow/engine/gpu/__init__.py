@@ -61,7 +61,8 @@ def fuses(univariate: Univariate, x: Tensor) -> bool:
 def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Solution:
     """See `Body`."""
     if has_kernels(system.layout, y.dtype):
-        return _kernels().forward_substitution(system, y, keep=keep)
+        with torch.cuda.device_of(y):  # Triton launches on the current device
+            return _kernels().forward_substitution(system, y, keep=keep)
 
     def run(tensors: Any) -> list[Tensor]:
         found = sliced.forward_substitution(_system(system.layout, tensors[1:]), tensors[0], iterate=False)
@@ -75,7 +76,8 @@ def forward_substitution(system: System, y: Tensor, *, keep: bool = True) -> Sol
 def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) -> Adjoints:
     """See `Body`."""
     if has_kernels(system.layout, v.dtype):
-        return _kernels().back_substitution(system, solution, v, w)
+        with torch.cuda.device_of(v):
+            return _kernels().back_substitution(system, solution, v, w)
     layers = len(system.layout.ends)
 
     def run(tensors: Any) -> list[Tensor]:
@@ -92,7 +94,8 @@ def back_substitution(system: System, solution: Solution, v: Tensor, w: Tensor) 
 def _replay(name: Any, run: Any, tensors: list[Tensor]) -> list[Tensor]:
     if tensors[0].device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return run(tensors)
-    return _graphs((*name, torch.cuda.current_stream(tensors[0].device)), run, tensors)
+    with torch.cuda.device_of(tensors[0]):
+        return _graphs((*name, torch.cuda.current_stream()), run, tensors)
 
 
 def _system(layout: Layout, tensors: list[Tensor]) -> System:

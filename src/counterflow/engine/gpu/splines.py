@@ -18,7 +18,8 @@ NUMBERS = 64  # of a program
 
 def forward(univariate: RationalQuadraticSpline, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     """Return y and log dy/dx (...), for x (...) and params (..., P)."""
-    y, log_slope = _Spline.apply(univariate, x.flatten(), params.flatten(0, -2))
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        y, log_slope = _Spline.apply(univariate, x.flatten().contiguous(), params.flatten(0, -2).contiguous())
     return y.view(x.shape), log_slope.view(x.shape)
 
 
@@ -29,7 +30,6 @@ def _constants(univariate: RationalQuadraticSpline) -> Constants:
 class _Spline(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, univariate: RationalQuadraticSpline, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        x, params = x.contiguous(), params.contiguous()
         ctx.univariate = univariate
         ctx.save_for_backward(x, params)
         y = torch.empty_like(x)
