@@ -149,9 +149,9 @@ class SLCP:
 def c2st(
     task: Any,
     simulations: int = 1_000,
-    seeds: int = 2,
+    seeds: int = 1,
     observations: int = 3,
-    draws: int = 1_000,
+    draws: int = 500,
     epochs: int = 10_000,
 ) -> list[str]:
     """C2ST and training time of NPE with sbi's estimators and ours, at equal budget."""
@@ -254,7 +254,7 @@ def sbi_vi() -> list[str]:
     ]
 
 
-def pyro(steps: int = 1_000) -> list[str]:
+def pyro(steps: int = 500) -> list[str]:
     """Loss and time per step of SVI: Pyro's guide and ours, on a funnel and a regression of 30 coefficients."""
     import pyro as library
     import pyro.distributions as dist
@@ -358,7 +358,7 @@ def pocomc_run(D: int = 6) -> list[str]:
     return table("problem | flow | log Z | run, s", rows)
 
 
-def nessai(kind: str, live_points: int = 150) -> list[str]:
+def nessai(kind: str, live_points: int = 100) -> list[str]:
     """Time whole runs on two problems with nessai's flow of a kind and ours."""
     from nessai.flowsampler import FlowSampler
     from nessai.model import Model
@@ -400,9 +400,9 @@ SECTIONS: dict[str, tuple[Callable[[], list[str]], list[str]]] = {
     "zuko": (zuko, ["zuko"]),
     "sbi-draws": (sbi_draws, ["sbi"]),
     "sbi-vi": (sbi_vi, ["sbi"]),
-    "sbi-two-moons": (lambda: c2st(TwoMoons(), seeds=1, observations=4, epochs=150), ["sbi"]),
-    "sbi-linear-gaussian": (lambda: c2st(LinearGaussian()), ["sbi"]),
-    "sbi-slcp": (lambda: c2st(SLCP(), simulations=3_000, seeds=1, epochs=60), ["sbi"]),
+    "sbi-two-moons": (lambda: c2st(TwoMoons(), seeds=1, observations=4, epochs=100), ["sbi"]),
+    "sbi-linear-gaussian": (lambda: c2st(LinearGaussian(), seeds=2, draws=1_000), ["sbi"]),
+    "sbi-slcp": (lambda: c2st(SLCP(), simulations=2_000, seeds=1, epochs=60), ["sbi"]),
     "pyro": (pyro, ["pyro-ppl"]),
     "pocomc-step": (pocomc_step, ["pocomc", "zuko"]),
     "pocomc-run": (pocomc_run, ["pocomc", "zuko"]),

@@ -53,6 +53,16 @@ def test_npe_trains_and_samples(name, simulations, tmp_path, monkeypatch):
     )
 
 
+def test_the_sizes_and_the_start_of_the_networks_are_those_of_sbi(simulations):
+    theta, x = simulations
+    modules = posterior_nn("maf")(theta, x.flatten(1)).net.modules()
+    theirs = next(m for m in modules if type(m).__name__ == "MADE")
+    ours = [m for m in estimator("maf")(theta, x.flatten(1)).modules() if isinstance(m, cf.Autoregressive)]
+    assert len(ours) == 5 and ours[0].hidden == (theirs.initial_layer.out_features,) * (1 + len(theirs.blocks))
+    for layer in ours:
+        assert 0.1 < layer.made.layers[-1].weight.std() / theirs.final_layer.weight.std() < 10
+
+
 @over(KINDS)
 def test_the_contract_of_an_estimator(name, simulations):
     theta, x = simulations

@@ -19,6 +19,7 @@ from counterflow.flows.flow import Flow
 from counterflow.flows.recipes import RECIPES
 from counterflow.interop.conversion.sbi import flow as converted
 from counterflow.interop.zuko import to_zuko
+from counterflow.transforms.autoregressive import Autoregressive
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Standardize
@@ -31,6 +32,9 @@ from sbi.utils.sbiutils import standardizing_net, z_standardization  # noqa: E40
 Kind = Literal["maf", "nsf", "iaf", "coupling"]
 ZScore = Literal["none", "independent", "structured"]
 P = TypeVar("P")
+# Factor of the initial weights of the last layers, which then are about as large as sbi's. A few thousand simulations
+# are few steps: after 100 epochs of 1,000 two moons the validation loss of "maf" is -1.79 nats instead of -1.50.
+WIDER = 1000
 
 
 def estimator(
@@ -38,7 +42,7 @@ def estimator(
     *,
     of: Literal["posterior", "likelihood"] = "posterior",
     layers: int = 5,
-    hidden: Sequence[int] = (50, 50),
+    hidden: Sequence[int] = (50, 50, 50),
     embedding_net: nn.Module | None = None,
     z_score: ZScore = "independent",
     z_score_condition: ZScore = "independent",
@@ -54,7 +58,8 @@ def estimator(
         kind: "maf" (affine), "nsf" (autoregressive splines), "iaf" or "coupling".
         of: "posterior", p(theta | x) for NPE, or "likelihood", p(x | theta) for NLE.
         layers: number of layers.
-        hidden: sizes of the hidden layers of each layer's network.
+        hidden: sizes of the hidden layers of each layer's network; by default those of sbi's, an input layer and two
+            blocks.
         embedding_net: network of the condition, before the flow; none when not given.
         z_score: standardization of the modelled variable: of each dimension, of all together, or none.
         z_score_condition: standardization of the condition.
@@ -109,6 +114,10 @@ def _estimator(
             "ends with a vector, such as torch.nn.Flatten()"
         )
     flow = make(value.shape[1], embedded.shape[1]).to(value.device)
+    for layer in flow.modules():
+        if isinstance(layer, Autoregressive):
+            with torch.no_grad():
+                layer.made.masked_layers()[len(layer.hidden)].weight.mul_(WIDER)
     flow = Flow(flow.base, _destandardized(flow.transform, value, z_score))
     return ZukoFlow(to_zuko(flow), embedding, input_shape=value.shape[1:], condition_shape=condition.shape[1:])
 
