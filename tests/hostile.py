@@ -7,10 +7,12 @@ Some mutations know the format, to get past the first check: checksums are right
 from __future__ import annotations
 
 import copy
+import datetime
 import gzip
 import io
 import json
 import math
+import sqlite3
 import struct
 import tempfile
 import warnings
@@ -311,6 +313,24 @@ def other_member(content: bytes, random: Random) -> bytes:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a name that stands twice
         return npz(random.choices(METHODS, (3, 6, 1, 1))[0], **dict.fromkeys(names, inner))
+
+
+def other_part(content: bytes, random: Random) -> bytes:
+    """Return an .xlsx file with right checksums and one broken part."""
+    if len(content) > LARGE:
+        return content
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            parts = {name: archive.read(name) for name in archive.namelist()}
+    except Exception:
+        return content
+    chosen = random.choice(sorted(parts))
+    parts[chosen] = random.choice(GENERIC)(parts[chosen], random)
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, part in parts.items():
+            archive.writestr(name, part)
+    return stream.getvalue()
 
 
 def lying_directory(content: bytes, random: Random) -> bytes:
@@ -705,6 +725,44 @@ PARQUET = _under(
     ],
 )
 FEATHER = _under("a.feather", [feather(TABLE, "zstd"), feather(TABLE, "lz4"), feather(REPEATED, "uncompressed")])
+
+
+def _excel() -> list[Files]:
+    import openpyxl
+
+    books = []
+    for rows in ([["a", "b"], [1, 2.5], [3, 4.5]], [["day", "ok"], [datetime.date(2024, 5, 31), True]]):
+        book = openpyxl.Workbook()
+        for row in rows:
+            book.active.append(row)
+        stream = io.BytesIO()
+        book.save(stream)
+        books.append({"a.xlsx": stream.getvalue()})
+    return books
+
+
+def _database(name: str, connect: Callable[[str], Any]) -> list[Files]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / name
+        database = connect(str(path))
+        database.execute("CREATE TABLE rows (a INTEGER, b REAL, c TEXT)")
+        for k in range(40):
+            database.execute("INSERT INTO rows VALUES (?, ?, ?)", (k, k / 7, str(k * k)))
+        database.commit()
+        database.close()
+        return [{name: path.read_bytes()}]
+
+
+def _sqlite() -> list[Files]:
+    return _database("a.sqlite", sqlite3.connect)
+
+
+def _duckdb() -> list[Files]:
+    import duckdb
+
+    return _database("a.duckdb", duckdb.connect)
+
+
 NO_NUMBERS = [
     {"a.parquet": parquet(TABLE.append_column("text", pa.array(list("abcdefg"))))},
     {"a.parquet": parquet(pa.table({"a": range(50), "b": ["long " * 40 + str(k % 3) for k in range(50)]}))},
@@ -752,6 +810,9 @@ READERS: dict[str, Reader] = {
     "parquet": Reader(PARQUET, _load("a.parquet"), knowing=(other_footer, other_page), sound=NO_NUMBERS),
     "parquet, in batches": Reader(PARQUET, _stream("a.parquet"), knowing=(other_footer, other_page), sound=NO_NUMBERS),
     "feather, in batches": Reader(FEATHER, _stream("a.feather")),
+    "xlsx, in batches": Reader(_excel, _stream("a.xlsx"), knowing=(other_part, other_part, lying_directory)),
+    "sqlite, in batches": Reader(_sqlite, _stream("a.sqlite")),
+    "duckdb, in batches": Reader(_duckdb, _stream("a.duckdb")),
     "checkpoint": Reader(_checkpoints, lambda folder: cf.load(folder / "model.safetensors"), knowing=CHECKPOINT),
     "density": Reader(_densities, cf.FlowDensity.load, ("model.safetensors",), CHECKPOINT),
     "density.json": Reader(_densities, cf.FlowDensity.load, ("density.json",), (other_json,)),
