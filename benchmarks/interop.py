@@ -29,6 +29,7 @@ from torch import Tensor
 import counterflow as cf
 
 PAGE = Path(__file__).parent / "results" / "interop.md"
+REMARK = "Other programs ran on the machine; the libraries and ours took turns."
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -429,7 +430,7 @@ def main() -> None:
             where = f"{platform.machine()}, one thread, Python {platform.python_version()}, {versions}"
             made = f"Made by `python benchmarks/interop.py {name}` ({where})."
             parts[name] = "\n".join([name, "", made, "", *lines, ""])
-            text = "# Our flows inside other libraries\n" + "".join(
+            text = f"# Our flows inside other libraries\n\n{REMARK}\n" + "".join(
                 f"\n## {parts[key]}" for key in SECTIONS if key in parts
             )
             PAGE.write_text(text, "utf-8")
