@@ -30,7 +30,7 @@ ALWAYS = 1 << 60
 CHOOSE = sliced.block_size
 VARIANTS = {  # degrees of a block, 0 to choose, and the largest number of values of a sweep
     "one degree at a time": (1, 0),
-    "blocks of 16, by degree": (16, 0),
+    **{f"blocks of {size}, by degree": (size, 0) for size in (8, 16, 32)},
     **{f"blocks of {size}, iterated": (size, ALWAYS) for size in (8, 16, 32, 64)},
     "as chosen": (0, sliced.MAX_SWEPT),
 }
@@ -78,6 +78,10 @@ def cases(quick: bool) -> Iterator[tuple[str, cf.Autoregressive, Tensor]]:
             yield f"D = {D}, H = {H}, N = {N}, {name}", change(cf.Autoregressive(D, hidden=(H, H))), torch.randn(N, D)
     spline = shaken(cf.Autoregressive(16, hidden=(128, 128), univariate=cf.RationalQuadraticSpline(8)))
     yield "D = 16, H = 128, N = 256, spline, random", spline, torch.randn(256, 16)
+    if not quick:
+        layer, y = trained()
+        for N in (16, 256):
+            yield f"D = 64, H = 512, N = {N}, trained", layer, y[:N]
 
 
 def measure(t: cf.Autoregressive, y: Tensor, repeats: int) -> list[list[str]]:
@@ -130,8 +134,8 @@ def main() -> None:
         lines += ["", f"## {title}", "", "| variant | forward ms | back ms | forward launches | back launches |"]
         lines += ["|---|---|---|---|---|", *(f"| {' | '.join(row)} |" for row in measure(t, y, options.repeats))]
         print("\n".join(lines[-len(VARIANTS) - 4 :]), flush=True)
-        if not options.quick:
-            Path(__file__).with_name("results").joinpath("sliced.md").write_text("\n".join([*lines, ""]))
+    if not options.quick:
+        Path(__file__).with_name("results").joinpath("sliced.md").write_text("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":
