@@ -10,7 +10,7 @@ from registry import FLOWS, case, close, inputs, over, stir
 from torch.distributions import Distribution, Normal
 
 import counterflow as cf
-from counterflow.flows.bases import log_prob_and_score
+from counterflow.flows.scores import log_prob_and_score
 
 ONE_PASS = [name for name in FLOWS if name.startswith(("IAF", "diagonal alone", "permuted")) or name == "diagonal"]
 

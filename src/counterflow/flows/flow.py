@@ -13,7 +13,8 @@ from torch._subclasses import FakeTensor  # torch imports it, and has no public 
 from torch.distributions import Distribution, Independent, constraints
 from torch.distributions.kl import register_kl
 
-from counterflow.flows.bases import Base, log_prob_and_score
+from counterflow.flows.bases import Base
+from counterflow.flows.scores import log_prob_and_score
 from counterflow.notebook import html_table
 from counterflow.transforms.base import Cost, Transform, check_context, prepare
 

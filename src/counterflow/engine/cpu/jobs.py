@@ -50,7 +50,11 @@ SCALE_CODES = {"softplus": SOFTPLUS, "sigmoid": SIGMOID, "softclip": SOFTCLIP, "
 # rows are 1.2 to 1.6 times slower than tiles of 128; blocks of 16 units up to 1.1 times slower than 64 or 128.
 BLOCK_UNITS = 64  # units of the widest level in one block of degrees
 MAX_TILE_ROWS = 128
-ONE_THREAD_WORK = 1 << 18  # multiply-adds that one thread finishes before a second one has started
+
+# Multiply-adds up to which one thread computes. Two threads take 0.85, 0.63 and 0.58 of the time of one at 2^20, 2^23
+# and 2^25 on idle cores, and 9.7, 2.9 and 0.9 times as long beside two other busy processes: each call then waits until
+# the system lets the second thread run (a chain of four layers, two cores of an EPYC 7003).
+ONE_THREAD_WORK = 1 << 25
 
 
 class _Plan(NamedTuple):
