@@ -3,6 +3,7 @@
 import math
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from registry import close, over
 import counterflow as cf
 from counterflow.posterior.gaussians import Gaussians
 from counterflow.posterior.plans import ESTIMATORS, StagePlan, stage_plans
-from counterflow.posterior.stages import TargetModel
+from counterflow.posterior.stages import TargetModel, _seconds_per_draw
 
 
 def on_normal(D=5):
@@ -126,6 +127,11 @@ def test_further_stages_follow_a_bad_one_within_the_time_limit():
     assert [stage.layers for stage in seen] == [2, 2, 2]
     hurried = cf.fit_posterior(banana, replace(config, seconds=1e-3), dim=2)
     assert len(hurried.stages) == 1
+
+
+def test_the_pace_of_a_stage_is_that_of_its_last_epoch():
+    history = SimpleNamespace(epochs=[SimpleNamespace(seconds=50.0), SimpleNamespace(seconds=0.5)])
+    close(torch.tensor(_seconds_per_draw(history, StagePlan("path", 100, 50, rate=1.0))), torch.tensor(0.5 / 25 / 100))
 
 
 def test_no_stage_follows_a_good_one():

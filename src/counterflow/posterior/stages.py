@@ -136,11 +136,13 @@ def fit_flow(
     base = StudentT(start.mean.shape[-1], config.df)
     layers: list[Transform] = [*_new_layers(config, 0, start), Inverse(Whiten(start.mean[0], start.factor[0]))]
     stages: list[Stage] = []
+    pace = 0.0
     best: FlowFit | None = None
     for number, plan in enumerate(stage_plans(config)):
         task = f"stage {number + 1}" if mode == 1 else f"mode {mode} stage {number + 1}"
         task_checkpoints = None if checkpoints is None else checkpoints.for_task(task)
-        late = bool(stages) and time.perf_counter() + _expected_seconds(plan, stages[-1]) > deadline
+        depth = 2 if plan.more_layers else 1
+        late = bool(stages) and time.perf_counter() + depth * pace * plan.samples * plan.steps > deadline
         if group.broadcast_value(late) and (task_checkpoints is None or task_checkpoints.load() is None):
             break  # a stage that has a checkpoint is resumed, however late it is
         begun = time.perf_counter()
@@ -148,6 +150,7 @@ def fit_flow(
             layers = [*_new_layers(config, number, start), *layers]
         flow = Flow(base, Compose(layers)).double()
         history = _train(flow, target, plan, start, config, number, task, on_epoch, on_step, task_checkpoints)
+        pace = _seconds_per_draw(history, plan)
         draws, verdict = draw_and_judge(target, flow, config.verdict_samples, group)
         stages.append(_stage(layers, plan, history, verdict, time.perf_counter() - begun, mode))
         if on_stage is not None and group.rank == 0:
@@ -163,9 +166,15 @@ def _quality(verdict: Verdict) -> tuple[bool, float]:
     return verdict.trusted, verdict.ess
 
 
-def _expected_seconds(plan: StagePlan, last: Stage) -> float:
-    depth = 2 if plan.more_layers else 1
-    return depth * last.seconds * plan.steps / last.steps * plan.samples / last.samples
+def _seconds_per_draw(history: History, plan: StagePlan) -> float:
+    """Return the time of each draw in the last epoch: the first steps may wait for compilation."""
+    if not history.epochs:
+        return 0.0
+    return history.epochs[-1].seconds / (plan.steps // _epochs(plan)) / plan.samples
+
+
+def _epochs(plan: StagePlan) -> int:
+    return max(1, min(EPOCHS, plan.steps // MIN_EPOCH))
 
 
 def _stage(
@@ -249,7 +258,7 @@ def _train(
 ) -> History:
     """Train one stage; the flow ends with the averaged weights of the highest ELBO."""
     estimator = ESTIMATORS[plan.estimator]
-    epochs = max(1, min(EPOCHS, plan.steps // MIN_EPOCH))
+    epochs = _epochs(plan)
     samples = Workers.current().share(plan.samples, "samples")  # of this process, with its own noise
 
     def objective(flow: nn.Module, batch: None) -> Tensor:
