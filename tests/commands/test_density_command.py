@@ -318,9 +318,8 @@ def test_a_table_as_it_comes_takes_two_runs(here, tmp_path):
     code, _, err = here("density", "messy.csv", *ONE_FLOW, "--out", "run")
     assert code == 2 and not (tmp_path / "run").exists()
     for text in (
-        "text in 'id' ('r0' in row 0), 'colour' ('",
-        "; missing cells in 'grade' (18, the first in row 0)",
-        "--drop-missing leaves out 18 of 120 rows; try --drop id colour --drop-missing\n",
+        "text in 'id' ('r0' in row 0); missing cells in 'grade' (18, the first in row 0)",
+        "--drop-missing leaves out 18 of 120 rows; try --drop id --drop-missing\n",
     ):
         assert text in err, err
     options = "--drop id --drop-missing --context colour --bounds share=0:1 income=0: --ordinal grade"

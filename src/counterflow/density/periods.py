@@ -28,7 +28,7 @@ def periods(circular: Mapping[str, Period]) -> dict[str, float]:
                 f"expected the period of circular column {name!r} to be a number or one of {', '.join(SECONDS)}, got "
                 f"{period!r}"
             )
-        found[name] = SECONDS[period] if isinstance(period, str) else period
+        found[name] = SECONDS[period] if isinstance(period, str) else float(period)
     return found
 
 

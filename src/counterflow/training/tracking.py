@@ -28,13 +28,13 @@ class Tracker(Protocol):
         >>> class Printer:
         ...     def log_metric(self, name, value, step=None): self.log_metrics({name: value}, step)
         ...     def log_metrics(self, metrics, step=None): print(step, *list(metrics)[:2])
-        ...     def log_params(self, params): print(f"{len(params)} settings, epochs: {params['epochs']}")
+        ...     def log_params(self, params): print(f"epochs: {params['epochs']}")
         ...     def add_figure(self, name, figure, step=None): print(name)
         ...     def flush(self): pass
         >>> flow, rows = cf.MAF(features=2, layers=1, hidden=(8,)), torch.randn(60, 2)
         >>> config = cf.FitConfig(epochs=2, batch_size=50)
         >>> history = cf.fit(flow, cf.log_likelihood, rows[:50], rows[50:], config, tracker=Printer())
-        15 settings, epochs: 2
+        epochs: 2
         1 training/train training/validation
         2 training/train training/validation
     """
