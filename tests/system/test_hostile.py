@@ -381,6 +381,7 @@ def test_a_header_allocates_no_more_than_the_file_holds(value, saved):
 def test_every_size_of_a_constructor_is_counted():
     """Other integers are indices and values, bounded by the lists that hold them or by the constructor."""
     known = {
+        "adjacency",
         "moved",
         "degrees",
         "skips",

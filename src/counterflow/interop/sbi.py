@@ -23,6 +23,7 @@ from counterflow.transforms.autoregressive import Autoregressive
 from counterflow.transforms.base import Transform
 from counterflow.transforms.compose import Compose, Inverse
 from counterflow.transforms.constant import Standardize
+from counterflow.univariate.spline import RationalQuadraticSpline
 
 require("sbi", "sbi", "density estimators of sbi's kind")
 from sbi.neural_nets.estimators import NFlowsFlow, ZukoFlow, ZukoUnconditionalFlow  # noqa: E402
@@ -32,8 +33,8 @@ from sbi.utils.sbiutils import standardizing_net, z_standardization  # noqa: E40
 Kind = Literal["maf", "nsf", "iaf", "coupling"]
 ZScore = Literal["none", "independent", "structured"]
 P = TypeVar("P")
-# Factor of the initial weights of the last layers, which then are about as large as those of sbi's networks. A few
-# thousand simulations are few steps, and from near the identity they do not go far.
+# Factor of the initial weights of the last layers but those of splines, which then are about as large as those of sbi's
+# networks. A few thousand simulations are few steps, and from near the identity they do not go far.
 WIDER = 1000
 
 
@@ -115,7 +116,7 @@ def _estimator(
         )
     flow = make(value.shape[1], embedded.shape[1]).to(value.device)
     for layer in flow.modules():
-        if isinstance(layer, Autoregressive):
+        if isinstance(layer, Autoregressive) and not isinstance(layer.univariate, RationalQuadraticSpline):
             with torch.no_grad():
                 layer.made.masked_layers()[len(layer.hidden)].weight.mul_(WIDER)
     flow = Flow(flow.base, _destandardized(flow.transform, value, z_score))

@@ -10,19 +10,24 @@ import torch
 from torch import Tensor, nn
 
 # Without public names in torch, as in `made.staircase`.
-from torch._C import _len_torch_dispatch_stack as dispatch_modes
-from torch.utils._python_dispatch import _disable_current_modes
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 
 def with_values() -> AbstractContextManager[Any]:
-    """Return a context in which tensors have values, also under a mode of torch that makes fake ones."""
-    return _disable_current_modes()
+    """Return a context in which tensors have values, also under FakeTensorMode. Other modes of torch stay active."""
+    return unset_fake_temporarily()
+
+
+def makes_fakes() -> bool:
+    """Return True under FakeTensorMode."""
+    return _get_dispatch_mode(_TorchDispatchModeKey.FAKE) is not None
 
 
 def in_current_mode(value: Tensor) -> Tensor:
-    """Return a tensor that was made `with_values` on the default device, under the active modes of torch."""
+    """Return a tensor that was made `with_values` on the default device, a fake one under FakeTensorMode."""
     device = torch.get_default_device()
-    if not dispatch_modes():
+    if not makes_fakes():
         return value.to(device)
     with with_values():
         numbers = value.flatten().tolist()
@@ -55,5 +60,5 @@ class Derived(nn.Module):
         for name, value in found.items():
             buffer = self._buffers[name]
             if buffer is not None and not buffer.is_meta:
-                buffer.copy_(in_current_mode(value) if dispatch_modes() else value)
+                buffer.copy_(in_current_mode(value) if makes_fakes() else value)
         return self

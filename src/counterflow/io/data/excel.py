@@ -7,7 +7,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from counterflow.checks import require
 from counterflow.io.data.source import TableSource, sequential_parts
@@ -57,9 +57,14 @@ def _check_size(path: Path) -> None:
 
 def _rows(path: Path, sheet: str | None) -> list[tuple[Any, ...]]:
     """Return the rows of a sheet from the first to the last that is not empty."""
+    with path.open("rb") as file:  # openpyxl leaves a file open that it cannot read
+        return _rows_of(path, file, sheet)
+
+
+def _rows_of(path: Path, file: BinaryIO, sheet: str | None) -> list[tuple[Any, ...]]:
     openpyxl = require("openpyxl", "excel", KIND)
     with decoding(path, KIND):
-        book = openpyxl.load_workbook(path, read_only=True, data_only=True, keep_links=False)
+        book = openpyxl.load_workbook(file, read_only=True, data_only=True, keep_links=False)
     with closing(book):
         sheets = {each.title: each for each in book.worksheets}
         chosen = next(iter(sheets)) if sheet is None and len(sheets) == 1 else sheet
